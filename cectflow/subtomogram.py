@@ -1,0 +1,195 @@
+"""Subtomograms: cubes cut around particles, their contrast, normalisation and voxel size.
+
+:func:`cut` takes cubes out of a tomogram or a periodic field, :func:`rescale` brings them to the
+voxel size and box that a network expects. The centre of a box of n is voxel n//2 throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Num, Shaped
+from numpy.typing import NDArray
+
+__all__ = ["cut", "flip_contrast", "inside", "normalise", "rescale"]
+
+# Voxel sizes closer than this are one and the same: headers hold them in float32.
+SAME_VOXEL_SIZE = 1e-4
+
+
+def cut(
+    volume_data: Shaped[NDArray[Any], "z y x"],
+    centres_zyx: Num[NDArray[Any], "n 3"],
+    box: int,
+    *,
+    periodic: bool,
+    fill: float | int | None = None,
+) -> Shaped[NDArray[Any], "n {box} {box} {box}"]:
+    """Cubes around centres, with the voxel nearest to each centre at index box//2.
+
+    Parameters
+    ----------
+    volume_data
+        May be memory-mapped; only the cubes are read.
+    centres_zyx
+        In voxels, 0-based; halves are rounded up.
+    box
+        Edge of the cubes in voxels.
+    periodic
+        True: cubes that leave the volume come in again on the other side, as in simulated fields.
+        False: what is missing of them is filled.
+    fill
+        Value of missing voxels; None: the mean of the voxels that the cube has. Give 0 for labels.
+
+    Returns
+    -------
+    NDArray
+        ``(n, box, box, box)`` of the volume's type.
+
+    Raises
+    ------
+    ValueError
+        If the box is below 1, larger than a periodic volume, or a cube has no voxel inside.
+    """
+    shape = volume_data.shape
+    if box < 1 or (periodic and box > min(shape)):
+        msg = f"a box of {box} cannot be cut from a volume of {shape} voxels (z, y, x)"
+        raise ValueError(msg)
+    corners = _corners(centres_zyx, box)
+    cubes = np.empty((len(corners), box, box, box), volume_data.dtype)
+    for row, (cube, corner) in enumerate(zip(cubes, corners, strict=True)):
+        starts, stops = np.maximum(corner, 0), np.minimum(corner + box, shape)
+        if (stops - starts == box).all():
+            cube[...] = volume_data[_box(starts, stops)]
+        elif periodic:
+            steps = [(first + np.arange(box)) % n for first, n in zip(corner, shape, strict=True)]
+            cube[...] = volume_data[np.ix_(*steps)]
+        elif (stops > starts).all():
+            part = volume_data[_box(starts, stops)]
+            cube[...] = _as_type(part.mean(dtype=np.float64) if fill is None else fill, cube.dtype)
+            cube[_box(starts - corner, stops - corner)] = part
+        else:
+            msg = (
+                f"the cube of row {row}, centred at voxel {corner + box // 2} (z, y, x), has no "
+                f"voxel inside the volume of {shape}: check the coordinates"
+            )
+            raise ValueError(msg)
+    return cubes
+
+
+def inside(
+    centres_zyx: Num[NDArray[Any], "n 3"], shape: tuple[int, int, int], box: int
+) -> Bool[NDArray[np.bool_], " n"]:
+    """Whether the cube around each centre lies wholly inside a volume.
+
+    Parameters
+    ----------
+    centres_zyx
+        In voxels, 0-based.
+    shape
+        Of the volume, ``(z, y, x)``.
+    box
+        Edge of the cubes in voxels.
+    """
+    corners = _corners(centres_zyx, box)
+    return np.asarray(((corners >= 0) & (corners + box <= np.array(shape))).all(axis=1))
+
+
+def flip_contrast(cubes: Num[NDArray[Any], "..."]) -> Float[NDArray[Any], "..."]:
+    """Cubes with the opposite sign: dark protein becomes light and light dark.
+
+    Integers become float32, since an unsigned one has no opposite.
+    """
+    return -(cubes if cubes.dtype.kind == "f" else cubes.astype(np.float32))
+
+
+def normalise(cubes: Num[NDArray[Any], "n z y x"]) -> Float[NDArray[np.float32], "n z y x"]:
+    """Cubes of zero mean and unit variance each; a constant cube becomes zeros."""
+    result = np.zeros(cubes.shape, np.float32)
+    for normalised, cube in zip(result, cubes, strict=True):  # one at a time: it fits the cache
+        mean = cube.mean(dtype=np.float64)
+        centred = cube - mean
+        deviation = np.sqrt(np.mean(np.square(centred)))
+        # Below the resolution of float32 what is left of a constant is rounding.
+        if deviation > 1e-7 * abs(mean):
+            normalised[...] = centred / deviation
+    return result
+
+
+def rescale(
+    cubes: Num[NDArray[Any], "n z y x"],
+    voxel_size: float,
+    target_voxel_size: float,
+    box: int,
+) -> Float[NDArray[np.float32], "n {box} {box} {box}"]:
+    """Cubes at another voxel size, cropped about their centre voxel to a box.
+
+    The trigonometric interpolation of each cube is evaluated at the new voxels, by one small
+    matrix per axis: exact for any ratio, and voxel n//2 stays the centre. Towards coarser voxels
+    all that lies above the new Nyquist frequency is left out. Cubes are taken as periodic, so up
+    to a voxel at the faces mixes with the opposite face.
+
+    Parameters
+    ----------
+    cubes
+        ``(n, z, y, x)``.
+    voxel_size, target_voxel_size
+        In angstrom.
+    box
+        Edge in voxels of the target size.
+
+    Raises
+    ------
+    ValueError
+        If a voxel size or the box is not positive, or if the box reaches out of the cubes by more
+        than half a voxel.
+    """
+    if min(voxel_size, target_voxel_size, box) <= 0:
+        msg = f"voxel sizes and box are positive, given {voxel_size}, {target_voxel_size} and {box}"
+        raise ValueError(msg)
+    ratio = target_voxel_size / voxel_size
+    if abs(ratio - 1) < SAME_VOXEL_SIZE:
+        ratio = 1.0
+    smallest = min(cubes.shape[1:])
+    if box * ratio > smallest + 0.5:
+        msg = (
+            f"a box of {box} voxels of {target_voxel_size:g} angstrom measures "
+            f"{box * target_voxel_size:.0f} angstrom, the cubes only {smallest} voxels of "
+            f"{voxel_size:g} = {smallest * voxel_size:.0f}: cut them with a box of at least "
+            f"{int(np.ceil(box * ratio))}"
+        )
+        raise ValueError(msg)
+    if ratio == 1.0:
+        starts = [n // 2 - box // 2 for n in cubes.shape[1:]]
+        cropped = cubes[(slice(None), *(slice(start, start + box) for start in starts))]
+        return np.array(cropped, np.float32)
+    along_z, along_y, along_x = (_resampling(n, ratio, box) for n in cubes.shape[1:])
+    result = along_y @ (cubes.astype(np.float32) @ along_x.T)
+    result = along_z @ result.reshape(len(cubes), cubes.shape[1], box * box)
+    return result.reshape(len(cubes), box, box, box)
+
+
+def _corners(centres_zyx: NDArray[Any], box: int) -> NDArray[np.int64]:
+    return np.floor(np.asarray(centres_zyx, np.float64) + 0.5).astype(np.int64) - box // 2
+
+
+def _box(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> tuple[slice, ...]:
+    return tuple(slice(int(a), int(b)) for a, b in zip(starts, stops, strict=True))
+
+
+def _as_type(value: float | int, dtype: np.dtype[Any]) -> Any:
+    return dtype.type(value if dtype.kind == "f" else round(float(value)))
+
+
+def _resampling(num: int, ratio: float, box: int) -> NDArray[np.float32]:
+    """Matrix ``(box, num)`` from samples to the values of their trigonometric interpolation."""
+    places = num // 2 + (np.arange(box) - box // 2) * ratio
+    distances = places[:, None] - np.arange(num)
+    frequencies = np.arange(num // 2 + 1)
+    nyquist = num / 2 / max(1.0, ratio)
+    # The wave at a Nyquist frequency stands for two, at either sign; half of it is kept for each.
+    gains = (frequencies < nyquist - 1e-9) + 0.5 * (np.abs(frequencies - nyquist) <= 1e-9)
+    gains[0] = 0.5
+    waves = np.cos(2 * np.pi / num * frequencies * distances[..., None])
+    return np.asarray(2 / num * (waves @ gains), np.float32)

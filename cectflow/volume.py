@@ -1,0 +1,545 @@
+"""Volumes: 3D arrays with a voxel size, their MRC files, and stacks of them.
+
+Reads and writes volumes (:func:`read_volume`, :func:`write_volume`) and volume stacks
+(:func:`find_stacks`, :func:`read_stack`, :func:`write_stack`), and writes outputs larger than
+memory piece by piece (:func:`create_volume`). Voxel sizes are in angstrom, arrays are
+``(z, y, x)``. Whatever is written appears under its name only when it is complete
+(:func:`replacing`).
+"""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import os
+import uuid
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mrcfile
+import numpy as np
+from mrcfile.dtypes import HEADER_DTYPE
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = [
+    "STACK_SUFFIXES",
+    "Volume",
+    "create_volume",
+    "find_stacks",
+    "read_labels",
+    "read_stack",
+    "read_volume",
+    "replacing",
+    "write_stack",
+    "write_volume",
+]
+
+# Finer than any cryo-EM voxel: the header is then in nm or micrometres.
+SMALLEST_VOXEL_SIZE = 0.3  # angstrom
+LARGEST_ANISOTROPY = 0.01
+STACK_SUFFIXES = (".mrc", ".mrcs", ".rec", ".map")
+
+_mrcfile: Any = mrcfile  # which has no type annotations
+_OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2"}
+_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+_REFUSED_MODES = {3: "complex integers", 4: "complex numbers", 16: "RGB", 101: "4-bit integers"}
+# What MRC lacks but can hold without loss.
+_WIDENED: dict[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(bool): np.dtype(np.int8),
+    np.dtype(np.uint8): np.dtype(np.uint16),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A 3D array and the edge of its voxels.
+
+    Parameters
+    ----------
+    data
+        ``(z, y, x)``, of any real type; may be memory-mapped and then read-only.
+    voxel_size
+        In angstrom.
+
+    Raises
+    ------
+    ValueError
+        If the array is not three-dimensional or the voxel size is not a positive number.
+    """
+
+    data: NDArray[Any]
+    voxel_size: float
+
+    def __post_init__(self) -> None:
+        if self.data.ndim != 3:
+            msg = f"a volume has 3 dimensions (z, y, x), this array has shape {self.data.shape}"
+            raise ValueError(msg)
+        _check_given_voxel_size(self.voxel_size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along z, y and x."""
+        num_z, num_y, num_x = self.data.shape
+        return num_z, num_y, num_x
+
+
+def read_volume(path: Path, *, voxel_size: float | None = None, mmap: bool = True) -> Volume:
+    """Volume of an MRC file (.mrc, .rec, .map, also gzipped or bzip2-compressed).
+
+    Parameters
+    ----------
+    path
+        The file. Compression is recognised by content.
+    voxel_size
+        In angstrom; holds instead of the header's, which is then not looked at.
+    mmap
+        Leave the array on disk, read-only. Compressed and byte-swapped files are loaded anyway.
+
+    Returns
+    -------
+    Volume
+        ``(z, y, x)`` whatever the header's axis order. Bytes are unsigned where IMOD's flag or the
+        header's largest value says so, against the letter of MRC2014.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is no MRC file, is shorter than its header says, holds complex, RGB or 4-bit
+        values or a stack of several volumes, or if its voxel size is 0, exactly 1, different along
+        the axes by more than 1 % or below 0.3 angstrom.
+
+    Warns
+    -----
+    UserWarning
+        Once, if the file could be read although its header breaks the standard.
+    """
+    cubes, voxel_size = _read(path, voxel_size, mmap=mmap, guess_stack=False)
+    if len(cubes) != 1:
+        msg = f"{path} holds a stack of {len(cubes)} volumes: expected a single volume"
+        raise ValueError(msg)
+    return Volume(cubes[0], voxel_size)
+
+
+def read_stack(
+    path: Path, *, voxel_size: float | None = None, mmap: bool = True
+) -> tuple[NDArray[Any], float]:
+    """Volumes of an MRC volume stack, ``(n, z, y, x)``, and their voxel size in angstrom.
+
+    A volume stack has the space group 401 (MRC2014). A plain volume is a stack of one, except
+    where its sections are a multiple of the sampling ``mz`` and a cube comes out of that: such
+    stacks are written by programs that forget the space group.
+
+    Parameters
+    ----------
+    path, voxel_size, mmap
+        As of :func:`read_volume`, and so are the errors and the warning.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`read_volume`.
+    """
+    return _read(path, voxel_size, mmap=mmap, guess_stack=True)
+
+
+def find_stacks(pattern: str) -> tuple[Path, ...]:
+    """Files of a stack, a folder or a glob, sorted.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are none.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if _is_stack(p))
+    elif path.is_file():
+        found = [path]
+    else:
+        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    if not found:
+        msg = (
+            f"no subtomograms at {pattern!r}: expected a file, a folder or a glob of "
+            f"{', '.join(STACK_SUFFIXES)} (also .gz)"
+        )
+        raise FileNotFoundError(msg)
+    return tuple(found)
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Text labels of an MRC header, empty ones left out.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`read_volume`.
+    """
+    header, _ = _parse_header(path, _read_bytes(path, 1024))
+    labels = (bytes(label).decode("ascii", "replace").strip("\0 ") for label in header.label)
+    return tuple(label for label in labels if label)
+
+
+def write_volume(
+    path: Path, volume: Volume, *, overwrite: bool = False, labels: Sequence[str] = ()
+) -> None:
+    """Write a volume as an MRC file; gzipped or bzip2-compressed where the name ends so.
+
+    Parameters
+    ----------
+    path
+        The file; it appears when it is complete.
+    volume
+        int8, int16, uint16, float16 and float32 are kept; bool becomes int8, uint8 uint16.
+    overwrite
+        Replace an existing file.
+    labels
+        Up to nine texts of 80 ASCII characters for the header, such as model version and digest.
+
+    Raises
+    ------
+    FileExistsError
+        If the file exists and is not to be overwritten.
+    ValueError
+        If MRC has no such type, a value is not finite, or a label does not fit.
+    """
+    _write(path, volume.data, volume.voxel_size, overwrite=overwrite, labels=labels)
+
+
+def write_stack(
+    path: Path,
+    cubes: NDArray[Any],
+    voxel_size: float,
+    *,
+    overwrite: bool = False,
+    labels: Sequence[str] = (),
+) -> None:
+    """Write an MRC volume stack (space group 401) from cubes ``(n, z, y, x)``.
+
+    Parameters
+    ----------
+    path, overwrite, labels
+        As of :func:`write_volume`, and so are the types that are kept.
+    cubes
+        ``(n, z, y, x)``.
+    voxel_size
+        In angstrom.
+
+    Raises
+    ------
+    FileExistsError, ValueError
+        As :func:`write_volume`; also if the array is not four-dimensional.
+    """
+    if cubes.ndim != 4:
+        msg = f"a volume stack has 4 dimensions (n, z, y, x), this array has shape {cubes.shape}"
+        raise ValueError(msg)
+    _write(path, cubes, voxel_size, overwrite=overwrite, labels=labels)
+
+
+@contextmanager
+def create_volume(
+    path: Path,
+    shape: tuple[int, ...],
+    voxel_size: float,
+    dtype: DTypeLike,
+    *,
+    overwrite: bool = False,
+    labels: Sequence[str] = (),
+) -> Iterator[NDArray[Any]]:
+    """Writable memory-mapped array, of zeros at first, that becomes an MRC file at a clean exit.
+
+    On an error nothing is left behind. The header's statistics are marked as undetermined.
+
+    Parameters
+    ----------
+    path, overwrite, labels
+        As of :func:`write_volume`; compression is not possible here.
+    shape
+        ``(z, y, x)`` of a volume, or ``(n, z, y, x)`` of a volume stack.
+    voxel_size
+        In angstrom.
+    dtype
+        int8, int16, uint16, float16 or float32; bool and uint8 widen as in :func:`write_volume`.
+
+    Raises
+    ------
+    FileExistsError, ValueError
+        As :func:`write_volume`; also if the shape has other than 3 or 4 dimensions.
+    """
+    _check_given_voxel_size(voxel_size)
+    _check_labels(labels)
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        msg = f"a volume is (z, y, x) and a stack (n, z, y, x), each at least 1: given {shape}"
+        raise ValueError(msg)
+    if path.suffix in _COMPRESSIONS:
+        msg = f"{path}: a memory-mapped output cannot be compressed: leave out {path.suffix}"
+        raise ValueError(msg)
+    storable = _storable(np.dtype(dtype))
+    mode = next(mode for mode, code in _MODES.items() if np.dtype(code) == storable)
+    with (
+        replacing(path, overwrite=overwrite) as temporary,
+        # Sparse: voxels that were not written read as 0 and take no space.
+        _mrcfile.new_mmap(temporary, shape, mrc_mode=mode) as mrc,
+    ):
+        _describe(mrc, voxel_size, labels)
+        yield mrc.data
+
+
+@contextmanager
+def replacing(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Temporary path beside the given one that takes its place at a clean exit.
+
+    On an error the temporary file is removed and the given path stays as it was, so no reader ever
+    sees half a file.
+
+    Raises
+    ------
+    FileExistsError
+        If the path exists and is not to be overwritten; the message names ``--overwrite``.
+    FileNotFoundError
+        If the folder does not exist.
+    """
+    if path.exists() and not overwrite:
+        msg = f"{path} exists: choose another name, or replace it with --overwrite"
+        raise FileExistsError(msg)
+    if not path.parent.is_dir():
+        msg = f"{path} cannot be written: there is no folder {path.parent}"
+        raise FileNotFoundError(msg)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(
+    path: Path, voxel_size: float | None, *, mmap: bool, guess_stack: bool
+) -> tuple[NDArray[Any], float]:
+    # mrcfile's own reader warns through process-wide filters and allocates whatever a broken header
+    # asks for. Therefore the header is judged here, and the data block mapped only after that.
+    opener = _opener(path)
+    content = None if opener is None else _read_bytes(path, None)
+    header, faults = _parse_header(path, _read_bytes(path, 1024) if content is None else content)
+    dtype, shape = _data_dtype(path, header, faults), _data_shape(path, header, guess_stack)
+    offset = HEADER_DTYPE.itemsize + int(header.nsymbt)
+    given = path.stat().st_size if content is None else len(content)
+    expected = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if given < expected:
+        msg = (
+            f"{path} is truncated: its header calls for {expected} bytes, it has {given}: "
+            "copy or reconstruct it again"
+        )
+        raise ValueError(msg)
+    if given > expected:
+        faults.append(f"{given - expected} bytes follow its data")
+    if voxel_size is None:
+        voxel_size = _header_voxel_size(path, header)
+    _check_given_voxel_size(voxel_size)
+    if faults:
+        warnings.warn(f"{path} was read although {', '.join(faults)}", stacklevel=3)
+    if content is None:
+        data: NDArray[Any] = np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
+    else:
+        data = np.frombuffer(content, dtype, count=int(np.prod(shape)), offset=offset)
+    data = _in_zyx_order(data.reshape(shape), header)
+    if not dtype.isnative or (content is None and not mmap):
+        data = np.array(data, dtype.newbyteorder("="))
+    return data, voxel_size
+
+
+def _is_stack(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(STACK_SUFFIXES)
+
+
+def _opener(path: Path) -> Callable[[Path], Any] | None:
+    if not path.is_file():
+        msg = f"there is no file {path}"
+        raise FileNotFoundError(msg)
+    with path.open("rb") as stream:
+        start = stream.read(212)
+    # A plain map may by chance begin (nx) like a compressed file.
+    return None if start[208:212] == b"MAP " else _OPENERS.get(start[:2])
+
+
+def _read_bytes(path: Path, num_bytes: int | None) -> bytes:
+    opener = _opener(path) or (lambda name: name.open("rb"))
+    try:
+        with opener(path) as stream:
+            content: bytes = stream.read() if num_bytes is None else stream.read(num_bytes)
+    except (EOFError, OSError, zlib.error) as error:
+        msg = f"{path} cannot be read, it may be truncated: {error}"
+        raise ValueError(msg) from None
+    return content
+
+
+def _parse_header(path: Path, content: bytes) -> tuple[Any, list[str]]:
+    """Header in the byte order that makes sense of it, and what is wrong with it."""
+    if len(content) < HEADER_DTYPE.itemsize:
+        msg = f"{path} is not an MRC file: it has {len(content)} bytes, the header alone takes 1024"
+        raise ValueError(msg)
+    raw = np.frombuffer(content, HEADER_DTYPE, count=1)[0]
+    faults = []
+    if bytes(raw["map"])[:3] != b"MAP":
+        faults.append("its header lacks the map string")
+    stamp = bytes(raw["machst"])[:2]
+    if stamp not in (b"DD", b"DA", b"\x11\x11"):
+        faults.append("its header lacks a machine stamp")
+    little = HEADER_DTYPE.newbyteorder("<")
+    big = HEADER_DTYPE.newbyteorder(">")
+    likely, other = (big, little) if stamp == b"\x11\x11" else (little, big)
+    for dtype in (likely, other):
+        header: Any = np.frombuffer(content, dtype, count=1).reshape(()).view(np.recarray)
+        if _is_plausible(header):
+            if dtype is other and stamp in (b"DD", b"DA", b"\x11\x11"):
+                faults.append("its machine stamp is that of the other byte order")
+            return header, faults
+    msg = (
+        f"{path} is not an MRC file: in neither byte order does it begin with a size and a mode, "
+        f"but with {int(raw['nx'])} x {int(raw['ny'])} x {int(raw['nz'])}, mode {int(raw['mode'])}"
+    )
+    raise ValueError(msg)
+
+
+def _is_plausible(header: Any) -> bool:
+    sizes = (int(header.nx), int(header.ny), int(header.nz))
+    known = int(header.mode) in {*_MODES, *_REFUSED_MODES}
+    return min(sizes) > 0 and known and int(header.nsymbt) >= 0
+
+
+def _data_dtype(path: Path, header: Any, faults: list[str]) -> np.dtype[Any]:
+    mode = int(header.mode)
+    if mode in _REFUSED_MODES:
+        msg = (
+            f"{path} holds {_REFUSED_MODES[mode]} (mode {mode}): expected real numbers "
+            "(mode 0, 1, 2, 6 or 12)"
+        )
+        raise ValueError(msg)
+    dtype: np.dtype[Any] = np.dtype(header.mode.dtype.byteorder + _MODES[mode])
+    if mode != 0:
+        return dtype
+    # https://bio3d.colorado.edu/imod/doc/mrc_format.txt: bit 0 of imodFlags marks signed bytes.
+    stamp, flags = np.frombuffer(header.extra2.tobytes(), f"{header.nx.dtype.byteorder}i4")[10:12]
+    if stamp == 1146047817:
+        return np.dtype(np.int8 if flags & 1 else np.uint8)
+    if header.dmin >= 0 and 127 < header.dmax <= 255:
+        faults.append(f"its bytes are unsigned (largest value {float(header.dmax):g})")
+        return np.dtype(np.uint8)
+    return dtype
+
+
+def _data_shape(path: Path, header: Any, guess_stack: bool) -> tuple[int, int, int, int]:
+    num_x, num_y, num_z = int(header.nx), int(header.ny), int(header.nz)
+    sampling = int(header.mz)
+    if 401 <= int(header.ispg) <= 630:
+        if sampling < 1 or num_z % sampling:
+            msg = (
+                f"{path} is a volume stack of {num_z} sections with {sampling} in each volume: "
+                "expected a multiple"
+            )
+            raise ValueError(msg)
+        return num_z // sampling, sampling, num_y, num_x
+    if guess_stack and num_x == num_y == sampling and num_z % sampling == 0:
+        return num_z // sampling, sampling, num_y, num_x
+    return 1, num_z, num_y, num_x
+
+
+def _in_zyx_order(data: NDArray[Any], header: Any) -> NDArray[Any]:
+    axes = (int(header.maps), int(header.mapr), int(header.mapc))
+    if sorted(axes) != [1, 2, 3]:  # left at 0 by careless writers
+        return data
+    return data.transpose(0, *(1 + axes.index(axis) for axis in (3, 2, 1)))
+
+
+def _header_voxel_size(path: Path, header: Any) -> float:
+    cell = (float(header.cella.x), float(header.cella.y), float(header.cella.z))
+    sampling = (int(header.mx), int(header.my), int(header.mz))
+    sizes = [a / m if m > 0 else 0.0 for a, m in zip(cell, sampling, strict=True)]
+    mean = sum(sizes) / 3
+    if not all(np.isfinite(sizes)) or min(sizes) <= 0:
+        fault = "which is none"
+    elif max(sizes) - min(sizes) > LARGEST_ANISOTROPY * mean:
+        fault = "which differs along the axes by more than 1 %"
+    elif abs(mean - 1) < 1e-6:
+        fault = "which is what programs write that do not know it"
+    elif mean < SMALLEST_VOXEL_SIZE:
+        fault = "which looks like nm or micrometres"
+    else:
+        return float(f"{mean:.7g}")  # float32 holds no more digits
+    numbers = " x ".join(f"{size:g}" for size in sizes)
+    msg = (
+        f"{path}: its header says a voxel size of {numbers} angstrom (x, y, z), {fault}: give the "
+        "right one in angstrom with --voxel-size"
+    )
+    raise ValueError(msg)
+
+
+def _check_given_voxel_size(voxel_size: float) -> None:
+    if not (np.isfinite(voxel_size) and voxel_size > 0):
+        msg = f"a voxel size is a positive number of angstrom, given {voxel_size}"
+        raise ValueError(msg)
+
+
+def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    dtype = dtype.newbyteorder("=")
+    dtype = _WIDENED.get(dtype, dtype)
+    if dtype not in [np.dtype(code) for code in _MODES.values()]:
+        remedy = "float32" if dtype.kind == "f" else "int16 or float32"
+        msg = (
+            f"MRC cannot hold {dtype.name}, only int8, int16, uint16, float16 and float32: convert "
+            f"to {remedy} first"
+        )
+        raise ValueError(msg)
+    return dtype
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    if len(labels) > 9:
+        msg = f"an MRC header holds 9 labels beside that of cectflow, given {len(labels)}"
+        raise ValueError(msg)
+    for label in labels:
+        if len(label) > 80 or not (label.isascii() and label.isprintable()):
+            msg = (
+                f"an MRC label is 80 printable ASCII characters, given {len(label)} characters: "
+                f"{label!r}"
+            )
+            raise ValueError(msg)
+
+
+def _describe(mrc: Any, voxel_size: float, labels: Sequence[str]) -> None:
+    mrc.voxel_size = voxel_size
+    # In place of mrcfile's label, which holds the time: equal content makes equal files.
+    mrc.header.label[:] = b""
+    mrc.header.nlabl = 0
+    for label in ("Written by cectflow", *labels):
+        mrc.add_label(label)
+
+
+def _write(
+    path: Path, data: NDArray[Any], voxel_size: float, *, overwrite: bool, labels: Sequence[str]
+) -> None:
+    _check_given_voxel_size(voxel_size)
+    _check_labels(labels)
+    dtype = _storable(data.dtype)
+    if data.size == 0:
+        msg = f"{path}: nothing to write, the array has shape {data.shape}"
+        raise ValueError(msg)
+    num_bad = sum(int(np.count_nonzero(~np.isfinite(part))) for part in data)
+    if num_bad:
+        msg = f"{path}: {num_bad} of {data.size} values are not finite: replace them before writing"
+        raise ValueError(msg)
+    compression = _COMPRESSIONS.get(path.suffix)
+    with (
+        replacing(path, overwrite=overwrite) as temporary,
+        _mrcfile.new(temporary, compression=compression) as mrc,
+    ):
+        mrc.set_data(np.asarray(data, dtype))
+        _describe(mrc, voxel_size, labels)
