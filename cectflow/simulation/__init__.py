@@ -1,0 +1,1 @@
+"""From atomic models to crowded, imaged, labelled subtomograms."""

@@ -1,0 +1,498 @@
+"""Structures: atoms, density maps and phantoms as weighted points in one unit of potential.
+
+:func:`find_structures` turns an argument into sources, :func:`load_structure` reads one, and
+:func:`summarise_structure` describes one without building its assembly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gemmi
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from cectflow.simulation.phantoms import build_phantom, list_phantoms
+from cectflow.volume import read_volume
+
+__all__ = [
+    "Structure",
+    "StructureSource",
+    "StructureSummary",
+    "find_structures",
+    "load_structure",
+    "summarise_structure",
+]
+
+ATOM_SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
+MAP_SUFFIXES = (".mrc", ".map")
+
+# Integral of an atom's potential over its electron scattering factor at zero angle:
+# h^2 / (2 pi m_e e), in V A^2.
+VOLT_PER_FACTOR = 47.878
+# Potential of vitreous ice in V: water of 0.93 g/cm^3 from the same factors.
+ICE_POTENTIAL = 4.53
+# Partial specific volumes in A^3/Da: 0.73 cm^3/g and 0.55 cm^3/g.
+PROTEIN_VOLUME = 1.21
+NUCLEIC_VOLUME = 0.91
+# Potential of protein in excess of the ice it displaces, in V A^3 per Da, for maps and phantoms:
+# the rules for atoms applied to the mean residue C4.94 H7.84 N1.36 O1.48 S0.04 of 111 Da. RNA has
+# 3 % more per Da, and 40 % more per volume.
+PROTEIN_EXCESS = 4.28
+
+# Hydrogens per heavy atom. Protein: residues at pH 7 in the frequencies of UniProt. Nucleic acid:
+# counted in 16S RNA with its hydrogens (1xnr), oxygens of the phosphates added.
+_PROTEIN_HYDROGENS = {"C": 1.23, "N": 1.18, "O": 0.10, "S": 0.36}
+_NUCLEIC_HYDROGENS = {"C": 0.80, "N": 0.55, "O": 0.14}
+# Complete models have 1.0 (protein) or 0.6 (RNA) hydrogens per heavy atom, polar ones only 0.2.
+_FEWEST_HYDROGENS = 0.4
+# Part of a map's maximum above which a voxel belongs to the complex: where the 70S ribosome (4v4r)
+# has 2.35 MDa. Atomic models of known mass, blurred alike (sigma 6.65 A, 10 A voxels), then have
+# 1.07-1.11 (1e6v, 1wcm, 5a1a), 1.25 (1aon, 3j9i) and 1.36 (4v1w, a thin shell) of their mass.
+MAP_THRESHOLD = 0.46
+# A map sampled at its Nyquist limit is at least as blurred as this Gaussian, in voxels; the
+# voxels above the threshold have a sharp edge, and this spread makes it that of the map again.
+MAP_SPREAD = 0.665
+
+Kind = Literal["atoms", "map", "builtin"]
+
+
+@dataclass(frozen=True)
+class StructureSource:
+    """Where a structure comes from: a name, and a file unless it is built in."""
+
+    name: str
+    path: Path | None
+    kind: Kind
+
+    def __str__(self) -> str:
+        return "builtin" if self.path is None else str(self.path)
+
+
+@dataclass(frozen=True)
+class StructureSummary:
+    """What a structure is, known without building its assembly.
+
+    Parameters
+    ----------
+    name, kind, source
+        As of its :class:`StructureSource`.
+    mass_kda
+        Of the assembly, implicit hydrogens included; of a map an estimate.
+    extent
+        Twice the largest distance of a point from the centre, in angstrom.
+    num_operators
+        Operators of the assembly; 1 for maps and phantoms.
+    num_atoms
+        Atoms of the assembly that are in the file, or points of a map or phantom.
+    """
+
+    name: str
+    kind: Kind
+    mass_kda: float
+    extent: float
+    num_operators: int
+    num_atoms: int
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """A complex as weighted points.
+
+    Parameters
+    ----------
+    name
+        Lower case, without suffixes.
+    positions_zyx
+        In angstrom, from the weighted centre.
+    weights
+        Integral of the electrostatic potential in excess of vitreous ice, in V A^3.
+    mass_kda
+        Of the assembly, hydrogens included whether or not the file has them. Of a map it is an
+        estimate from its volume.
+    spread
+        Sigma in angstrom of the Gaussian that each point already stands for: 0 for atoms, 0.665
+        voxel for the voxels of a map, since a band-limited map cannot be sharper, and the size
+        of its cell for a phantom.
+    num_operators
+        Operators of the biological assembly; 1 where there is none.
+    source
+        Path of the file, or ``builtin``.
+    digest
+        Hexadecimal sha256 of the file's bytes, or of a phantom's numbers.
+    """
+
+    name: str
+    positions_zyx: Float[NDArray[np.float32], "n 3"]
+    weights: Float[NDArray[np.float32], "n"]
+    mass_kda: float
+    spread: float
+    num_operators: int
+    source: str
+    digest: str
+
+    @property
+    def extent(self) -> float:
+        """Twice the largest distance of a point from the centre, in angstrom."""
+        return 2 * float(np.linalg.norm(self.positions_zyx, axis=1).max())
+
+    @property
+    def molecular_volume(self) -> float:
+        """Volume in cubic angstrom at 1.21 A^3/Da, the measure of occupancy."""
+        return PROTEIN_VOLUME * 1000 * self.mass_kda
+
+
+def find_structures(argument: str) -> tuple[StructureSource, ...]:
+    """Structure sources that an argument names, in its order.
+
+    Parameters
+    ----------
+    argument
+        ``builtin``, or files and folders, separated by commas; a folder stands for all its
+        structures in alphabetical order.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file or folder.
+    ValueError
+        If a file's suffix is unknown, a folder holds no structure, or two have the same name.
+    """
+    found: dict[str, StructureSource] = {}
+    for source in _list_sources(argument):
+        if source.name in found:
+            msg = (
+                f"two structures are called {source.name!r}: {found[source.name]} and {source}: "
+                "expected one of each name; leave one out or rename a file"
+            )
+            raise ValueError(msg)
+        found[source.name] = source
+    return tuple(found.values())
+
+
+def load_structure(source: StructureSource) -> Structure:
+    """Weighted points of a source, centred, in the unit shared by all kinds.
+
+    Atoms: biological assembly 1 of the first model, one of alternative conformations at full
+    occupancy, without waters. Weights are the factors at zero angle of Peng et al. (1996), Acta
+    Cryst. A52, 257 (as in gemmi), with mean implicit hydrogens where the file has none, minus the
+    ice displaced by 1.21 (protein and ligands) or 0.91 (nucleic acid) A^3/Da. Metals, and whatever
+    is heavier than chlorine, displace their van der Waals sphere; unknown elements count as carbon.
+    An atom on an axis of the assembly is copied onto itself.
+
+    Maps: the voxels above 0.46 of the maximum, weighted by density, protein bright. Their volume at
+    1.21 A^3/Da gives the mass, an estimate: at 10 A voxels right for ribosomes, 10 % too high for
+    compact proteins, up to 40 % for hollow ones. Their weights sum to what protein of it has.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file is gone.
+    ValueError
+        If the file cannot be read, holds no atoms, or is a map that is empty or dark.
+
+    Warns
+    -----
+    UserWarning
+        If a file has no biological assembly (its atoms are taken as they are), or a map looks like
+        several complexes.
+    """
+    if source.path is None:
+        return _load_phantom(source)
+    if source.kind == "map":
+        return _load_map(source, source.path)
+    return _load_atoms(source, source.path)
+
+
+def summarise_structure(source: StructureSource) -> StructureSummary:
+    """Mass, extent and counts of a source; of atoms, the assembly is never built.
+
+    Raises and warns like :func:`load_structure`.
+    """
+    if source.kind == "atoms" and source.path is not None:
+        atoms = _read_atoms(source.path)
+        mass_kda, extent, num_operators = atoms.mass_kda(), atoms.extent(), len(atoms.copies)
+        num_atoms = sum(len(copy.chosen) for copy in atoms.copies)
+    else:  # these have no more points than they need
+        structure = load_structure(source)
+        mass_kda, extent, num_operators = structure.mass_kda, structure.extent, 1
+        num_atoms = len(structure.weights)
+    return StructureSummary(
+        name=source.name,
+        kind=source.kind,
+        mass_kda=mass_kda,
+        extent=extent,
+        num_operators=num_operators,
+        num_atoms=num_atoms,
+        source=str(source),
+    )
+
+
+def _list_sources(argument: str) -> Iterator[StructureSource]:
+    for part in (text.strip() for text in argument.split(",")):
+        path = Path(part)
+        if part == "builtin":
+            yield from (StructureSource(name, None, "builtin") for name in list_phantoms())
+        elif part and path.is_dir():
+            yield from _list_folder(path)
+        elif part and path.is_file():
+            yield _source_of_file(path)
+        else:
+            msg = (
+                f"there is no file or folder {part!r} (given {argument!r}): expected 'builtin', or "
+                "files and folders separated by commas"
+            )
+            raise FileNotFoundError(msg)
+
+
+def _list_folder(folder: Path) -> Iterator[StructureSource]:
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and _suffix(path)]
+    if not paths:
+        msg = f"folder {folder} holds no structure: expected files ending in {_known_suffixes()}"
+        raise ValueError(msg)
+    yield from (_source_of_file(path) for path in paths)
+
+
+def _source_of_file(path: Path) -> StructureSource:
+    suffix = _suffix(path)
+    if suffix is None:
+        msg = f"{path} has no known suffix: expected one of {_known_suffixes()}"
+        raise ValueError(msg)
+    kind: Kind = "map" if suffix.removesuffix(".gz") in MAP_SUFFIXES else "atoms"
+    return StructureSource(path.name.lower().removesuffix(suffix), path, kind)
+
+
+def _suffix(path: Path) -> str | None:
+    name = path.name.lower()
+    packing = ".gz" if name.endswith(".gz") else ""
+    stem = name.removesuffix(".gz")
+    for suffix in (*ATOM_SUFFIXES, *MAP_SUFFIXES):
+        if stem.endswith(suffix) and stem != suffix:
+            return suffix + packing
+    return None
+
+
+def _known_suffixes() -> str:
+    return f"{', '.join((*ATOM_SUFFIXES, *MAP_SUFFIXES))}, each also with .gz"
+
+
+def _load_phantom(source: StructureSource) -> Structure:
+    phantom = build_phantom(source.name)
+    masses = np.full(len(phantom.positions_zyx), phantom.point_volume / PROTEIN_VOLUME)
+    return Structure(
+        name=source.name,
+        positions_zyx=_centred(phantom.positions_zyx, masses),
+        weights=(PROTEIN_EXCESS * masses).astype(np.float32),
+        mass_kda=float(masses.sum()) / 1000,
+        spread=phantom.spread,
+        num_operators=1,
+        source=str(source),
+        digest=phantom.digest,
+    )
+
+
+def _load_map(source: StructureSource, path: Path) -> Structure:
+    digest = _digest(path)
+    volume = read_volume(path)
+    data = np.asarray(volume.data, np.float32)
+    highest, lowest = float(data.max()), float(data.min())
+    if not (np.isfinite(highest) and highest > max(-lowest, 0)):
+        msg = (
+            f"map {path} ranges from {lowest:g} to {highest:g}: expected bright protein on a "
+            "background of 0; if its protein is dark, negate it"
+        )
+        raise ValueError(msg)
+    inside = data > MAP_THRESHOLD * highest
+    _warn_of_several_bodies(path, inside)
+    mass = int(inside.sum()) * volume.voxel_size**3 / PROTEIN_VOLUME
+    weights = data[inside].astype(np.float64)
+    weights *= PROTEIN_EXCESS * mass / weights.sum()
+    return Structure(
+        name=source.name,
+        positions_zyx=_centred(np.argwhere(inside) * volume.voxel_size, weights),
+        weights=weights.astype(np.float32),
+        mass_kda=mass / 1000,
+        spread=MAP_SPREAD * volume.voxel_size,
+        num_operators=1,
+        source=str(source),
+        digest=digest,
+    )
+
+
+def _warn_of_several_bodies(path: Path, inside: Bool[NDArray[np.bool], "z y x"]) -> None:
+    labels, num_bodies = ndimage.label(inside)
+    sizes = sorted(np.bincount(labels.ravel())[1:].tolist(), reverse=True)
+    if num_bodies > 1 and 2 * sizes[1] > sizes[0]:
+        msg = (
+            f"map {path} holds separate bodies of {sizes[0]} and {sizes[1]} voxels and is read as "
+            "one complex: split it if it shows several"
+        )
+        warnings.warn(msg, stacklevel=1)
+
+
+def _load_atoms(source: StructureSource, path: Path) -> Structure:
+    digest = _digest(path)
+    atoms = _read_atoms(path)
+    weights = np.concatenate([atoms.weights[copy.chosen] for copy in atoms.copies])
+    return Structure(
+        name=source.name,
+        positions_zyx=_centred(np.concatenate(list(atoms.each_copy_zyx())), weights),
+        weights=weights.astype(np.float32),
+        mass_kda=atoms.mass_kda(),
+        spread=0.0,
+        num_operators=len(atoms.copies),
+        source=str(source),
+        digest=digest,
+    )
+
+
+def _centred(
+    positions_zyx: NDArray[Any], weights: NDArray[Any]
+) -> Float[NDArray[np.float32], "n 3"]:
+    centre = np.average(positions_zyx, axis=0, weights=weights)
+    centred: Float[NDArray[np.float32], "n 3"] = (positions_zyx - centre).astype(np.float32)
+    return centred
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        msg = f"there is no file {path}"
+        raise FileNotFoundError(msg)
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """An operator of an assembly, ``z y x``, and the indices of the atoms that it copies."""
+
+    chosen: Int[NDArray[np.int64], "m"]
+    rotation: Float[NDArray[np.float64], "3 3"]
+    shift: Float[NDArray[np.float64], "3"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Atoms:
+    """The atoms of a file, once, and the copies that make up its assembly."""
+
+    positions_zyx: Float[NDArray[np.float64], "n 3"]
+    masses: Float[NDArray[np.float64], "n"]
+    weights: Float[NDArray[np.float64], "n"]
+    copies: tuple[_Copy, ...]
+
+    def mass_kda(self) -> float:
+        return sum(float(self.masses[copy.chosen].sum()) for copy in self.copies) / 1000
+
+    def each_copy_zyx(self) -> Iterator[Float[NDArray[np.float64], "m 3"]]:
+        for copy in self.copies:
+            yield self.positions_zyx[copy.chosen] @ copy.rotation.T + copy.shift
+
+    def extent(self) -> float:
+        """Of the assembly, seen copy by copy."""
+        totals = np.array([self.weights[copy.chosen].sum() for copy in self.copies])
+        centres = [
+            np.average(positions, axis=0, weights=self.weights[copy.chosen])
+            for positions, copy in zip(self.each_copy_zyx(), self.copies, strict=True)
+        ]
+        centre = np.average(centres, axis=0, weights=totals)
+        return 2 * max(
+            float(np.linalg.norm(positions - centre, axis=1).max())
+            for positions in self.each_copy_zyx()
+        )
+
+
+def _read_atoms(path: Path) -> _Atoms:
+    structure = _read_model(path)
+    flat = gemmi.FlatStructure(structure)
+    positions_zyx = np.array(flat.pos, np.float64)[:, ::-1]
+    if len(positions_zyx) == 0 or not np.isfinite(positions_zyx).all():
+        msg = f"{path} holds no atoms other than water, or some without coordinates"
+        raise ValueError(msg)
+    elements = np.array(flat.element_names)
+    chains = [(chain.name, residue) for chain in structure[0] for residue in chain]
+    lengths = [len(residue) for _, residue in chains]
+    nucleic = [gemmi.find_tabulated_residue(res.name).is_nucleic_acid() for _, res in chains]
+    masses, weights = _weigh(elements, np.repeat(np.array(nucleic, bool), lengths))
+    names = np.repeat([name for name, _ in chains], lengths)
+    subchains = np.repeat([residue.subchain for _, residue in chains], lengths)
+    copies = tuple(_find_copies(structure.assemblies, names, subchains))
+    if not copies:
+        msg = f"{path} has no biological assembly: its atoms are taken as the whole complex"
+        warnings.warn(msg, stacklevel=1)  # of one place, so that it is shown once per file
+        copies = (_Copy(np.arange(len(masses)), np.eye(3), np.zeros(3)),)
+    return _Atoms(positions_zyx, masses, weights, copies)
+
+
+def _read_model(path: Path) -> gemmi.Structure:
+    """First model without water and alternatives, and with all hydrogens or none."""
+    if not path.is_file():
+        msg = f"there is no file {path}"
+        raise FileNotFoundError(msg)
+    try:
+        structure = gemmi.read_structure(str(path))
+    except (IndexError, OSError, RuntimeError, ValueError) as error:
+        msg = f"{path} cannot be read as PDB or mmCIF: {error}"
+        raise ValueError(msg) from None
+    del structure[1:]
+    structure.setup_entities()
+    structure.remove_waters()
+    # Only where there are any: gemmi also takes neighbours of equal number for alternatives.
+    if np.array(gemmi.FlatStructure(structure).altlocs).any():
+        structure.remove_alternative_conformations()
+    is_hydrogen = np.isin(np.array(gemmi.FlatStructure(structure).element_names), [b"H", b"D"])
+    if is_hydrogen.sum() < _FEWEST_HYDROGENS * (~is_hydrogen).sum():
+        structure.remove_hydrogens()
+    return structure
+
+
+def _find_copies(
+    assemblies: gemmi.AssemblyList, chains: NDArray[Any], subchains: NDArray[Any]
+) -> Iterator[_Copy]:
+    """Each copy in the first assembly, which names chains (PDB) or subchains (mmCIF)."""
+    for generator in assemblies[0].generators if assemblies else ():
+        chosen = np.isin(chains, generator.chains) | np.isin(subchains, generator.subchains)
+        for operator in generator.operators if chosen.any() else ():
+            rotation_xyz = np.array(operator.transform.mat.tolist())
+            shift_xyz = np.array(operator.transform.vec.tolist())
+            yield _Copy(np.flatnonzero(chosen), rotation_xyz[::-1, ::-1], shift_xyz[::-1])
+
+
+def _weigh(
+    elements: NDArray[Any], nucleic: Bool[NDArray[np.bool], "n"]
+) -> tuple[Float[NDArray[np.float64], "n"], Float[NDArray[np.float64], "n"]]:
+    """Mass in Da and potential in excess of ice in V A^3 of each atom, with implicit hydrogens."""
+    masses, weights = np.zeros(len(elements)), np.zeros(len(elements))
+    bare = not np.isin(elements, [b"H", b"D"]).any()
+    for name in np.unique(elements):
+        for is_nucleic in (False, True):
+            chosen = (elements == name) & (nucleic == is_nucleic)
+            mass, weight = _weigh_atom(name.decode(), is_nucleic=is_nucleic, bare=bare)
+            masses[chosen], weights[chosen] = mass, weight
+    return masses, weights
+
+
+def _weigh_atom(name: str, *, is_nucleic: bool, bare: bool) -> tuple[float, float]:
+    element = gemmi.Element("C" if name == "X" else name)
+    hydrogen = gemmi.Element("H")
+    per_atom = _NUCLEIC_HYDROGENS if is_nucleic else _PROTEIN_HYDROGENS
+    num_hydrogens = per_atom.get(element.name, 0.0) if bare else 0.0
+    mass = element.weight + num_hydrogens * hydrogen.weight
+    volume = mass * (NUCLEIC_VOLUME if is_nucleic else PROTEIN_VOLUME)
+    if element.is_metal or element.atomic_number > gemmi.Element("Cl").atomic_number:
+        volume = min(volume, 4 / 3 * np.pi * element.vdw_r**3)
+    factor = _factor_at_zero(element) + num_hydrogens * _factor_at_zero(hydrogen)
+    return mass, VOLT_PER_FACTOR * factor - ICE_POTENTIAL * volume
+
+
+def _factor_at_zero(element: gemmi.Element) -> float:
+    """Electron scattering factor in angstrom; beyond californium, that of californium."""
+    coefficients = element.c4322 or gemmi.Element("Cf").c4322
+    return float(sum(coefficients.a))
