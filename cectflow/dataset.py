@@ -1,0 +1,484 @@
+"""The dataset folder: manifest, shards of subtomograms with voxel labels, and their batches.
+
+One format holds simulated and imported data (design.md, section 5). A folder has a
+``manifest.json`` and, per split and shard, ``NNNNN.mrcs`` (subtomograms), ``NNNNN_labels.mrcs``
+(class of every voxel), ``NNNNN_instances.mrcs`` (0 background, 1 the target, 2… neighbours) and
+``NNNNN.star`` (one row per subtomogram). Stacks are read cube by cube, never whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from cectflow.config import Config
+from cectflow.model_card import Contrast, CtfCorrection
+from cectflow.particles import particles_from, read_particles
+from cectflow.volume import read_stack, write_stack
+
+__all__ = [
+    "SPLITS",
+    "Batch",
+    "BatchSource",
+    "Dataset",
+    "FieldRecord",
+    "Manifest",
+    "ShardRecord",
+    "Split",
+    "SplitName",
+    "Subtomograms",
+    "check_dataset",
+    "open_dataset",
+    "read_manifest",
+    "sha256_of",
+    "write_shard",
+]
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+MANIFEST_FILE = "manifest.json"
+STACK_KINDS = ("", "_labels", "_instances")
+
+
+class FieldRecord(Config):
+    """What was measured of one field, or of one tomogram of imported data."""
+
+    field: str
+    """Identifies the field within the dataset: targets of one field share neighbours and noise."""
+    mean: float
+    std: float
+    defocus_um: float | None = None
+    requested_snr: float | None = None
+    snr: float | None = None
+    """Measured, full band; None when noise-free or unknown."""
+    snr_60: float | None = None
+    """Measured after a low-pass to 60 Å."""
+    occupancy: float | None = None
+    num_particles: int | None = None
+
+
+class ShardRecord(Config):
+    """One shard: how many subtomograms, of which fields, and the digests of its files."""
+
+    name: str
+    """``split/NNNNN``, a path without ending below the dataset folder."""
+    count: int = Field(ge=0)
+    fields: tuple[FieldRecord, ...]
+    sha256: dict[str, str]
+    """File name → digest."""
+
+
+class Manifest(Config):
+    """What a dataset folder holds and where it came from."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["simulated", "imported"]
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """The simulation's recipe, complete; of imported data the options of the import."""
+    recipe_digest: str
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Structure or file name → sha256."""
+    commit: str = "unknown"
+    classes: tuple[str, ...]
+    """``class_id`` counts from 1 in this order."""
+    box: int = Field(ge=1)
+    voxel_size: float = Field(gt=0)
+    contrast: Contrast = "dark"
+    ctf_correction: CtfCorrection = "none"
+    tilt_range: tuple[float, float] = (-60.0, 60.0)
+    snr_stage: str = "unknown"
+    snr: tuple[float, float] | None = None
+    noise_spectrum: str = "unknown"
+    occupancy: float | None = None
+    jitter: float = 0.0
+    has_voxel_labels: bool
+    planned_shards: dict[str, int]
+    """Split → number of shards when complete."""
+    shards: dict[str, tuple[ShardRecord, ...]]
+    """Split → finished shards, in the order of their names."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every planned shard is finished."""
+        return all(
+            len(self.shards.get(split, ())) == count for split, count in self.planned_shards.items()
+        )
+
+    def count(self, split: str) -> int:
+        """Number of subtomograms of a split."""
+        return sum(shard.count for shard in self.shards.get(split, ()))
+
+    def field_records(self, split: str) -> tuple[FieldRecord, ...]:
+        """Records of all fields of a split."""
+        return tuple(field for shard in self.shards.get(split, ()) for field in shard.fields)
+
+    def mean_snr_60(self, split: str = "train") -> float | None:
+        """Mean measured SNR after a low-pass to 60 Å; None if no field states one."""
+        measured = [f.snr_60 for f in self.field_records(split) if f.snr_60 is not None]
+        return float(np.mean(measured)) if measured else None
+
+    def content_digest(self) -> str:
+        """Name of the data themselves: sha256 over the digests of all shards."""
+        lines = [
+            f"{split}/{name} {digest}"
+            for split in sorted(self.shards)
+            for shard in self.shards[split]
+            for name, digest in sorted(shard.sha256.items())
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` atomically."""
+        temporary = folder / f".{MANIFEST_FILE}.{os.getpid()}"
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        temporary.replace(folder / MANIFEST_FILE)
+
+
+@dataclass(frozen=True, eq=False)
+class Subtomograms:
+    """Content of a shard before it is written.
+
+    Attributes
+    ----------
+    cubes
+        Unnormalised, protein dark.
+    voxel_labels, instances
+        Class and particle of every voxel, or None where nobody knows them.
+    rows
+        One per cube: rlnTomoName (the field), rlnClassNumber, cectflowClassName, position, angles.
+    """
+
+    cubes: Float[NDArray[Any], "n z y x"]
+    voxel_labels: Int[NDArray[np.int8], "n z y x"] | None
+    instances: Int[NDArray[np.int16], "n z y x"] | None
+    rows: pd.DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a network is trained or judged on in one step.
+
+    Attributes
+    ----------
+    subtomograms
+        Unnormalised, protein dark.
+    voxel_labels, instances
+        See :class:`Subtomograms`; None where the dataset has none.
+    class_ids
+        From 1.
+    fields
+        Index of each cube's field within its split.
+    """
+
+    subtomograms: Float[Tensor, "n 1 z y x"]
+    voxel_labels: Int[Tensor, "n z y x"] | None
+    instances: Int[Tensor, "n z y x"] | None
+    class_ids: Int[Tensor, " n"]
+    fields: Int[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.subtomograms.to(device),
+            None if self.voxel_labels is None else self.voxel_labels.to(device),
+            None if self.instances is None else self.instances.to(device),
+            self.class_ids.to(device),
+            self.fields.to(device),
+        )
+
+
+class BatchSource(Protocol):
+    """Where batches come from: a split of a folder, or anything that behaves like one."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the dataset."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Batches of one pass: shuffled with a generator, in order without."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class _StackFile:
+    """Where the cubes of a stack lie in its file.
+
+    No file stays open: a memory map would hold one for each of perhaps thousands of stacks, more
+    than a process may have.
+    """
+
+    path: Path
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> _StackFile:
+        stack, _ = read_stack(path)
+        assert isinstance(stack, np.memmap), "cectflow writes stacks uncompressed"
+        return cls(path, stack.offset, stack.dtype, stack.shape)
+
+    def read_into(
+        self, cubes: NDArray[Any], rows: NDArray[np.intp], indices: NDArray[np.int64]
+    ) -> None:
+        """Read the cubes of these indices into these rows."""
+        with self.path.open("rb") as file:
+            for row, index in zip(rows, indices, strict=True):
+                file.seek(self.offset + int(index) * cubes[row].nbytes)
+                if file.readinto(cubes[row]) != cubes[row].nbytes:
+                    msg = f"{self.path} is truncated: cube {index} is missing; restore the file"
+                    raise ValueError(msg)
+
+
+class Split:
+    """One split of a dataset folder: a :class:`BatchSource` over its stacks."""
+
+    def __init__(self, folder: Path, manifest: Manifest, name: SplitName) -> None:
+        self.name = name
+        self._manifest = manifest
+        shards = manifest.shards.get(name, ())
+        self._stacks = {
+            kind: [_StackFile.of(folder / f"{shard.name}{kind}.mrcs") for shard in shards]
+            for kind in (STACK_KINDS if manifest.has_voxel_labels else ("",))
+        }
+        tables = [read_particles(folder / f"{shard.name}.star").rows for shard in shards]
+        self.rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        self._starts = np.concatenate([[0], np.cumsum([shard.count for shard in shards])])
+        names = {record.field: i for i, record in enumerate(manifest.field_records(name))}
+        tomograms = self.rows["rlnTomoName"].astype(str) if tables else pd.Series(dtype=str)
+        self.fields = np.array([names[field] for field in tomograms], np.int64)
+        class_numbers = self.rows["rlnClassNumber"] if tables else pd.Series(dtype=np.int64)
+        self.class_ids = class_numbers.to_numpy(np.int64)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the dataset."""
+        return self._manifest
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Batches of one pass: shuffled with a generator, in order without."""
+        order = torch.arange(len(self))
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+        for indices in order.split(batch_size):
+            yield self.read(indices.numpy())
+
+    def read(self, indices: Int[NDArray[np.int64], " n"]) -> Batch:
+        """The batch of these subtomograms, in this order."""
+        labelled = self._manifest.has_voxel_labels
+        return Batch(
+            torch.from_numpy(self._gather("", indices).astype(np.float32))[:, None],
+            torch.from_numpy(self._gather("_labels", indices)) if labelled else None,
+            torch.from_numpy(self._gather("_instances", indices)) if labelled else None,
+            torch.from_numpy(self.class_ids[indices]),
+            torch.from_numpy(self.fields[indices]),
+        )
+
+    def _gather(self, kind: str, indices: NDArray[np.int64]) -> NDArray[Any]:
+        stacks = self._stacks[kind]
+        shard_of = np.searchsorted(self._starts, indices, side="right") - 1
+        cubes = np.empty((len(indices), *stacks[0].shape[1:]), stacks[0].dtype)
+        for shard in np.unique(shard_of):
+            rows = np.flatnonzero(shard_of == shard)
+            stacks[shard].read_into(cubes, rows, indices[rows] - self._starts[shard])
+        return cubes
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """An opened dataset folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    def split(self, name: SplitName) -> Split:
+        """One split, ready to give batches.
+
+        Raises
+        ------
+        ValueError
+            If the split is empty.
+        """
+        if self.manifest.count(name) == 0:
+            filled = [split for split in SPLITS if self.manifest.count(split)]
+            msg = f"{self.folder} has no {name} split: it holds {', '.join(filled) or 'nothing'}"
+            raise ValueError(msg)
+        return Split(self.folder, self.manifest, name)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Manifest of a dataset folder, complete or not.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder has no manifest.
+    ValueError
+        If the manifest is not valid.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        msg = (
+            f"{folder} is no dataset folder: it has no {MANIFEST_FILE}; "
+            f"make one with `cectflow simulate dataset` or `cectflow dataset import`"
+        )
+        raise FileNotFoundError(msg)
+    return Manifest.from_json(path.read_text(encoding="utf-8"), source=str(path))
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Dataset of a folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder has no manifest.
+    ValueError
+        If the manifest is not valid, or shards are still missing.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.is_complete:
+        done = sum(len(shards) for shards in manifest.shards.values())
+        msg = (
+            f"{folder} is incomplete: {done} of {sum(manifest.planned_shards.values())} shards; "
+            f"run the same `cectflow simulate dataset` again, it goes on from there"
+        )
+        raise ValueError(msg)
+    return Dataset(folder, manifest)
+
+
+def write_shard(
+    folder: Path,
+    name: str,
+    content: Subtomograms,
+    fields: tuple[FieldRecord, ...],
+    voxel_size: float,
+) -> ShardRecord:
+    """Write one shard and return its record; a shard of that name is replaced.
+
+    All files are written in a temporary folder first and moved when complete.
+    """
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stacks: Mapping[str, NDArray[Any] | None] = dict(
+        zip(STACK_KINDS, (content.cubes, content.voxel_labels, content.instances), strict=True)
+    )
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for kind, stack in stacks.items():
+            if stack is not None:
+                write_stack(temporary / f"{target.name}{kind}.mrcs", stack, voxel_size)
+        particles_from(content.rows).write(temporary / f"{target.name}.star")
+        digests = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
+        for file_name in digests:
+            (temporary / file_name).replace(target.parent / file_name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return ShardRecord(name=name, count=len(content.rows), fields=fields, sha256=digests)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_dataset(folder: Path) -> tuple[str, ...]:
+    """Every fault found in a dataset folder; empty when it is sound.
+
+    Digests, shapes, finite values, label ranges, the target's presence, and that no field is in
+    two splits or twice in one.
+    """
+    dataset = open_dataset(folder)
+    faults: list[str] = []
+    seen: dict[str, str] = {}
+    for split in SPLITS:
+        for shard in dataset.manifest.shards.get(split, ()):
+            faults += _check_shard(dataset, shard)
+            for record in shard.fields:
+                if record.field in seen:
+                    faults.append(f"field {record.field} is in {seen[record.field]} and {split}")
+                seen.setdefault(record.field, split)
+    return tuple(faults)
+
+
+def _check_shard(dataset: Dataset, shard: ShardRecord) -> list[str]:
+    manifest = dataset.manifest
+    faults = _check_files(dataset, shard)
+    if faults:
+        return faults
+    cubes, voxel_size = read_stack(dataset.folder / f"{shard.name}.mrcs")
+    rows = read_particles(dataset.folder / f"{shard.name}.star").rows
+    if cubes.shape != (shard.count, *(manifest.box,) * 3) or len(rows) != shard.count:
+        faults.append(f"{shard.name}: shape {cubes.shape}, {len(rows)} rows, count {shard.count}")
+        return faults
+    if abs(voxel_size - manifest.voxel_size) > 0.01 * manifest.voxel_size:
+        faults.append(f"{shard.name}: voxel size {voxel_size:g} Å, not {manifest.voxel_size:g} Å")
+    if not np.isfinite(cubes).all():
+        faults.append(f"{shard.name}: values that are not finite")
+    class_ids = rows["rlnClassNumber"].to_numpy()
+    if not np.isin(class_ids, np.arange(1, len(manifest.classes) + 1)).all():
+        faults.append(f"{shard.name}: class numbers outside 1..{len(manifest.classes)}")
+    if not set(rows["rlnTomoName"].astype(str)) <= {record.field for record in shard.fields}:
+        faults.append(f"{shard.name}: rows of fields that the manifest does not list")
+    if manifest.has_voxel_labels:
+        faults += _check_voxel_labels(dataset, shard, class_ids)
+    return faults
+
+
+def _check_files(dataset: Dataset, shard: ShardRecord) -> list[str]:
+    kinds = STACK_KINDS if dataset.manifest.has_voxel_labels else ("",)
+    stem = Path(shard.name).name
+    expected = {f"{stem}.star", *(f"{stem}{kind}.mrcs" for kind in kinds)}
+    unlisted = expected - set(shard.sha256)
+    if unlisted:
+        return [f"{shard.name}: the manifest lists no {', '.join(sorted(unlisted))}"]
+    for file_name, digest in shard.sha256.items():
+        path = (dataset.folder / shard.name).parent / file_name
+        if not path.is_file():
+            return [f"{path}: missing"]
+        if sha256_of(path) != digest:
+            return [f"{path}: digest differs from the manifest's"]
+    return []
+
+
+def _check_voxel_labels(dataset: Dataset, shard: ShardRecord, class_ids: NDArray[Any]) -> list[str]:
+    num_classes, box = len(dataset.manifest.classes), dataset.manifest.box
+    labels, _ = read_stack(dataset.folder / f"{shard.name}_labels.mrcs")
+    instances, _ = read_stack(dataset.folder / f"{shard.name}_instances.mrcs")
+    if not labels.shape == instances.shape == (shard.count, box, box, box):
+        shapes = f"{labels.shape} and {instances.shape}"
+        return [f"{shard.name}: voxel labels and instances have the shapes {shapes}"]
+    faults = []
+    if labels.min() < 0 or labels.max() > num_classes:
+        faults.append(f"{shard.name}: voxel labels outside 0..{num_classes}")
+    if ((labels == 0) != (instances == 0)).any():
+        faults.append(f"{shard.name}: voxel labels and instances disagree on background")
+    for index in range(shard.count):
+        target = labels[index][instances[index] == 1]
+        if target.size == 0 or (target != class_ids[index]).any():
+            faults.append(f"{shard.name}: cube {index} has no target of its class")
+    return faults

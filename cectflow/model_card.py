@@ -1,0 +1,106 @@
+"""ModelCard: what a network expects of its input and what is known of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from cectflow.config import Config
+
+__all__ = ["Contrast", "Cost", "CtfCorrection", "ModelCard", "Role", "Score", "Task"]
+
+Role = Literal["segmenter", "teacher", "student"]
+Task = Literal["classify", "target", "semantic"]
+Contrast = Literal["dark", "light"]
+CtfCorrection = Literal["none", "phase_flip", "premultiplied", "wiener"]
+
+CARD_FILE = "card.json"
+
+
+class Score(Config):
+    """A figure measured on the test split, with its 95 % interval from a bootstrap over fields."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Cost(Config):
+    """What one subtomogram costs; the latency holds for the named device and threads only."""
+
+    parameters: int = Field(ge=0)
+    macs: int = Field(ge=0)
+    """Multiply-accumulate operations of one subtomogram."""
+    subtomograms_per_s: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+    device: str
+    threads: int = Field(ge=1)
+
+
+class ModelCard(Config):
+    """The contract between a network and the data it is shown; prediction enforces it."""
+
+    schema_version: Literal[1] = 1
+    role: Role
+    task: Task
+    network: str
+    """Catalogue name."""
+    num_outputs: int = Field(ge=2)
+    """Channels of the logits: classes of a classifier; background and target of a segmenter."""
+    classes: tuple[str, ...]
+    """Class names; ``class_id`` counts from 1: 0 is background in voxel labels."""
+    box: int = Field(ge=1)
+    """Edge of the cube in voxels."""
+    voxel_size: float = Field(gt=0)
+    """In angstrom."""
+    contrast: Contrast = "dark"
+    """Of the input that the network expects; ``dark``: protein darker than its surroundings."""
+    normalisation: Literal["cube"] = "cube"
+    """``cube``: zero mean, unit variance per cube, computed inside the exported graph."""
+    ctf_correction: CtfCorrection
+    tilt_range: tuple[float, float]
+    """Lowest and highest tilt in degrees."""
+    tilt_axis: Literal["y"] = "y"
+    snr_stage: str
+    snr: tuple[float, float] | None
+    """Requested full-band range of the training data; None: noise-free or unknown."""
+    snr_60: float | None = None
+    """Mean measured SNR of the training fields, low-passed to 60 angstrom; None: noise-free."""
+    noise_spectrum: str
+    occupancy: float | None
+    """Requested fraction of the field's volume; None: unknown."""
+    jitter: float
+    """Largest offset of the target from the box centre along each axis, in angstrom."""
+    dataset_digest: str
+    recipe_digest: str
+    commit: str
+    """Of cectflow; ``unknown`` outside a git checkout."""
+    epochs: int = 0
+    """After which the weights were taken: the best epoch."""
+    scores: dict[str, Score] = Field(default_factory=dict)
+    baselines: dict[str, float] = Field(default_factory=dict)
+    """Scores of trivial methods on the same test split."""
+    cost: Cost | None = None
+    parity: float | None = None
+    """Largest absolute difference between the logits of model.pt2 and of model.onnx."""
+    teacher: str | None = None
+    """URI of the teacher's version, for students."""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelCard:
+        """Card of a model folder.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder holds no card.
+        ValueError
+            If the card is not valid.
+        """
+        path = folder / CARD_FILE
+        if not path.is_file():
+            msg = f"{folder} holds no {CARD_FILE}: expected a model folder (pt2, onnx, card.json)"
+            raise FileNotFoundError(msg)
+        return cls.from_json(path.read_text(encoding="utf-8"), source=str(path))
