@@ -1,0 +1,108 @@
+"""Export: a network to a model folder (model.pt2, model.onnx, card.json), and their parity."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from cectflow.model_card import CARD_FILE, ModelCard
+from cectflow.runtime import ONNX_FILE, PT2_FILE, load_runtime
+
+__all__ = ["export_network", "measure_parity"]
+
+PARITY_CUBES = 3
+
+
+def export_network(network: nn.Module, card: ModelCard, folder: Path) -> ModelCard:
+    """Write a model folder and return its card, with the parity measured.
+
+    Parameters
+    ----------
+    network
+        Cubes ``(n, 1, z, y, x)`` in the card's contrast → logits, normalisation included.
+        It is exported in evaluation mode, with a dynamic batch.
+    card
+        Without parity.
+    folder
+        Must not exist; it appears when complete.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder exists.
+    """
+    if folder.exists():
+        msg = f"{folder} exists: give another folder, or remove it first"
+        raise FileExistsError(msg)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    network = network.cpu().eval()
+    # A batch of two: torch.export takes a dimension of one for a constant.
+    example = torch.zeros(2, 1, card.box, card.box, card.box)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        program = torch.export.export(
+            network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+        )
+        torch.export.save(program, temporary / PT2_FILE)
+        _export_onnx(network, example, temporary / ONNX_FILE)
+        (temporary / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
+        finished = card.model_copy(update={"parity": measure_parity(temporary)})
+        (temporary / CARD_FILE).write_text(finished.to_json(), encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return finished
+
+
+def measure_parity(folder: Path) -> float:
+    """Largest absolute difference of logits between model.pt2 and model.onnx on random cubes.
+
+    A batch of another size than the exported one is used, so that a batch frozen at export
+    is found out.
+
+    Raises
+    ------
+    ValueError
+        If a logit is not finite.
+    """
+    card = ModelCard.from_folder(folder)
+    generator = np.random.default_rng(0)
+    cubes = generator.normal(size=(PARITY_CUBES, 1, *(card.box,) * 3)).astype(np.float32)
+    reference = load_runtime(folder, "torch")(cubes)
+    parity = float(np.abs(reference - load_runtime(folder, "onnxruntime")(cubes)).max())
+    if not math.isfinite(parity):
+        msg = f"{folder}: {card.network} gives logits that are not finite: train it anew"
+        raise ValueError(msg)
+    return parity
+
+
+def _export_onnx(network: nn.Module, example: torch.Tensor, path: Path) -> None:
+    """One self-contained ONNX file with a dynamic batch; the exporter's chatter is kept down."""
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                network,
+                (example,),
+                str(path),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["subtomograms"],
+                output_names=["logits"],
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        exporter_log.setLevel(level)

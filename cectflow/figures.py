@@ -1,0 +1,202 @@
+"""Figures: every picture that cectflow logs.
+
+Each function returns a matplotlib figure, drawn without a display; no global state is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+__all__ = ["draw_confusion", "draw_field", "draw_learning_curves", "draw_slices"]
+
+LABEL_COLOUR = "#ff7f0e"
+PREDICTION_COLOUR = "#17becf"
+SCALE_BAR_FRACTION = 0.3
+
+
+def draw_learning_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Loss terms (left) and validation scores (right) against the epoch.
+
+    Parameters
+    ----------
+    history
+        One row per epoch, as ``fit`` gives it.
+    title
+        Over both panels.
+    """
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    epochs = np.arange(1, len(history) + 1)
+    for name in history[0] if history else ():
+        if name in {"learning_rate", "epoch_seconds"}:
+            continue
+        kind, _, term = name.partition("_")
+        is_loss = kind == "train" or term == "loss"
+        axes = losses if is_loss else scores
+        axes.plot(epochs, [row[name] for row in history], label=name.replace("_", " "))
+    losses.set(xlabel="epoch", ylabel="loss")
+    scores.set(xlabel="epoch", ylabel="score", ylim=(0, 1.02))
+    for axes in (losses, scores):
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_confusion(
+    truth: Int[NDArray[np.int64], " n"],
+    predicted: Int[NDArray[np.int64], " n"],
+    classes: Sequence[str],
+    title: str,
+) -> Figure:
+    """Confusion matrix in percent of each true class (rows).
+
+    Parameters
+    ----------
+    truth, predicted
+        Class ids from 1.
+    classes
+        Names in the order of the ids.
+    title
+        Over the matrix.
+    """
+    number = len(classes)
+    counts = np.zeros((number, number))
+    np.add.at(counts, (truth - 1, predicted - 1), 1.0)
+    shares = 100.0 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
+    edge = 2.2 + 0.5 * number
+    figure = Figure(figsize=(edge + 0.6, edge), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for row in range(number):
+        for column in range(number):
+            share = shares[row, column]
+            if share >= 0.5:
+                colour = "white" if share > 55 else "black"
+                axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
+    names = [f"{name} ({int(n)})" for name, n in zip(classes, counts.sum(axis=1), strict=True)]
+    axes.set_xticks(range(number), classes, rotation=45, ha="right")
+    axes.set_yticks(range(number), names)
+    axes.set(xlabel="predicted", ylabel="true (number)", title=title)
+    return figure
+
+
+def draw_slices(
+    cubes: Shaped[NDArray[Any], "n z y x"],
+    labels: Shaped[NDArray[Any], "n z y x"] | None,
+    predicted: Shaped[NDArray[Any], "n z y x"] | None,
+    *,
+    voxel_size: float,
+    titles: Sequence[str],
+) -> Figure:
+    """Central slices of cubes in xy (top) and xz (bottom), with outlines and a scale bar.
+
+    Parameters
+    ----------
+    cubes
+        Subtomograms; each is shown with its own grey scale.
+    labels, predicted
+        Foreground (non-zero) outlined in orange and cyan.
+    voxel_size
+        In Å, for the scale bar.
+    titles
+        One per cube.
+    """
+    number = len(cubes)
+    figure = Figure(figsize=(1.7 * number + 0.4, 3.9), layout="constrained")
+    panels = figure.subplots(2, number, squeeze=False)
+    for column in range(number):
+        for row, plane in enumerate(("xy", "xz")):
+            axes = panels[row, column]
+            _draw_plane(axes, _central(cubes[column], plane))
+            for volume, colour in ((labels, LABEL_COLOUR), (predicted, PREDICTION_COLOUR)):
+                if volume is not None:
+                    _outline(axes, _central(volume[column], plane), colour)
+            if column == 0:
+                axes.set_ylabel(plane)
+                _scale_bar(axes, voxel_size)
+        panels[0, column].set_title(titles[column], fontsize=9)
+    outlines = [f"{name} {colour}" for name, volume, colour in
+                (("truth", labels, "orange"), ("prediction", predicted, "cyan"))
+                if volume is not None]  # fmt: skip
+    figure.supxlabel(", ".join(outlines), fontsize=8)
+    return figure
+
+
+def draw_field(
+    panels: Sequence[tuple[str, Shaped[NDArray[Any], "z y x"], str]], *, voxel_size: float
+) -> Figure:
+    """Volumes of one field side by side, central xy slices above xz slices: the road in a row.
+
+    Parameters
+    ----------
+    panels
+        Title, volume and kind of each column: ``grey`` (density, dark or bright) or ``labels``
+        (integers, 0 transparent black).
+    voxel_size
+        In Å, for the scale bar.
+    """
+    depth, height, _ = panels[0][1].shape
+    figure = Figure(figsize=(3.0 * len(panels), 3.3 * (1 + depth / height)), layout="constrained")
+    grid = figure.subplots(
+        2, len(panels), squeeze=False, gridspec_kw={"height_ratios": [height, depth]}
+    )
+    for column, (title, volume, kind) in enumerate(panels):
+        for row, plane in enumerate(("xy", "xz")):
+            axes = grid[row, column]
+            slice_ = _central(volume, plane)
+            if kind == "grey":
+                _draw_plane(axes, slice_)
+            else:
+                shown = np.ma.masked_equal(slice_, 0)
+                axes.imshow(shown, cmap="tab10", vmin=1, vmax=10, origin="lower")
+                axes.set_facecolor("black")
+                axes.set_xticks([])
+                axes.set_yticks([])
+            if column == 0:
+                axes.set_ylabel(plane)
+        grid[0, column].set_title(title, fontsize=10)
+    _scale_bar(grid[0, 0], voxel_size)
+    return figure
+
+
+def _central(volume: NDArray[Any], plane: str) -> NDArray[Any]:
+    """Slice through the centre voxel n//2: xy at constant z, xz at constant y."""
+    middle: NDArray[Any] = (
+        volume[volume.shape[0] // 2] if plane == "xy" else volume[:, volume.shape[1] // 2]
+    )
+    return middle
+
+
+def _draw_plane(axes: Axes, plane: NDArray[Any]) -> None:
+    values = np.asarray(plane, np.float32)
+    low, high = np.percentile(values, [1, 99])
+    axes.imshow(values, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _outline(axes: Axes, plane: NDArray[Any], colour: str) -> None:
+    mask = np.asarray(plane) > 0
+    if mask.any() and not mask.all():
+        axes.contour(mask.astype(np.float32), levels=[0.5], colors=[colour], linewidths=1.2)
+
+
+def _scale_bar(axes: Axes, voxel_size: float) -> None:
+    """Bar of a round length, about a third of the width, at the lower left."""
+    low, high = axes.get_xlim()
+    width = (high - low) * voxel_size * SCALE_BAR_FRACTION
+    unit = 10 ** np.floor(np.log10(width))
+    length = max(step * unit for step in (1, 2, 5) if step * unit <= width)
+    x, y = low + 0.06 * (high - low), axes.get_ylim()[0] + 0.08 * (high - low)
+    axes.plot([x, x + length / voxel_size], [y, y], color="white", linewidth=3)
+    axes.text(
+        x, y + 0.03 * (high - low), f"{length / 10:g} nm", color="white", fontsize=8, va="bottom"
+    )

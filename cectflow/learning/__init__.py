@@ -1,0 +1,1 @@
+"""One training loop, exchangeable objectives, scores and augmentation."""

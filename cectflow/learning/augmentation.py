@@ -1,0 +1,64 @@
+"""Augmentation by the turns that keep the missing wedge and the hand of the specimen."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from cectflow.dataset import Batch
+
+__all__ = ["HALF_TURNS", "allowed_turns", "augment", "turn"]
+
+HALF_TURNS: dict[str, tuple[int, ...]] = {
+    "identity": (),
+    "x": (-3, -2),
+    "y": (-3, -1),
+    "z": (-2, -1),
+}
+"""Half turn about an axis → the array axes (z, y, x = -3, -2, -1) that it reverses."""
+
+
+def allowed_turns(tilt_range: tuple[float, float]) -> tuple[str, ...]:
+    """Names of the turns that keep the missing wedge: beam along z, tilt axis along y.
+
+    Parameters
+    ----------
+    tilt_range
+        Lowest and highest tilt in degrees. A symmetric range allows all four; an asymmetric one
+        only the identity and the half turn about the tilt axis. Quarter turns move the wedge,
+        mirrors change the hand: never allowed.
+    """
+    symmetric = abs(tilt_range[0] + tilt_range[1]) < 1e-6
+    return tuple(HALF_TURNS) if symmetric else ("identity", "y")
+
+
+def turn(volumes: Shaped[Tensor, "*n z y x"], axis: str) -> Shaped[Tensor, "*n z y x"]:
+    """Volumes after a half turn; exact on the grid, so labels turn like images.
+
+    With an even edge the centre voxel n//2 moves by one voxel, a translation that jittered
+    targets see anyway.
+    """
+    axes = HALF_TURNS[axis]
+    return volumes.flip(axes) if axes else volumes
+
+
+def augment(batch: Batch, turns: tuple[str, ...], generator: torch.Generator) -> Batch:
+    """Batch whose cubes, each with its labels, are turned by one of the turns at random."""
+    choice = torch.randint(len(turns), (len(batch),), generator=generator)
+    chosen = choice.tolist()
+
+    def turned(volumes: Tensor | None) -> Tensor | None:
+        if volumes is None:
+            return None
+        return torch.stack([turn(v, turns[i]) for v, i in zip(volumes, chosen, strict=True)])
+
+    subtomograms = turned(batch.subtomograms)
+    assert subtomograms is not None
+    return Batch(
+        subtomograms,
+        turned(batch.voxel_labels),
+        turned(batch.instances),
+        batch.class_ids,
+        batch.fields,
+    )

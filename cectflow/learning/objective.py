@@ -1,0 +1,180 @@
+"""Objectives: what segmenter, teacher and student learn; the loop never asks which one it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from cectflow.dataset import Batch
+from cectflow.learning.losses import soft_dice_loss, softened_kl, voxel_cross_entropy
+from cectflow.learning.scores import SubtomogramIou, target_mask
+from cectflow.model_card import Task
+
+__all__ = ["Classify", "Distill", "DistillMethod", "Objective", "Segment"]
+
+DistillMethod = Literal["mse", "kl"]
+
+
+class Objective(Protocol):
+    """One thing to learn."""
+
+    @property
+    def task(self) -> Task:
+        """Of the networks it trains."""
+        ...
+
+    @property
+    def monitor(self) -> str:
+        """The score that chooses the best epoch; higher is better."""
+        ...
+
+    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Terms of one step: ``loss`` (differentiable), ``output`` (logits) and named others."""
+        ...
+
+    def truth(self, batch: Batch) -> Tensor:
+        """Truth with which the scores compare the output."""
+        ...
+
+    def make_scores(self) -> MetricCollection:
+        """Fresh scores to be updated with output and truth."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Which structure is at the centre: cross entropy over the classes."""
+
+    num_classes: int
+    task: Task = "classify"
+    monitor: str = "accuracy"
+
+    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Loss and logits ``(n, class)``."""
+        logits = network(batch.subtomograms)
+        return {"loss": F.cross_entropy(logits, self.truth(batch)), "output": logits}
+
+    def truth(self, batch: Batch) -> Tensor:
+        """Class index from 0, as logits are counted."""
+        return batch.class_ids - 1
+
+    def make_scores(self) -> MetricCollection:
+        """Accuracy over all subtomograms."""
+        return MetricCollection({"accuracy": MulticlassAccuracy(self.num_classes, average="micro")})
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The task ``target``: the particle at the centre against all else, its own kind included.
+
+    Cross entropy as in paper (a), plus soft Dice when asked: Dice weighs a small target like a
+    large one.
+    """
+
+    dice_weight: float = 0.0
+    task: Task = "target"
+    monitor: str = "foreground_iou"
+
+    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Loss and logits ``(n, 2, z, y, x)``."""
+        logits, truth = network(batch.subtomograms), self.truth(batch)
+        loss = voxel_cross_entropy(logits, truth)
+        if self.dice_weight:
+            loss = loss + self.dice_weight * soft_dice_loss(logits, truth)
+        return {"loss": loss, "output": logits}
+
+    def truth(self, batch: Batch) -> Tensor:
+        """1 in the target, 0 elsewhere."""
+        return target_mask(batch)
+
+    def make_scores(self) -> MetricCollection:
+        """Foreground IoU and the paper's mean of foreground and background IoU."""
+        return MetricCollection(
+            {
+                "foreground_iou": SubtomogramIou(foreground_only=True),
+                "iou": SubtomogramIou(foreground_only=False),
+            },
+            # torchmetrics takes metrics whose states agree after the first batch for one and the
+            # same, and these agree when that batch was segmented perfectly.
+            compute_groups=False,
+        )
+
+
+class Distill:
+    """Another objective, learned from a teacher's logits as well.
+
+    ``loss = weight * soft + (1 - weight) * hard``, where ``soft`` is the mean squared difference
+    of the logits (paper (b)) or the softened KL divergence (Hinton et al. 2015).
+
+    Parameters
+    ----------
+    objective
+        What the student learns from labels; gives task, truth and scores.
+    teacher
+        Cubes → logits, in evaluation mode; not part of the student's weights.
+    method
+        ``mse`` or ``kl``.
+    weight
+        Of the soft term, 0 to 1.
+    temperature
+        Of ``kl``.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        teacher: Callable[[Tensor], Tensor],
+        *,
+        method: DistillMethod = "mse",
+        weight: float = 1.0,
+        temperature: float = 2.0,
+    ) -> None:
+        self.objective = objective
+        self.teacher = teacher
+        self.method = method
+        self.weight = weight
+        self.temperature = temperature
+
+    def __repr__(self) -> str:
+        return (
+            f"Distill({self.objective!r}, method={self.method!r}, weight={self.weight:g}, "
+            f"temperature={self.temperature:g})"
+        )
+
+    @property
+    def task(self) -> Task:
+        """Of the wrapped objective."""
+        return self.objective.task
+
+    @property
+    def monitor(self) -> str:
+        """Of the wrapped objective."""
+        return self.objective.monitor
+
+    def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Loss, logits, and the two terms ``soft`` and ``hard``."""
+        hard = self.objective(network, batch)
+        with torch.no_grad():
+            teacher_logits = self.teacher(batch.subtomograms)
+        logits = hard["output"]
+        if self.method == "mse":
+            soft = F.mse_loss(logits, teacher_logits.to(logits.dtype))
+        else:
+            soft = softened_kl(logits, teacher_logits.to(logits.dtype), self.temperature)
+        loss = self.weight * soft + (1.0 - self.weight) * hard["loss"]
+        return {"loss": loss, "output": logits, "soft": soft, "hard": hard["loss"]}
+
+    def truth(self, batch: Batch) -> Tensor:
+        """Of the wrapped objective."""
+        return self.objective.truth(batch)
+
+    def make_scores(self) -> MetricCollection:
+        """Of the wrapped objective."""
+        return self.objective.make_scores()

@@ -1,0 +1,229 @@
+"""Training of one network from a dataset to a model folder, and its evaluation there.
+
+``train_network`` fits, exports, evaluates and measures; ``evaluate_folder`` is what promotion and
+`evaluate model` call: the scores of what is shipped, not of what was in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from cectflow.cost import measure_cost
+from cectflow.dataset import Dataset, Manifest, SplitName
+from cectflow.export import export_network
+from cectflow.learning.fit import FitRecipe, FitResult, Log, fit
+from cectflow.learning.objective import Objective
+from cectflow.learning.scores import (
+    Evaluation,
+    baseline_ball,
+    baseline_threshold,
+    evaluate,
+)
+from cectflow.model_card import CARD_FILE, ModelCard, Role, Task
+from cectflow.networks import create_network, list_networks, network_info
+from cectflow.networks.normalisation import NormalisePerCube
+from cectflow.runtime import load_runtime
+
+__all__ = ["TrainedNetwork", "check_matches", "evaluate_folder", "train_network"]
+
+VOXEL_TOLERANCE = 0.01
+"""Relative difference of voxel sizes that still counts as equal, as in prediction."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedNetwork:
+    """What a training leaves behind.
+
+    Attributes
+    ----------
+    folder
+        The model folder; its card holds scores, baselines, cost and parity.
+    card
+        As in the folder.
+    result
+        Of the fit.
+    evaluation
+        On the test split, by the exported network.
+    """
+
+    folder: Path
+    card: ModelCard
+    result: FitResult
+    evaluation: Evaluation
+
+
+def train_network(
+    role: Role,
+    objective: Objective,
+    dataset: Dataset,
+    recipe: FitRecipe,
+    *,
+    recipe_digest: str,
+    fabric: Fabric,
+    folder: Path,
+    log: Log,
+    commit: str = "unknown",
+    teacher: str | None = None,
+) -> TrainedNetwork:
+    """Fit a network, export it, and judge the exported network on the test split.
+
+    Parameters
+    ----------
+    role, objective
+        What the network is to be, and what it learns.
+    dataset
+        Train, validation and test splits.
+    recipe
+        Of the fit.
+    recipe_digest
+        Of the complete recipe, for the card.
+    fabric
+        Device and precision.
+    folder
+        For checkpoints (``checkpoints/``) and the model folder (``model/``).
+    log
+        Receives metrics per epoch.
+    commit, teacher
+        For the card.
+
+    Raises
+    ------
+    FileExistsError
+        If there is a model folder already.
+    ValueError
+        If the network is of another task, the box does not suit it, or a split is missing.
+    """
+    model_folder = folder / "model"
+    if model_folder.exists():
+        msg = f"{model_folder} exists: give another folder, or remove it first"
+        raise FileExistsError(msg)
+    manifest = dataset.manifest
+    train, validation, test = (dataset.split(name) for name in ("train", "validation", "test"))
+    network = _make_network(recipe, objective.task, manifest)
+    result = fit(
+        network, objective, train, validation, recipe,
+        fabric=fabric, folder=folder / "checkpoints", log=log,
+        provenance={"teacher": teacher or "none"},
+    )  # fmt: skip
+    network.to("cpu")
+    # The model folder takes its name when all of it is there, its scores included.
+    unfinished = folder / ".model"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    card = _describe(role, objective.task, recipe, manifest).model_copy(
+        update={
+            "recipe_digest": recipe_digest,
+            "commit": commit,
+            "epochs": result.best_epoch,
+            "teacher": teacher,
+        }
+    )
+    card = export_network(network, card, unfinished)
+    evaluation = evaluate_folder(unfinished, dataset)
+    baselines = {}
+    if objective.task == "target":
+        baselines = {"ball": baseline_ball(test)[0], "threshold": baseline_threshold(test)[0]}
+    card = card.model_copy(
+        update={
+            "scores": {name: evaluation.interval(name) for name in evaluation.scores},
+            "baselines": baselines,
+            "cost": measure_cost(network, unfinished),
+        }
+    )
+    (unfinished / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
+    unfinished.replace(model_folder)
+    return TrainedNetwork(model_folder, card, result, evaluation)
+
+
+def evaluate_folder(folder: Path, dataset: Dataset, split: SplitName = "test") -> Evaluation:
+    """Scores of a model folder's ONNX network on every subtomogram of a split.
+
+    Raises
+    ------
+    ValueError
+        If the dataset is not of the card's classes, box or voxel size.
+    """
+    card = ModelCard.from_folder(folder)
+    check_matches(card, dataset)
+    infer = load_runtime(folder, "onnxruntime")
+
+    def logits(cubes: Tensor) -> Tensor:
+        return torch.from_numpy(infer(cubes.numpy()))
+
+    return evaluate(logits, dataset.split(split), card.task)
+
+
+def check_matches(card: ModelCard, dataset: Dataset) -> None:
+    """Refuse a dataset that is not what a card's network expects.
+
+    Raises
+    ------
+    ValueError
+        Naming what differs.
+    """
+    manifest = dataset.manifest
+    pairs: dict[str, tuple[object, object]] = {
+        "box": (manifest.box, card.box),
+        "contrast": (manifest.contrast, card.contrast),
+    }
+    if not math.isclose(manifest.voxel_size, card.voxel_size, rel_tol=VOXEL_TOLERANCE):
+        pairs["voxel size (Å)"] = (manifest.voxel_size, card.voxel_size)
+    if card.task == "classify":
+        pairs["classes"] = (manifest.classes, card.classes)
+    for name, (given, expected) in pairs.items():
+        if given != expected:
+            msg = f"{dataset.folder}: {name} is {given}, this {card.role} expects {expected}"
+            raise ValueError(msg)
+
+
+def _make_network(recipe: FitRecipe, task: Task, manifest: Manifest) -> nn.Module:
+    """Freshly initialised network of a recipe, its normalisation included."""
+    kind = "classify" if task == "classify" else "segment"
+    if network_info(recipe.network).task != kind:
+        msg = (
+            f"network {recipe.network!r} is of another task: expected one that can {kind}, "
+            f"{', '.join(list_networks(kind))}"
+        )
+        raise ValueError(msg)
+    torch.manual_seed(recipe.seed)
+    num_outputs = _count_outputs(task, manifest)
+    return NormalisePerCube(
+        create_network(
+            recipe.network, num_outputs=num_outputs, box=manifest.box, **recipe.arguments
+        )
+    )
+
+
+def _count_outputs(task: Task, manifest: Manifest) -> int:
+    return len(manifest.classes) if task == "classify" else 2
+
+
+def _describe(role: Role, task: Task, recipe: FitRecipe, manifest: Manifest) -> ModelCard:
+    """Card of what is known before the training: network and data."""
+    return ModelCard(
+        role=role,
+        task=task,
+        network=recipe.network,
+        num_outputs=_count_outputs(task, manifest),
+        classes=manifest.classes,
+        box=manifest.box,
+        voxel_size=manifest.voxel_size,
+        contrast=manifest.contrast,
+        ctf_correction=manifest.ctf_correction,
+        tilt_range=manifest.tilt_range,
+        snr_stage=manifest.snr_stage,
+        snr=manifest.snr,
+        snr_60=manifest.mean_snr_60(),
+        noise_spectrum=manifest.noise_spectrum,
+        occupancy=manifest.occupancy,
+        jitter=manifest.jitter,
+        dataset_digest=manifest.content_digest(),
+        recipe_digest="",
+        commit="",
+    )
