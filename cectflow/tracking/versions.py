@@ -1,0 +1,230 @@
+"""Registered versions: what the registry calls them, which there are, and which one is meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from cectflow.model_card import Role, Task
+from cectflow.tracking.store import current_store
+
+__all__ = [
+    "ROLE_NAMES",
+    "STAGES",
+    "RegisteredVersion",
+    "check_name",
+    "find_version",
+    "list_versions",
+    "newest_version",
+    "registered_name",
+    "stage_holder",
+]
+
+PREFIX = "cectflow"
+ROLE_NAMES = {
+    "segmenter/target": "cectflow-segmenter",
+    "segmenter/semantic": "cectflow-tomogram-segmenter",
+    "teacher": "cectflow-teacher",
+    "student": "cectflow-student",
+}
+"""Registered name of a role, or of a role and task."""
+
+STAGES = ("staging", "production")
+"""Stages that are aliases; ``archived`` is a tag."""
+
+FORMS = "NAME, NAME@stage, NAME/VERSION or a models:/ URI of these"
+_ARGUMENT = re.compile(
+    r"(?:models:/)?(?P<name>[\w.-]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+)|/(?P<stage>[A-Za-z]+))?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """One version of a registered model, as it was when it was looked up."""
+
+    name: str
+    version: str
+    run_id: str
+    """Of the run that made it; empty where the registry does not say."""
+    model_uri: str
+    """Of the files: ``models:/m-...`` for versions that cectflow registered."""
+    stages: tuple[str, ...]
+    """``staging``, ``production`` and other aliases it holds, and ``archived``."""
+    tags: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    """ISO 8601, UTC."""
+
+    @property
+    def uri(self) -> str:
+        """``models:/NAME/VERSION``, which means this version for ever."""
+        return f"models:/{self.name}/{self.version}"
+
+    @property
+    def label(self) -> str:
+        """``NAME v3``, for people."""
+        return f"{self.name} v{self.version}"
+
+
+def registered_name(role: Role, task: Task, prefix: str = PREFIX) -> str:
+    """Name under which the networks of a role are registered.
+
+    Raises
+    ------
+    ValueError
+        If no name belongs to the role and task, or the prefix holds other characters than
+        letters, digits, ``-``, ``_`` and ``.``.
+    """
+    name = ROLE_NAMES.get(f"{role}/{task}") or ROLE_NAMES.get(role)
+    if name is None:
+        msg = f"no registered name for a {role} of task {task!r}: expected {', '.join(ROLE_NAMES)}"
+        raise ValueError(msg)
+    return check_name(prefix + name.removeprefix(PREFIX))
+
+
+def check_name(name: str) -> str:
+    """Name itself, when the registry and a ``models:/`` URI can both carry it.
+
+    Raises
+    ------
+    ValueError
+        If it is empty or holds other characters than letters, digits, ``-``, ``_`` and ``.``.
+    """
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+        msg = f"registered name {name!r} may hold letters, digits, '-', '_' and '.' only"
+        raise ValueError(msg)
+    return name
+
+
+def find_version(argument: str) -> RegisteredVersion:
+    """Version that an argument means; a bare name means its version in production.
+
+    Parameters
+    ----------
+    argument
+        ``NAME``, ``NAME@stage``, ``NAME/VERSION``, or a ``models:/`` URI of these, also in
+        MLflow's own spelling ``models:/NAME/Production``.
+
+    Raises
+    ------
+    ValueError
+        If the argument has another form, or the registry has no such name, stage or version; the
+        message lists what it has.
+    """
+    match = _ARGUMENT.fullmatch(argument)
+    if match is None:
+        msg = f"{argument!r} names no registered version: expected {FORMS}"
+        raise ValueError(msg)
+    name, number = match["name"], match["version"]
+    versions = list_versions(name)
+    if number is not None:
+        wanted, found = f"version {number}", [v for v in versions if v.version == str(int(number))]
+    else:
+        stage = match["alias"] or (match["stage"] or "production").lower()
+        wanted, found = f"version in stage {stage!r}", [v for v in versions if stage in v.stages]
+        if stage == "archived":
+            found = found[-1:]
+    if len(found) != 1:
+        msg = f"{name} has no {wanted}: expected {_choices(versions)}"
+        raise ValueError(msg)
+    return found[0]
+
+
+def list_versions(name: str | None = None) -> tuple[RegisteredVersion, ...]:
+    """Versions of one registered model, or of all, by name and rising number.
+
+    Raises
+    ------
+    ValueError
+        If the name is not registered; the message lists those that are.
+    """
+    client = mlflow.MlflowClient()
+    names = _registered_names() if name is None else (check_name(name),)
+    versions: list[RegisteredVersion] = []
+    for each in names:
+        try:
+            aliases = client.get_registered_model(each).aliases
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            known = ", ".join(_registered_names()) or "none yet"
+            msg = f"no registered model {each!r} in {current_store()}; registered: {known}"
+            raise ValueError(msg) from None
+        rows = [_describe(row, aliases) for row in _all_rows(each)]
+        versions += sorted(rows, key=lambda version: int(version.version))
+    return tuple(versions)
+
+
+def newest_version(name: str) -> RegisteredVersion:
+    """Version of a registered model with the highest number.
+
+    Raises
+    ------
+    ValueError
+        If the name is not registered or has no version.
+    """
+    versions = list_versions(name)
+    if not versions:
+        msg = f"{name} has no version"
+        raise ValueError(msg)
+    return versions[-1]
+
+
+def stage_holder(name: str, stage: str) -> RegisteredVersion | None:
+    """Version of a registered model that holds a stage now, or None."""
+    return next((version for version in list_versions(name) if stage in version.stages), None)
+
+
+def _registered_names() -> tuple[str, ...]:
+    client = mlflow.MlflowClient()
+    names: list[str] = []
+    token = None
+    while True:
+        page = client.search_registered_models(page_token=token)
+        names += [model.name for model in page]
+        token = page.token
+        if not token:
+            return tuple(sorted(names))
+
+
+def _all_rows(name: str) -> Iterable[ModelVersion]:
+    client = mlflow.MlflowClient()
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _describe(row: ModelVersion, aliases: Mapping[str, str | int]) -> RegisteredVersion:
+    # The SQL store counts versions in int, the REST one in str.
+    number, tags = str(row.version), dict(row.tags)
+    held = [alias for alias, holder in aliases.items() if str(holder) == number]
+    stages = [stage for stage in STAGES if stage in held]
+    stages += sorted(set(held) - set(stages))
+    if tags.get("archived") == "true":
+        stages.append("archived")
+    created = datetime.fromtimestamp(row.creation_timestamp / 1000, tz=UTC)
+    return RegisteredVersion(
+        name=row.name,
+        version=number,
+        run_id=row.run_id or "",
+        model_uri=row.source or "",
+        stages=tuple(stages),
+        tags=tags,
+        created=created.isoformat(timespec="seconds"),
+    )
+
+
+def _choices(versions: tuple[RegisteredVersion, ...]) -> str:
+    held = [f"{v.name}@{stage}" for v in versions for stage in v.stages if stage != "archived"]
+    numbers = [f"{version.name}/{version.version}" for version in versions]
+    return ", ".join(held + numbers) or "none, it has no version"
