@@ -1,0 +1,91 @@
+"""Classification of particles: cubes in, the input's table with class and probability out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cectflow.execution import track
+from cectflow.particles import ParticleTable
+from cectflow.prediction.contract import LoadedNetwork
+from cectflow.prediction.source import CubeSource
+
+__all__ = ["Classification", "classify_particles", "refuse_existing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """Outcome of a classification.
+
+    Attributes
+    ----------
+    table
+        The input's rows, columns and blocks, with ``cectflowClassName``,
+        ``cectflowClassNumber`` (from 1), ``cectflowProbability`` and ``cectflowModel`` added,
+        and ``rlnClassNumber`` where the input had none.
+    counts
+        Class name → number of particles, most frequent first.
+    mean_probability
+        Of the chosen classes.
+    """
+
+    table: ParticleTable
+    counts: dict[str, int]
+    mean_probability: float
+
+
+def classify_particles(network: LoadedNetwork, source: CubeSource) -> Classification:
+    """Classification of every particle of a source."""
+    rows = len(source.table.rows)
+    logits = [
+        network.infer(cubes)
+        for cubes in track(source.batches(), total=source.num_batches, title="classifying")
+    ]
+    probabilities = _softmax(np.concatenate(logits))
+    assert len(probabilities) == rows
+    chosen = probabilities.argmax(axis=1)
+    names = [network.card.classes[index] for index in chosen]
+    columns: dict[str, object] = {
+        "cectflowClassName": names,
+        "cectflowClassNumber": chosen + 1,
+        "cectflowProbability": probabilities[np.arange(rows), chosen].round(6),
+        "cectflowModel": [network.label] * rows,
+    }
+    if "rlnClassNumber" not in source.table.rows:
+        columns["rlnClassNumber"] = chosen + 1
+    tally = sorted(((names.count(name), name) for name in set(names)), reverse=True)
+    return Classification(
+        source.table.with_columns(**columns),
+        {name: count for count, name in tally},
+        float(probabilities.max(axis=1).mean()),
+    )
+
+
+def refuse_existing(paths: tuple[Path | None, ...], *, overwrite: bool) -> None:
+    """Refuse output paths that exist or whose folder is missing, before any work is done.
+
+    Raises
+    ------
+    FileExistsError
+        If a file exists and may not be replaced.
+    FileNotFoundError
+        If a parent folder does not exist.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        if path.exists() and not overwrite:
+            msg = f"{path} exists: give another --out, or --overwrite to replace it"
+            raise FileExistsError(msg)
+        if not path.parent.is_dir():
+            msg = f"folder {path.parent} of the output {path.name} does not exist: create it first"
+            raise FileNotFoundError(msg)
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    return probabilities

@@ -1,0 +1,204 @@
+"""The contract of a model card, enforced: what input must be, and how it is brought there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from numpy.typing import NDArray
+
+from cectflow.model_card import Contrast, ModelCard
+from cectflow.runtime import Infer, RuntimeName, choose_device, load_runtime
+from cectflow.subtomogram import rescale
+
+__all__ = [
+    "InputOptions",
+    "LoadedNetwork",
+    "bring_to_card",
+    "load_network",
+    "report_changes",
+    "source_box",
+]
+
+VOXEL_TOLERANCE = 0.01
+"""Relative difference of voxel sizes that still counts as equal."""
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """What the user says of the input, and how to run.
+
+    Attributes
+    ----------
+    voxel_size
+        Å; overrides the files' headers.
+    contrast
+        Of the input: ``dark`` means protein darker than its surroundings.
+    rescale
+        Bring another voxel size or a larger box to the card's, by Fourier resampling and a
+        centred crop.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    batch_size
+        Cubes at a time.
+    overwrite
+        Replace existing output.
+    """
+
+    voxel_size: float | None = None
+    contrast: Contrast = "dark"
+    rescale: bool = False
+    device: str = "auto"
+    batch_size: int = 64
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedNetwork:
+    """A network ready to predict.
+
+    Attributes
+    ----------
+    card
+        Its contract.
+    infer
+        Cubes as the card wants them → logits.
+    label
+        What outputs call it, such as ``cectflow-student/3``.
+    """
+
+    card: ModelCard
+    infer: Infer
+    label: str
+
+
+def load_network(folder: Path, *, tasks: tuple[str, ...], label: str, device: str) -> LoadedNetwork:
+    """Network of a model folder.
+
+    Parameters
+    ----------
+    folder
+        As the registry resolves it.
+    tasks
+        Of which the card must have one.
+    label
+        Written into every output.
+    device
+        ``auto``, ``cpu`` or ``cuda``. On a CPU onnxruntime runs, on a GPU torch.
+
+    Raises
+    ------
+    ValueError
+        If the card is of another task; the message names the command that fits.
+    """
+    card = ModelCard.from_folder(folder)
+    if card.task not in tasks:
+        command = "classify" if card.task == "classify" else "segment"
+        msg = (
+            f"{label} is a {card.role} for the task {card.task!r}: expected one of "
+            f"{', '.join(tasks)}; use `cectflow predict {command}` or another --model"
+        )
+        raise ValueError(msg)
+    chosen = choose_device(device)
+    runtime: RuntimeName = "torch" if chosen == "cuda" else "onnxruntime"
+    return LoadedNetwork(card, load_runtime(folder, runtime, device=chosen), label)
+
+
+def source_box(
+    card: ModelCard, voxel_size: float, options: InputOptions, report: Callable[[str], None]
+) -> int:
+    """Box in voxels to cut from a tomogram of this voxel size.
+
+    Raises
+    ------
+    ValueError
+        If the voxel size differs from the card's and rescaling was not asked for.
+    """
+    if _same_voxel_size(voxel_size, card.voxel_size):
+        return card.box
+    _require_rescale(voxel_size, card, options)
+    box = math.ceil(card.box * card.voxel_size / voxel_size) + 1
+    report(
+        f"rescale: cutting {box}³ at {voxel_size:g} Å, Fourier-resampled to {card.voxel_size:g} Å, "
+        f"cropped to {card.box}³"
+    )
+    return box
+
+
+def bring_to_card(
+    cubes: Shaped[NDArray[Any], "n z y x"],
+    voxel_size: float,
+    card: ModelCard,
+    options: InputOptions,
+) -> Float[NDArray[np.float32], "n 1 box box box"]:
+    """Cubes as the card's network expects them: box, voxel size, contrast.
+
+    Raises
+    ------
+    ValueError
+        If the box or the voxel size differs and rescaling was not asked for, or the cubes are too
+        small for the card's box.
+    """
+    brought = np.asarray(cubes, np.float32)
+    box = brought.shape[1]
+    if brought.shape[1:] != (box, box, box):
+        msg = f"subtomograms of shape {brought.shape[1:]}: expected cubes of {card.box}³"
+        raise ValueError(msg)
+    if not (_same_voxel_size(voxel_size, card.voxel_size) and box == card.box):
+        if box * voxel_size < card.box * card.voxel_size * (1 - VOXEL_TOLERANCE):
+            msg = (
+                f"subtomograms of {box}³ at {voxel_size:g} Å span {box * voxel_size:.0f} Å: "
+                f"expected at least {card.box * card.voxel_size:.0f} Å ({card.box}³ at "
+                f"{card.voxel_size:g} Å); extract them with a box of at least "
+                f"{math.ceil(card.box * card.voxel_size / voxel_size)}"
+            )
+            raise ValueError(msg)
+        if not _same_voxel_size(voxel_size, card.voxel_size):
+            _require_rescale(voxel_size, card, options)
+        elif not options.rescale:
+            msg = (
+                f"subtomograms are {box}³: expected {card.box}³; give --rescale to crop them "
+                f"about their centre, or extract them at {card.box}³"
+            )
+            raise ValueError(msg)
+        brought = rescale(brought, voxel_size, card.voxel_size, card.box).astype(np.float32)
+    if options.contrast != card.contrast:
+        brought = -brought
+    return np.ascontiguousarray(brought[:, None])
+
+
+def report_changes(
+    card: ModelCard,
+    box: int,
+    voxel_size: float,
+    options: InputOptions,
+    report: Callable[[str], None],
+) -> None:
+    """Say what is done to subtomograms before the network sees them."""
+    if options.contrast != card.contrast:
+        report(f"contrast: input is {options.contrast}, {card.contrast} is expected: flipped")
+    if box == card.box and _same_voxel_size(voxel_size, card.voxel_size):
+        return
+    report(
+        f"rescale: {box}³ at {voxel_size:g} Å, Fourier-resampled to {card.voxel_size:g} Å, "
+        f"cropped to {card.box}³"
+    )
+
+
+def _same_voxel_size(given: float, expected: float) -> bool:
+    return abs(given - expected) <= VOXEL_TOLERANCE * expected
+
+
+def _require_rescale(voxel_size: float, card: ModelCard, options: InputOptions) -> None:
+    if not options.rescale:
+        msg = (
+            f"voxel size is {voxel_size:g} Å: expected {card.voxel_size:g} Å; give --rescale to "
+            f"resample by a factor of {card.voxel_size / voxel_size:.3f}, or --voxel-size if the "
+            f"header is wrong"
+        )
+        raise ValueError(msg)

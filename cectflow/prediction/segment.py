@@ -1,0 +1,171 @@
+"""Segmentation of targets: the particle at the centre of each cube, in stacks or in a tomogram."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from cectflow.execution import track
+from cectflow.prediction.contract import LoadedNetwork
+from cectflow.prediction.source import CubeSource, StackSource, TomogramSource
+from cectflow.subtomogram import rescale
+from cectflow.volume import create_volume, write_stack
+
+__all__ = ["Segmentation", "segment_stack", "segment_tomogram"]
+
+FOREGROUND = 0.5
+"""Probability above which a voxel belongs to the target."""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Outcome of a segmentation.
+
+    Attributes
+    ----------
+    num_particles
+        Subtomograms segmented.
+    mean_voxels
+        Mean number of foreground voxels of a particle.
+    num_empty
+        Particles without any foreground voxel.
+    """
+
+    num_particles: int
+    mean_voxels: float
+    num_empty: int
+
+
+def segment_stack(
+    network: LoadedNetwork,
+    source: StackSource,
+    labels: Path,
+    probabilities: Path | None,
+    *,
+    overwrite: bool = False,
+) -> Segmentation:
+    """Label stack of a stack of subtomograms: int8, 1 is the target, 0 all else.
+
+    Parameters
+    ----------
+    network, source
+        A target segmenter and its cubes.
+    labels, probabilities
+        Output stacks at the card's box and voxel size; the second, float32, only when asked for.
+    overwrite
+        Replace existing files.
+    """
+    foreground = np.concatenate(list(_foreground(network, source)))
+    masks = foreground > FOREGROUND
+    voxel_size = network.card.voxel_size
+    headers = _headers(network)
+    write_stack(labels, masks.astype(np.int8), voxel_size, overwrite=overwrite, labels=headers)
+    if probabilities is not None:
+        write_stack(probabilities, foreground, voxel_size, overwrite=overwrite, labels=headers)
+    sizes = masks.sum(axis=(1, 2, 3))
+    return Segmentation(len(masks), float(sizes.mean()), int((sizes == 0).sum()))
+
+
+def segment_tomogram(
+    network: LoadedNetwork,
+    source: TomogramSource,
+    labels: Path,
+    probabilities: Path | None,
+    *,
+    overwrite: bool = False,
+) -> Segmentation:
+    """Label map of a tomogram: int16, the row number of the particle (from 1) in each voxel.
+
+    A voxel that two particles claim belongs to the more probable one. Voxels in no particle's
+    cube are background.
+
+    Parameters
+    ----------
+    network, source
+        A target segmenter, the tomogram and its particles.
+    labels, probabilities
+        Output volumes of the tomogram's shape; the second is float32.
+    overwrite
+        Replace existing files.
+
+    Raises
+    ------
+    ValueError
+        If there are more particles than int16 can number.
+    """
+    number = len(source.table.rows)
+    if number > np.iinfo(np.int16).max:
+        msg = f"{number} particles: at most {np.iinfo(np.int16).max} fit a label map; split them"
+        raise ValueError(msg)
+    shape, voxel_size = source.volume.data.shape, source.volume.voxel_size
+    headers = _headers(network)
+    sizes: list[int] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        best = stack.enter_context(
+            create_volume(
+                probabilities or folder / "probabilities.mrc", shape, voxel_size, np.float32,
+                overwrite=overwrite, labels=headers,
+            )
+        )  # fmt: skip
+        owner = stack.enter_context(
+            create_volume(labels, shape, voxel_size, np.int16, overwrite=overwrite, labels=headers)
+        )
+        centres = np.round(source.centres_zyx).astype(np.int64)
+        index = 0
+        for cubes in _foreground(network, source):
+            for cube in _to_tomogram(cubes, network, voxel_size):
+                sizes.append(int((cube > FOREGROUND).sum()))
+                _paste(cube, centres[index], index + 1, best, owner)
+                index += 1
+    voxels = np.array(sizes)
+    return Segmentation(number, float(voxels.mean()), int((voxels == 0).sum()))
+
+
+def _foreground(
+    network: LoadedNetwork, source: CubeSource
+) -> Iterator[Float[NDArray[np.float32], "n z y x"]]:
+    """Probability of the target in each voxel, batch by batch."""
+    for cubes in track(source.batches(), total=source.num_batches, title="segmenting"):
+        logits = network.infer(cubes).astype(np.float64)
+        yield (1.0 / (1.0 + np.exp(logits[:, 0] - logits[:, 1]))).astype(np.float32)
+
+
+def _to_tomogram(
+    cubes: Float[NDArray[np.float32], "n z y x"], network: LoadedNetwork, voxel_size: float
+) -> Float[NDArray[np.float32], "n z y x"]:
+    """Probabilities on the tomogram's grid."""
+    card = network.card
+    box = int(card.box * card.voxel_size / voxel_size + 1e-6)
+    if box == card.box:
+        return cubes
+    return np.clip(rescale(cubes, card.voxel_size, voxel_size, box), 0.0, 1.0).astype(np.float32)
+
+
+def _paste(
+    cube: NDArray[np.float32],
+    centre: NDArray[np.int64],
+    number: int,
+    best: NDArray[np.float32],
+    owner: NDArray[np.int16],
+) -> None:
+    """Enter a particle's probabilities into the maps; what lies outside the tomogram is dropped."""
+    corner = centre - np.array(cube.shape) // 2
+    low = np.maximum(corner, 0)
+    high = np.minimum(corner + cube.shape, best.shape)
+    inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    local = cube[tuple(slice(a, b) for a, b in zip(low - corner, high - corner, strict=True))]
+    more = local > best[inside]
+    best[inside] = np.where(more, local, best[inside])
+    owner[inside] = np.where(more & (local > FOREGROUND), np.int16(number), owner[inside])
+
+
+def _headers(network: LoadedNetwork) -> tuple[str, ...]:
+    return (f"cectflow {network.label}", f"dataset {network.card.dataset_digest[:36]}")

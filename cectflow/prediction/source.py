@@ -1,0 +1,157 @@
+"""Sources: where prediction reads subtomograms from, one interface for stacks and tomograms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Shaped
+from numpy.typing import NDArray
+
+from cectflow.model_card import ModelCard
+from cectflow.particles import ParticleTable, coordinates_zyx, particles_from, read_particles
+from cectflow.prediction.contract import InputOptions, bring_to_card, report_changes, source_box
+from cectflow.subtomogram import cut
+from cectflow.volume import Volume, find_stacks, read_stack, read_volume
+
+__all__ = ["CubeSource", "StackSource", "TomogramSource", "open_stacks"]
+
+
+class CubeSource(Protocol):
+    """Subtomograms of known particles, brought to a card's contract."""
+
+    @property
+    def table(self) -> ParticleTable:
+        """One row per subtomogram, in the order in which they are read."""
+        ...
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches there are."""
+        ...
+
+    def batches(self) -> Iterator[Float[NDArray[np.float32], "n 1 box box box"]]:
+        """Cubes in the order of the rows."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class StackSource:
+    """Subtomograms in MRC stacks or single volumes."""
+
+    table: ParticleTable
+    stacks: tuple[tuple[Shaped[NDArray[Any], "n z y x"], float], ...]
+    """Memory-mapped cubes and voxel size of each file."""
+    card: ModelCard
+    options: InputOptions
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches there are; a batch never spans two files."""
+        return sum(-(-len(cubes) // self.options.batch_size) for cubes, _ in self.stacks)
+
+    def batches(self) -> Iterator[Float[NDArray[np.float32], "n 1 box box box"]]:
+        """Cubes in the order of the rows."""
+        for cubes, voxel_size in self.stacks:
+            for start in range(0, len(cubes), self.options.batch_size):
+                piece = np.asarray(cubes[start : start + self.options.batch_size])
+                yield bring_to_card(piece, voxel_size, self.card, self.options)
+
+
+class TomogramSource:
+    """Subtomograms cut on the fly about the particles of a tomogram; nothing is stored.
+
+    Parameters
+    ----------
+    tomogram, particles
+        MRC volume, and STAR or CSV.
+    card, options
+        The contract and what the user says of the input.
+    coords_voxel_size
+        Å per unit of the file's coordinates, where they are of another binning.
+    report
+        Told what is done to the input.
+
+    Raises
+    ------
+    ValueError
+        If the voxel size is not the card's and rescaling was not asked for, or coordinates are
+        missing or outside the tomogram.
+    """
+
+    def __init__(
+        self,
+        tomogram: Path,
+        particles: Path,
+        card: ModelCard,
+        options: InputOptions,
+        *,
+        coords_voxel_size: float | None = None,
+        report: Callable[[str], None],
+    ) -> None:
+        self.volume: Volume = read_volume(tomogram, voxel_size=options.voxel_size)
+        self.table = read_particles(particles)
+        self.card = card
+        self.options = options
+        depth, height, width = self.volume.data.shape
+        self.centres_zyx = coordinates_zyx(
+            self.table,
+            voxel_size=self.volume.voxel_size,
+            shape=(depth, height, width),
+            coords_voxel_size=coords_voxel_size,
+        )
+        self.box = source_box(card, self.volume.voxel_size, options, report)
+        if options.contrast != card.contrast:
+            report(f"contrast: input is {options.contrast}, {card.contrast} is expected: flipped")
+        reach = np.round(self.centres_zyx) - self.box // 2
+        incomplete = (reach < 0) | (reach + self.box > np.array(self.volume.data.shape))
+        if incomplete.any():
+            report(
+                f"{int(incomplete.any(axis=1).sum())} of {len(self.centres_zyx)} subtomograms "
+                f"reach over the border: what is missing is filled with their mean"
+            )
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches there are."""
+        return -(-len(self.centres_zyx) // self.options.batch_size)
+
+    def batches(self) -> Iterator[Float[NDArray[np.float32], "n 1 box box box"]]:
+        """Cubes in the order of the rows."""
+        for start in range(0, len(self.centres_zyx), self.options.batch_size):
+            centres = self.centres_zyx[start : start + self.options.batch_size]
+            cubes = cut(self.volume.data, centres, self.box, periodic=False)
+            yield bring_to_card(cubes, self.volume.voxel_size, self.card, self.options)
+
+
+def open_stacks(
+    pattern: str, card: ModelCard, options: InputOptions, report: Callable[[str], None]
+) -> StackSource:
+    """Source over a stack, a folder or a glob; every file's header is checked before work starts.
+
+    The rows name each cube the way RELION does (``000001@stack.mrcs``).
+
+    Raises
+    ------
+    ValueError
+        If a file is not a readable MRC, or not of the card's box and voxel size.
+    """
+    paths = find_stacks(pattern)
+    stacks = tuple(read_stack(path, voxel_size=options.voxel_size) for path in paths)
+    names, told = [], set()
+    for path, (cubes, voxel_size) in zip(paths, stacks, strict=True):
+        try:
+            bring_to_card(np.asarray(cubes[:1]), voxel_size, card, options)
+        except ValueError as error:
+            msg = f"{path}: {error}"
+            raise ValueError(msg) from None
+        if (cubes.shape[1], voxel_size) not in told:
+            told.add((cubes.shape[1], voxel_size))
+            report_changes(card, cubes.shape[1], voxel_size, options, report)
+        names += [f"{index + 1:06d}@{path}" for index in range(len(cubes))]
+    table = particles_from(pd.DataFrame({"rlnImageName": names}))
+    return StackSource(table, stacks, card, options)
