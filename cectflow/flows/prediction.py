@@ -1,0 +1,144 @@
+"""Prediction with a registered version or a model folder; imports no training code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cectflow.model_card import CARD_FILE
+from cectflow.prediction.classify import Classification, classify_particles, refuse_existing
+from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
+from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
+from cectflow.prediction.source import CubeSource, TomogramSource, open_stacks
+
+__all__ = ["predict_classes", "predict_segments"]
+
+Report = Callable[[str], None]
+
+
+def predict_classes(
+    model: str,
+    out: Path,
+    options: InputOptions,
+    report: Report,
+    *,
+    subtomograms: str | None = None,
+    tomogram: Path | None = None,
+    particles: Path | None = None,
+    coords_voxel_size: float | None = None,
+) -> Classification:
+    """Classes of particles, written as a STAR file with every row and column of the input.
+
+    Parameters
+    ----------
+    model
+        Registered model (NAME, NAME@stage, NAME/VERSION, ``models:/`` URI) or model folder.
+    out
+        STAR file.
+    options
+        What the user says of the input.
+    report
+        Told what is done to the input and what came out.
+    subtomograms
+        Stack, folder or glob; or
+    tomogram, particles
+        a volume and its picks.
+    coords_voxel_size
+        Å per unit of the picks' coordinates, where they are of another binning.
+    """
+    _require_one_input(subtomograms, tomogram, particles)
+    refuse_existing((out,), overwrite=options.overwrite)
+    network = _load(model, ("classify",), options.device)
+    source = _open(network, options, report, subtomograms, tomogram, particles, coords_voxel_size)
+    outcome = classify_particles(network, source)
+    outcome.table.write(out, overwrite=options.overwrite)
+    counts = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
+    report(
+        f"{len(outcome.table.rows)} particles by {network.label}: {counts}; "
+        f"mean probability {outcome.mean_probability:.2f}; written to {out}"
+    )
+    return outcome
+
+
+def predict_segments(
+    model: str,
+    out: Path,
+    probabilities: Path | None,
+    options: InputOptions,
+    report: Report,
+    *,
+    subtomograms: str | None = None,
+    tomogram: Path | None = None,
+    particles: Path | None = None,
+    coords_voxel_size: float | None = None,
+) -> Segmentation:
+    """Label map of a tomogram's particles, or label stack of subtomograms.
+
+    Parameters
+    ----------
+    model, options, report, subtomograms, tomogram, particles, coords_voxel_size
+        As for :func:`predict_classes`, with a target segmenter.
+    out
+        Label map (int16: row number of the particle) or label stack (int8: 1 is the target).
+    probabilities
+        Of the foreground, float32; None: not written.
+    """
+    _require_one_input(subtomograms, tomogram, particles)
+    refuse_existing((out, probabilities), overwrite=options.overwrite)
+    network = _load(model, ("target",), options.device)
+    if tomogram is not None and particles is not None:
+        source = TomogramSource(
+            tomogram, particles, network.card, options,
+            coords_voxel_size=coords_voxel_size, report=report,
+        )  # fmt: skip
+        outcome = segment_tomogram(network, source, out, probabilities, overwrite=options.overwrite)
+    else:
+        assert subtomograms is not None
+        stacks = open_stacks(subtomograms, network.card, options, report)
+        outcome = segment_stack(network, stacks, out, probabilities, overwrite=options.overwrite)
+    report(
+        f"{outcome.num_particles} particles by {network.label}: {outcome.mean_voxels:.0f} voxels "
+        f"on average, {outcome.num_empty} without any; written to {out}"
+    )
+    return outcome
+
+
+def _load(model: str, tasks: tuple[str, ...], device: str) -> LoadedNetwork:
+    folder = Path(model)
+    if (folder / CARD_FILE).is_file():
+        # A folder needs no registry: MLflow is not even imported.
+        return load_network(folder, tasks=tasks, label=folder.resolve().name, device=device)
+    from cectflow.tracking.registry import resolve_model
+
+    resolved, version = resolve_model(model)
+    label = f"{version.name}/{version.version}" if version else resolved.name
+    return load_network(resolved, tasks=tasks, label=label, device=device)
+
+
+def _open(
+    network: LoadedNetwork,
+    options: InputOptions,
+    report: Report,
+    subtomograms: str | None,
+    tomogram: Path | None,
+    particles: Path | None,
+    coords_voxel_size: float | None,
+) -> CubeSource:
+    if subtomograms is not None:
+        return open_stacks(subtomograms, network.card, options, report)
+    assert tomogram is not None
+    assert particles is not None
+    return TomogramSource(
+        tomogram, particles, network.card, options,
+        coords_voxel_size=coords_voxel_size, report=report,
+    )  # fmt: skip
+
+
+def _require_one_input(
+    subtomograms: str | None, tomogram: Path | None, particles: Path | None
+) -> None:
+    from_stack = subtomograms is not None and tomogram is None and particles is None
+    from_tomogram = subtomograms is None and tomogram is not None and particles is not None
+    if not (from_stack or from_tomogram):
+        msg = "expected either --subtomograms, or --tomogram together with --particles"
+        raise ValueError(msg)

@@ -1,0 +1,237 @@
+"""Judging registered versions: evaluation, promotion and its refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cectflow.cost import measure_throughputs
+from cectflow.dataset import Dataset, open_dataset
+from cectflow.export import measure_parity
+from cectflow.flows.training import DATASET_TAG, log_evaluation
+from cectflow.learning.scores import (
+    Evaluation,
+    baseline_ball,
+    baseline_threshold,
+    bootstrap_ratio,
+)
+from cectflow.learning.training import check_matches, evaluate_folder
+from cectflow.model_card import ModelCard, Score
+from cectflow.tracking.policy import Verdict, judge, load_policy
+from cectflow.tracking.promotion import record_refusal, set_stage
+from cectflow.tracking.registry import resolve_model
+from cectflow.tracking.runs import start_run
+from cectflow.tracking.versions import (
+    RegisteredVersion,
+    find_version,
+    newest_version,
+    registered_name,
+    stage_holder,
+)
+
+__all__ = ["Promotion", "evaluate_model", "newest_of_role", "promote"]
+
+Target = Literal["staging", "production"]
+
+
+@dataclass(frozen=True, eq=False)
+class Promotion:
+    """What became of a request for promotion.
+
+    Attributes
+    ----------
+    version
+        As it is now, stages included.
+    stage
+        That was asked for.
+    verdict
+        Of the role's policy.
+    figures
+        All that were measured for it.
+    note
+        What the verdict does not say, such as an incumbent that could not be compared.
+    """
+
+    version: RegisteredVersion
+    stage: Target
+    verdict: Verdict
+    figures: Mapping[str, float]
+    note: str = ""
+
+
+def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) -> dict[str, Score]:
+    """Scores of a registered version or model folder on a dataset's test split, logged as a run."""
+    folder, version = resolve_model(model)
+    data = _frozen_dataset(version, dataset)
+    card = ModelCard.from_folder(folder)
+    check_matches(card, data)
+    with start_run("evaluate", tags={"role": card.role}, nested=nested) as run:
+        if version is not None:
+            run.log_input_model(version)
+        run.log_dataset(
+            data.manifest.kind, data.manifest.content_digest(), str(data.folder.resolve()), "test"
+        )
+        evaluation = evaluate_folder(folder, data)
+        log_evaluation(run, folder, card, data, evaluation)
+    return {name: evaluation.interval(name) for name in evaluation.scores}
+
+
+def promote(
+    model: str,
+    stage: Target,
+    *,
+    policy: str | None = None,
+    dataset: Path | None = None,
+    nested: bool = False,
+) -> Promotion:
+    """Promotion of a version to a stage, if its role's policy says it has earned it.
+
+    Every figure is measured here and now on one frozen test split: the candidate's, its
+    teacher's, and that of the version now in the stage. A refused version stays where it is; the
+    verdict becomes tags of the version either way.
+
+    Parameters
+    ----------
+    model
+        NAME/VERSION or a ``models:/`` URI; a bare NAME means its newest version.
+    stage
+        ``staging`` or ``production``.
+    policy
+        Name or path; by default that of the role.
+    dataset
+        Folder; by default the one that the version was trained on, found by its tag and digest.
+    nested
+        Inside an open run.
+    """
+    version = find_version(model) if _names_a_version(model) else newest_version(model)
+    folder, _ = resolve_model(version.uri)
+    card = ModelCard.from_folder(folder)
+    data = _frozen_dataset(version, dataset)
+    rules = load_policy(policy or card.role)
+    with start_run(f"promote_{card.role}", tags={"role": card.role}, nested=nested) as run:
+        run.log_input_model(version)
+        evaluation = evaluate_folder(folder, data)
+        figures = _measure(card, folder, data, evaluation)
+        incumbent, note = _incumbent_figures(version, stage, data)
+        verdict = judge(rules, figures, incumbent=incumbent)
+        run.log(figures)
+        run.log_json(
+            {"stage": stage, "version": version.uri, "passed": verdict.passed,
+             "findings": verdict.table(), "note": note}, "verdict.json",
+        )  # fmt: skip
+        if verdict.passed:
+            set_stage(version, stage, verdict=verdict, reason=note)
+        else:
+            record_refusal(version, stage, verdict)
+        run.set_tags({"verdict": "passed" if verdict.passed else verdict.refusal})
+    return Promotion(find_version(version.uri), stage, verdict, figures, note)
+
+
+def newest_of_role(role: str) -> str:
+    """URI of the newest version of a role's registered model.
+
+    Raises
+    ------
+    ValueError
+        If the role is unknown or nothing is registered under its name.
+    """
+    tasks: dict[str, tuple[Literal["segmenter", "teacher", "student"], str]] = {
+        "segmenter": ("segmenter", "target"),
+        "teacher": ("teacher", "classify"),
+        "student": ("student", "classify"),
+    }
+    if role not in tasks:
+        msg = f"unknown role {role!r}: expected {', '.join(tasks)}"
+        raise ValueError(msg)
+    known, task = tasks[role]
+    name = registered_name(known, "target" if task == "target" else "classify")
+    return newest_version(name).uri
+
+
+def _measure(
+    card: ModelCard, folder: Path, data: Dataset, evaluation: Evaluation
+) -> dict[str, float]:
+    """Figures of the candidate that policies may judge."""
+    figures = {"parity": measure_parity(folder)}
+    for name in evaluation.scores:
+        score = evaluation.interval(name)
+        figures |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+    if card.task == "target":
+        test = data.split("test")
+        ball, threshold = baseline_ball(test)[0], baseline_threshold(test)[0]
+        figures |= {"baseline_ball_iou": ball, "baseline_threshold_iou": threshold}
+        figures["iou_margin"] = figures["foreground_iou"] - max(ball, threshold)
+    if card.role == "student":
+        figures |= _measure_against_teacher(card, folder, data, evaluation)
+    return figures
+
+
+def _measure_against_teacher(
+    card: ModelCard, folder: Path, data: Dataset, evaluation: Evaluation
+) -> dict[str, float]:
+    if card.teacher is None:
+        return {}
+    teacher_folder, _ = resolve_model(card.teacher)
+    reference = evaluate_folder(teacher_folder, data)
+    retention = bootstrap_ratio(
+        evaluation.scores["accuracy"], reference.scores["accuracy"], evaluation.fields
+    )
+    student_rate, teacher_rate = measure_throughputs([folder, teacher_folder])
+    teacher_accuracy = reference.interval("accuracy")
+    return {
+        "teacher_accuracy": teacher_accuracy.value,
+        "teacher_accuracy_low": teacher_accuracy.low,
+        "retention": retention.value,
+        "retention_low": retention.low,
+        "retention_high": retention.high,
+        "speedup": student_rate / teacher_rate,
+        "subtomograms_per_s": student_rate,
+        "teacher_subtomograms_per_s": teacher_rate,
+    }
+
+
+def _incumbent_figures(
+    version: RegisteredVersion, stage: Target, data: Dataset
+) -> tuple[dict[str, float] | None, str]:
+    """Scores of the version now in the stage on the same data, and what hinders the comparison."""
+    holder = stage_holder(version.name, stage)
+    if holder is None or holder.version == version.version:
+        return None, ""
+    folder, _ = resolve_model(holder.uri)
+    try:
+        check_matches(ModelCard.from_folder(folder), data)
+    except ValueError as error:
+        return None, f"not compared with {holder.label}, which serves other data: {error}"
+    evaluation = evaluate_folder(folder, data)
+    return {name: float(values.mean()) for name, values in evaluation.scores.items()}, ""
+
+
+def _frozen_dataset(version: RegisteredVersion | None, dataset: Path | None) -> Dataset:
+    """The dataset given, or the one that the version was trained on, its digest verified."""
+    if dataset is not None:
+        return open_dataset(dataset)
+    path = None if version is None else version.tags.get(DATASET_TAG)
+    if version is None or path is None:
+        msg = "no dataset is known for this model: give one with --dataset"
+        raise ValueError(msg)
+    try:
+        data = open_dataset(Path(path))
+    except FileNotFoundError:
+        msg = f"{version.label} was trained on {path}, which is gone: give one with --dataset"
+        raise FileNotFoundError(msg) from None
+    folder, _ = resolve_model(version.uri)
+    expected, found = ModelCard.from_folder(folder).dataset_digest, data.manifest.content_digest()
+    if found != expected:
+        msg = (
+            f"{path} has the digest {found[:12]}…, {version.label} was trained on "
+            f"{expected[:12]}…: give the dataset with --dataset"
+        )
+        raise ValueError(msg)
+    return data
+
+
+def _names_a_version(model: str) -> bool:
+    name = model.removeprefix("models:/")
+    return "/" in name or "@" in name

@@ -1,0 +1,217 @@
+"""The whole road in one process: simulate, train, distil, promote, predict, and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cectflow.dataset import Dataset
+from cectflow.flows.prediction import predict_classes, predict_segments
+from cectflow.flows.promotion import Promotion, Target, promote
+from cectflow.flows.simulation import SimulatedTomogram, simulate, write_tomogram
+from cectflow.flows.training import Hardware, Registered, distill, train_segmenter, train_teacher
+from cectflow.prediction.contract import InputOptions
+from cectflow.recipe import Recipe
+from cectflow.tracking.runs import start_run
+from cectflow.tracking.versions import stage_holder
+
+__all__ = ["RoadReport", "walk_road"]
+
+Report = Callable[[str], None]
+Rows = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RoadReport:
+    """What came of the road.
+
+    Attributes
+    ----------
+    figures
+        Flat: name → number, as benchmarks write it.
+    rows
+        The closing table: what, and its value as text.
+    promotions
+        In order.
+    """
+
+    figures: dict[str, float]
+    rows: Rows
+    promotions: tuple[Promotion, ...]
+
+
+def walk_road(
+    recipe: Recipe,
+    folder: Path,
+    hardware: Hardware,
+    *,
+    stages: Sequence[Target],
+    report: Report,
+) -> RoadReport:
+    """Structures to predictions with promoted networks, in nested runs of one run.
+
+    Parameters
+    ----------
+    recipe
+        Complete.
+    folder
+        Receives dataset, checkpoints, model folders and predictions.
+    hardware
+        Device, precision and number of worker processes.
+    stages
+        To which each role is promoted in turn, as far as its policy lets it.
+    report
+        Told what is going on.
+    """
+    with start_run("road") as run:
+        run.log_config(recipe, "recipe")
+        report(f"files under {folder}")
+        dataset = simulate(recipe, folder / "dataset", workers=hardware.workers, nested=True)
+        data = dataset.folder
+        segmenter = train_segmenter(recipe, folder, hardware, dataset=data, nested=True)
+        teacher = train_teacher(recipe, folder, hardware, dataset=data, nested=True)
+        student = distill(
+            recipe, folder, hardware, teacher=teacher.version.uri, dataset=data, nested=True
+        )
+        promotions = []
+        for registered in (segmenter, teacher, student):
+            for stage in stages:
+                promotion = promote(registered.version.uri, stage, dataset=data, nested=True)
+                promotions.append(promotion)
+                report(_tell(promotion))
+                if not promotion.verdict.passed:
+                    break
+        figures = _collect(segmenter, teacher, student, promotions)
+        tomogram = write_tomogram(recipe.simulation, folder / "predictions")
+        run.log_files(folder / "predictions" / "field.png", "figures")
+        names = (student.version.name, segmenter.version.name)
+        promoted = [name for name in names if stage_holder(name, stages[-1])]
+        if len(promoted) == len(names):
+            figures |= _predict(tomogram, names[0], names[1], stages[-1], report)
+        else:
+            report(f"no predictions: nothing of {', '.join(names)} holds {stages[-1]}")
+        run.log(figures)
+    rows = (
+        *_describe_data(dataset),
+        *_describe_networks(figures),
+        *((p.version.label, ", ".join(p.version.stages) or "no stage") for p in promotions
+          if p is _last_of(promotions, p.version.name)),
+    )  # fmt: skip
+    return RoadReport(figures, rows, tuple(promotions))
+
+
+def _collect(
+    segmenter: Registered, teacher: Registered, student: Registered, promotions: list[Promotion]
+) -> dict[str, float]:
+    """The road's figures, flat: from the cards, and from the last time each was judged."""
+    cards = (segmenter.trained.card, teacher.trained.card, student.trained.card)
+    teacher_cost, student_cost = cards[1].cost, cards[2].cost
+    assert teacher_cost is not None
+    assert student_cost is not None
+    judged = _last_of(promotions, student.version.name).figures
+    return {
+        "segmenter_fg_iou": cards[0].scores["foreground_iou"].value,
+        "segmenter_iou": cards[0].scores["iou"].value,
+        "segmenter_baseline_ball_iou": cards[0].baselines["ball"],
+        "segmenter_baseline_threshold_iou": cards[0].baselines["threshold"],
+        "segmenter_baseline_fg_iou": max(cards[0].baselines.values()),
+        "teacher_accuracy": cards[1].scores["accuracy"].value,
+        "teacher_accuracy_low": cards[1].scores["accuracy"].low,
+        "teacher_accuracy_high": cards[1].scores["accuracy"].high,
+        "student_accuracy": cards[2].scores["accuracy"].value,
+        "student_labels_only_accuracy": student.figures.get("labels_only_accuracy", float("nan")),
+        "retention": judged["retention"],
+        "retention_low": judged["retention_low"],
+        "retention_high": judged["retention_high"],
+        "speedup_cpu": judged["speedup"],
+        "teacher_parameters": teacher_cost.parameters,
+        "student_parameters": student_cost.parameters,
+        "parameters_ratio": teacher_cost.parameters / student_cost.parameters,
+        "teacher_macs": teacher_cost.macs,
+        "student_macs": student_cost.macs,
+    }
+
+
+def _predict(
+    written: SimulatedTomogram, student: str, segmenter: str, stage: str, report: Report
+) -> dict[str, float]:
+    """Predictions of the promoted versions on a tomogram of their own, beside the truth."""
+    folder = written.tomogram.parent
+    options = InputOptions()
+    outcome = predict_classes(
+        f"{student}@{stage}", folder / "classes.star", options, report,
+        tomogram=written.tomogram, particles=written.particles,
+    )  # fmt: skip
+    predict_segments(
+        f"{segmenter}@{stage}", folder / "labels.mrc", folder / "probabilities.mrc", options,
+        report, tomogram=written.tomogram, particles=written.particles,
+    )  # fmt: skip
+    rows = outcome.table.rows
+    hits = rows["cectflowClassName"] == rows["cectflowTrueClass"]
+    return {"tomogram_accuracy": float(hits.mean())}
+
+
+def _describe_data(dataset: Dataset) -> Rows:
+    manifest = dataset.manifest
+    measured = manifest.field_records("test")
+    snr = [record.snr for record in measured if record.snr is not None]
+    snr_60 = manifest.mean_snr_60("test")
+    occupancy = float(np.mean([record.occupancy or 0.0 for record in measured]))
+    return (
+        ("SNR in the reconstruction", f"{np.mean(snr):.2f} (measured)" if snr else "noise-free"),
+        ("SNR low-passed to 60 Å", f"{snr_60:.2g} (measured)" if snr_60 else "noise-free"),
+        ("classes", f"{len(manifest.classes)}: {', '.join(manifest.classes)}"),
+        ("box", f"{manifest.box}³ at {manifest.voxel_size:g} Å"),
+        ("occupancy", f"{occupancy:.1%} of the volume"),
+        ("subtomograms", ", ".join(f"{manifest.count(s)} {s}" for s in manifest.planned_shards)),
+    )
+
+
+def _describe_networks(figures: dict[str, float]) -> Rows:
+    ball, threshold = (figures[f"segmenter_baseline_{n}_iou"] for n in ("ball", "threshold"))
+    return (
+        ("segmenter, foreground IoU", f"{figures['segmenter_fg_iou']:.3f}"),
+        ("  best centred ball / best threshold", f"{ball:.3f} / {threshold:.3f}"),
+        (
+            "teacher accuracy",
+            f"{figures['teacher_accuracy']:.3f} ({figures['teacher_accuracy_low']:.3f} to "
+            f"{figures['teacher_accuracy_high']:.3f})",
+        ),
+        ("student accuracy", f"{figures['student_accuracy']:.3f}"),
+        ("  the same from labels alone", f"{figures['student_labels_only_accuracy']:.3f}"),
+        (
+            "student over teacher",
+            f"{figures['retention']:.3f} ({figures['retention_low']:.3f} to "
+            f"{figures['retention_high']:.3f})",
+        ),
+        (
+            "parameters, teacher / student",
+            f"{figures['teacher_parameters']:,.0f} / {figures['student_parameters']:,.0f} "
+            f"({figures['parameters_ratio']:.0f}×)",
+        ),
+        (
+            "million MACs, teacher / student",
+            f"{figures['teacher_macs'] / 1e6:,.0f} / {figures['student_macs'] / 1e6:,.1f} "
+            f"({figures['teacher_macs'] / figures['student_macs']:.0f}×)",
+        ),
+        ("measured speed-up on this CPU", f"{figures['speedup_cpu']:.1f}×"),
+        *(
+            [("accuracy on the predicted tomogram", f"{figures['tomogram_accuracy']:.3f}")]
+            if "tomogram_accuracy" in figures
+            else []
+        ),
+    )
+
+
+def _last_of(promotions: Sequence[Promotion], name: str) -> Promotion:
+    return [promotion for promotion in promotions if promotion.version.name == name][-1]
+
+
+def _tell(promotion: Promotion) -> str:
+    label, stage = promotion.version.label, promotion.stage
+    if promotion.verdict.passed:
+        return f"{label} promoted to {stage}" + (f" ({promotion.note})" if promotion.note else "")
+    return f"{label} not promoted to {stage}: {promotion.verdict.refusal}"

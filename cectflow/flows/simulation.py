@@ -1,0 +1,175 @@
+"""From a recipe to a dataset folder, and to a tomogram with its particles."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cectflow.config import Config
+from cectflow.dataset import Dataset
+from cectflow.figures import draw_field, draw_slices
+from cectflow.particles import make_particle_rows, particles_from
+from cectflow.recipe import Recipe, load_recipe
+from cectflow.simulation.recipe import (
+    SimulationRecipe,
+    prepare_specimen,
+    simulate_dataset,
+    simulate_field,
+)
+from cectflow.simulation.structure import Structure, find_structures, load_structure
+from cectflow.tracking.runs import Run, cectflow_commit, start_run
+from cectflow.volume import Volume, write_volume
+
+__all__ = [
+    "SimulatedTomogram",
+    "choose_recipe",
+    "load_structures",
+    "new_folder",
+    "simulate",
+    "write_tomogram",
+]
+
+
+class SimulatedTomogram(Config):
+    """Where a simulated tomogram and its truth were written."""
+
+    tomogram: Path
+    particles: Path
+
+
+def choose_recipe(
+    name_or_path: str, *, structures: str | None = None, seed: int | None = None
+) -> Recipe:
+    """Recipe by name or path, with structures and seed replaced where given.
+
+    Parameters
+    ----------
+    name_or_path
+        A recipe that cectflow brings, or a YAML file.
+    structures
+        ``builtin`` or comma-separated files and folders.
+    seed
+        Of simulation and trainings.
+    """
+    recipe = load_recipe(name_or_path)
+    simulation = recipe.simulation
+    if structures:
+        paths = tuple(part.strip() for part in structures.split(",") if part.strip())
+        simulation = simulation.model_copy(update={"structures": paths})
+    if seed is None:
+        return recipe.model_copy(update={"simulation": simulation})
+    simulation = simulation.model_copy(update={"seed": seed})
+    segmenter = recipe.segmenter.fit.model_copy(update={"seed": seed})
+    student = recipe.student.fit.model_copy(update={"seed": seed})
+    return recipe.model_copy(
+        update={
+            "simulation": simulation,
+            "segmenter": recipe.segmenter.model_copy(update={"fit": segmenter}),
+            "teacher": recipe.teacher.model_copy(update={"seed": seed}),
+            "student": recipe.student.model_copy(update={"fit": student}),
+        }
+    )
+
+
+def load_structures(recipe: SimulationRecipe) -> tuple[Structure, ...]:
+    """Structures of a recipe in class order.
+
+    Raises
+    ------
+    ValueError
+        If a name in ``include`` is not among the sources; the message lists those there are.
+    """
+    sources = {source.name: source for source in find_structures(",".join(recipe.structures))}
+    missing = [name for name in recipe.include if name not in sources]
+    if missing:
+        msg = (
+            f"include names {', '.join(missing)}: not among the structures of "
+            f"{', '.join(recipe.structures)}, which are {', '.join(sources)}"
+        )
+        raise ValueError(msg)
+    chosen = recipe.include or tuple(sources)
+    return tuple(load_structure(sources[name]) for name in chosen)
+
+
+def new_folder(name: str) -> Path:
+    """Unused folder ``runs/NAME-<time>`` for the files of a run."""
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def simulate(recipe: Recipe, folder: Path, *, workers: int = 1, nested: bool = False) -> Dataset:
+    """Dataset of a recipe, logged as a run with its manifest and pictures."""
+    structures = load_structures(recipe.simulation)
+    with start_run("simulate", tags={"role": "dataset"}, nested=nested) as run:
+        run.log_config(recipe.simulation, "recipe")
+        dataset = simulate_dataset(
+            recipe.simulation, structures, folder, workers=workers, commit=cectflow_commit()
+        )
+        manifest = dataset.manifest
+        run.log_dataset("simulated", manifest.content_digest(), str(folder.resolve()), "output")
+        run.log_files(folder / "manifest.json")
+        _log_measured(run, dataset)
+        _log_slices(run, dataset)
+    return dataset
+
+
+def write_tomogram(recipe: SimulationRecipe, folder: Path) -> SimulatedTomogram:
+    """One more field of a recipe, in no split, as tomogram and particle STAR with the truth.
+
+    Parameters
+    ----------
+    recipe
+        Of the simulation.
+    folder
+        Receives ``tomogram.mrc``, ``particles.star`` and ``field.png``.
+    """
+    specimen = prepare_specimen(recipe, load_structures(recipe))
+    field = simulate_field(specimen, "prediction", 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = SimulatedTomogram(
+        tomogram=folder / "tomogram.mrc", particles=folder / "particles.star"
+    )
+    write_volume(written.tomogram, Volume(field.tomogram, recipe.voxel_size))
+    rows = make_particle_rows(
+        field.scene.positions_zyx, angles=field.scene.angles, tomogram="tomogram"
+    )
+    rows["cectflowTrueClass"] = [specimen.classes[i - 1] for i in field.scene.class_ids]
+    particles_from(rows).write(written.particles)
+    class_of_owner = np.concatenate([[0], field.scene.class_ids])
+    panels = (
+        ("density", field.density, "grey"),
+        ("tomogram", field.tomogram, "grey"),
+        ("voxel labels", class_of_owner[field.owners], "labels"),
+    )
+    draw_field(panels, voxel_size=recipe.voxel_size).savefig(folder / "field.png", dpi=110)
+    return written
+
+
+def _log_measured(run: Run, dataset: Dataset) -> None:
+    """Means over fields of what was measured, and the numbers of subtomograms."""
+    for split in dataset.manifest.planned_shards:
+        records = dataset.manifest.field_records(split)
+        metrics: dict[str, float] = {f"{split}_subtomograms": dataset.manifest.count(split)}
+        for name in ("snr", "snr_60", "occupancy"):
+            values = [v for record in records if (v := getattr(record, name)) is not None]
+            if values:
+                metrics[f"{split}_{name}"] = float(np.mean(values))
+        run.log(metrics)
+
+
+def _log_slices(run: Run, dataset: Dataset) -> None:
+    """One subtomogram of each class with its target outlined."""
+    split = dataset.split("train")
+    classes = dataset.manifest.classes[:10]
+    first = [int(np.argmax(split.class_ids == i)) for i in range(1, len(classes) + 1)]
+    batch = split.read(np.array(first))
+    assert batch.instances is not None
+    figure = draw_slices(
+        batch.subtomograms[:, 0].numpy(),
+        (batch.instances == 1).numpy(),
+        None,
+        voxel_size=dataset.manifest.voxel_size,
+        titles=classes,
+    )
+    run.log_figure(figure, "figures/subtomograms.png")

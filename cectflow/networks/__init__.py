@@ -1,0 +1,28 @@
+"""The catalogue of networks: the two papers' and ours.
+
+- ``catalogue``: declare, list, describe and create networks by name
+- ``ssn3d``: the segmenters of Liu et al. 2018
+- ``dsrf3d``: the teacher of Che et al. 2017 and the students of Guo et al. 2018
+- ``ours``: a strided classifier and a strided segmenter
+- ``blocks``: the layers that several families share
+"""
+
+from __future__ import annotations
+
+from cectflow.networks import dsrf3d, ours, ssn3d
+from cectflow.networks.catalogue import (
+    NetworkInfo,
+    create_network,
+    list_networks,
+    network_info,
+)
+
+__all__ = [
+    "NetworkInfo",
+    "create_network",
+    "dsrf3d",
+    "list_networks",
+    "network_info",
+    "ours",
+    "ssn3d",
+]

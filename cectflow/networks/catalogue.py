@@ -1,0 +1,172 @@
+"""The catalogue of networks: how a network is declared, listed, described and created.
+
+A network enters it with :func:`register_network` and leaves it by name with
+:func:`create_network`; :func:`list_networks` and :func:`network_info` tell what there is. The
+catalogue knows no family: each family's file registers its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
+
+from torch import nn
+
+__all__ = ["NetworkInfo", "create_network", "list_networks", "network_info", "register_network"]
+
+NetworkTask = Literal["classify", "segment"]
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+
+@dataclass(frozen=True)
+class NetworkInfo:
+    """What the catalogue knows of a network before it is created."""
+
+    name: str
+    task: NetworkTask
+    """``classify``: logits ``(n, num_outputs)``; ``segment``: ``(n, num_outputs, z, y, x)``."""
+    stride: int
+    """The box must be a multiple of it; 1 for classifiers."""
+    min_box: int
+    """Smallest edge of the input cube, in voxels."""
+    paper: str
+    summary: str
+    _build: Callable[..., nn.Module] = field(repr=False)
+
+
+_CATALOGUE: dict[str, NetworkInfo] = {}
+
+
+def register_network(
+    *, task: NetworkTask, stride: int, min_box: int, paper: str
+) -> Callable[[Builder], Builder]:
+    """Return a decorator that enters a function ``(num_outputs, box, **arguments)``.
+
+    The function's name becomes the catalogue name, the first line of its docstring the summary.
+
+    Parameters
+    ----------
+    task
+        ``classify`` or ``segment``.
+    stride
+        The box must be a multiple of it; 1 for classifiers.
+    min_box
+        Smallest edge of the input cube that the network takes, in voxels.
+    paper
+        Where the network was published.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    """
+
+    def register(build: Builder) -> Builder:
+        name = build.__name__
+        if name in _CATALOGUE:
+            msg = f"network {name!r} is registered already: give the new one another name"
+            raise ValueError(msg)
+        summary = (inspect.getdoc(build) or "").partition("\n")[0]
+        _CATALOGUE[name] = NetworkInfo(name, task, stride, min_box, paper, summary, build)
+        return build
+
+    return register
+
+
+def create_network(name: str, *, num_outputs: int, box: int, **arguments: object) -> nn.Module:
+    """Create a freshly initialised network.
+
+    It takes normalised float32 cubes ``(n, 1, z, y, x)`` and returns logits, ``(n, num_outputs)``
+    from a classifier and ``(n, num_outputs, z, y, x)`` from a segmenter. The weights are drawn
+    from torch's global generator.
+
+    Parameters
+    ----------
+    name
+        One of :func:`list_networks`.
+    num_outputs
+        Classes of a classifier; labels of a segmenter, background included.
+    box
+        Edge of the input cube in voxels.
+    arguments
+        The network's own, for instance ``dropout``.
+
+    Raises
+    ------
+    ValueError
+        If the name or an argument is unknown, there are fewer than two outputs, or the box is
+        too small or no multiple of the network's stride.
+    """
+    info = network_info(name)
+    _check_arguments(info, arguments)
+    if num_outputs < 2:
+        msg = (
+            f"{name} was asked for {num_outputs} outputs; expected at least 2: "
+            "count the background of a segmenter, too"
+        )
+        raise ValueError(msg)
+    _check_box(info, box)
+    return info._build(num_outputs, box, **arguments)
+
+
+def list_networks(task: str | None = None) -> tuple[str, ...]:
+    """Names of all networks, sorted.
+
+    Parameters
+    ----------
+    task
+        ``classify`` or ``segment`` lists these only.
+
+    Raises
+    ------
+    ValueError
+        If there is no such task.
+    """
+    tasks = get_args(NetworkTask)
+    if task is not None and task not in tasks:
+        msg = f"unknown task {task!r}: expected one of {', '.join(tasks)}"
+        raise ValueError(msg)
+    return tuple(sorted(name for name, info in _CATALOGUE.items() if task in {None, info.task}))
+
+
+def network_info(name: str) -> NetworkInfo:
+    """What the catalogue knows of a network.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown; the message lists the known ones.
+    """
+    if name not in _CATALOGUE:
+        msg = f"unknown network {name!r}: expected one of {', '.join(list_networks())}"
+        raise ValueError(msg)
+    return _CATALOGUE[name]
+
+
+def _check_arguments(info: NetworkInfo, arguments: dict[str, object]) -> None:
+    known = [name for name in inspect.signature(info._build).parameters][2:]  # after the box
+    unknown = [name for name in arguments if name not in known]
+    if unknown:
+        msg = (
+            f"{info.name} has no argument {', '.join(unknown)}: "
+            f"expected {', '.join(known) or 'none'}"
+        )
+        raise ValueError(msg)
+
+
+def _check_box(info: NetworkInfo, box: int) -> None:
+    padded = -(-max(box, info.min_box) // info.stride) * info.stride
+    if box < info.min_box:
+        msg = (
+            f"subtomogram is {box}³; {info.name} needs at least {info.min_box}³: "
+            f"cut or pad to {padded}³"
+        )
+        raise ValueError(msg)
+    if box % info.stride:
+        msg = (
+            f"subtomogram is {box}³; {info.name} needs a multiple of {info.stride}: "
+            f"pad to {padded}³"
+        )
+        raise ValueError(msg)

@@ -1,0 +1,36 @@
+"""NormalisePerCube: a network that first brings each cube to zero mean and unit variance."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["NormalisePerCube"]
+
+EPSILON = 1e-6
+
+
+class NormalisePerCube(nn.Module):
+    """A network whose input needs no preparation: the normalisation is part of its graph.
+
+    Training, export and prediction all run this module, so they cannot normalise differently.
+    A constant cube becomes zeros.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Tensor:
+        """Logits of cubes in any units.
+
+        Parameters
+        ----------
+        subtomograms
+            Protein dark, as the card states.
+        """
+        axes = (1, 2, 3, 4)
+        centred = subtomograms - subtomograms.mean(dim=axes, keepdim=True)
+        deviation = centred.square().mean(dim=axes, keepdim=True).sqrt()
+        logits: Tensor = self.network(centred / (deviation + EPSILON))
+        return logits

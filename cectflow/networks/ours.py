@@ -1,0 +1,184 @@
+"""Our own networks: a strided residual classifier and a strided residual segmenter.
+
+The papers' networks spend half of their multiplications on two convolutions at full resolution
+(design.md section 8), where a cube holds mostly noise. Ours go to a coarser grid at once, learn
+residuals (He et al. 2016, arXiv:1512.03385) and normalise with batch norm, which an export folds
+into the convolutions. They use nothing but convolution, batch norm, ReLU, addition, mean and
+nearest upsampling, so ONNX runtimes take them whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cectflow.networks.blocks import initialise_weights, normed_convolution
+from cectflow.networks.catalogue import register_network
+
+__all__ = ["StridedClassifier", "StridedSegmenter", "strided_ed", "strided_micro"]
+
+PAPER = "cectflow, unpublished"
+
+
+class ResidualBlock(nn.Module):
+    """Two 3³ convolutions added to their input; 1³ convolution on the way round where needed.
+
+    Parameters
+    ----------
+    inputs, outputs
+        Channels.
+    stride
+        Of the first convolution; the size is divided by it and rounded up.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            normed_convolution(inputs, outputs, stride=stride),
+            nn.ReLU(inplace=True),
+            normed_convolution(outputs, outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = normed_convolution(inputs, outputs, kernel=1, stride=stride)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, features: Float[Tensor, "n inputs z y x"]) -> Tensor:
+        """Features, smaller by the stride."""
+        total: Tensor = self.relu(self.residual(features) + self.shortcut(features))
+        return total
+
+
+class StridedClassifier(nn.Module):
+    """Classifier that halves the grid at every step and averages over what is left.
+
+    Parameters
+    ----------
+    num_outputs
+        Number of classes.
+    widths
+        Channels of the stem and of each residual block; each halves the size.
+    """
+
+    def __init__(self, num_outputs: int, *, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            normed_convolution(1, widths[0], kernel=5, stride=2),
+            nn.ReLU(inplace=True),
+        )
+        self.blocks = nn.Sequential(
+            *(
+                ResidualBlock(inputs, outputs, stride=2)
+                for inputs, outputs in zip(widths[:-1], widths[1:], strict=True)
+            )
+        )
+        self.score = nn.Linear(widths[-1], num_outputs)
+        initialise_weights(self)
+
+    def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs"]:
+        """Logits of normalised cubes."""
+        features = self.blocks(self.stem(subtomograms))
+        logits: Tensor = self.score(features.mean(dim=(2, 3, 4)))
+        return logits
+
+
+class StridedSegmenter(nn.Module):
+    """Encoder-decoder of residual blocks that sees how far each voxel is from the box centre.
+
+    The distance tells the particle at the centre from its neighbours; without it zero padding
+    would be the only cue. It fits one box only.
+
+    Parameters
+    ----------
+    num_outputs
+        Number of labels, background included.
+    box
+        Edge of the input cube in voxels.
+    widths
+        Channels at full, half and quarter resolution.
+    """
+
+    distance: Tensor
+
+    def __init__(self, num_outputs: int, box: int, *, widths: tuple[int, int, int]) -> None:
+        super().__init__()
+        full, half, quarter = widths
+        self.register_buffer("distance", distance_from_centre(box)[None, None], persistent=False)
+        self.stem = nn.Sequential(normed_convolution(2, full), nn.ReLU(inplace=True))
+        self.encode_half = ResidualBlock(full, half, stride=2)
+        self.encode_quarter = nn.Sequential(
+            ResidualBlock(half, quarter, stride=2), ResidualBlock(quarter, quarter)
+        )
+        self.raise_half = _Raise(quarter, half)
+        self.decode_half = ResidualBlock(half, half)
+        self.raise_full = _Raise(half, full)
+        self.decode_full = nn.Sequential(normed_convolution(full, full), nn.ReLU(inplace=True))
+        self.score = nn.Conv3d(full, num_outputs, 1)
+        initialise_weights(self)
+
+    def forward(
+        self, subtomograms: Float[Tensor, "n 1 z y x"]
+    ) -> Float[Tensor, "n outputs z y x"]:
+        """Logits of every voxel of normalised cubes."""
+        distance = self.distance.expand(subtomograms.shape[0], -1, -1, -1, -1)
+        full = self.stem(torch.cat([subtomograms, distance], dim=1))
+        half = self.encode_half(full)
+        quarter = self.encode_quarter(half)
+        half = self.decode_half(half + self.raise_half(quarter))
+        full = self.decode_full(full + self.raise_full(half))
+        logits: Tensor = self.score(full)
+        return logits
+
+
+class _Raise(nn.Sequential):
+    """1³ convolution to the channels of the finer grid, then nearest upsampling by two."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(
+            normed_convolution(inputs, outputs, kernel=1),
+            nn.Upsample(scale_factor=2, mode="nearest"),
+        )
+
+
+def distance_from_centre(box: int) -> Float[Tensor, "z y x"]:
+    """Distance of every voxel from the box centre, in half boxes.
+
+    It is 0 at voxel ``box // 2`` of each axis and 1 at the middle of the near faces.
+
+    Parameters
+    ----------
+    box
+        Edge of the cube in voxels.
+    """
+    axis = (torch.arange(box) - box // 2) / (box / 2)
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    return (z.square() + y.square() + x.square()).sqrt()
+
+
+@register_network(task="classify", stride=1, min_box=12, paper=PAPER)
+def strided_micro(num_outputs: int, box: int) -> nn.Module:
+    """Compact student of ours: 5³ strided stem and two residual blocks; 16, 32, 40 channels.
+
+    Parameters
+    ----------
+    num_outputs
+        Number of classes.
+    box
+        Edge of the input cube in voxels; the weights serve any box.
+    """
+    return StridedClassifier(num_outputs, widths=(16, 32, 40))
+
+
+@register_network(task="segment", stride=4, min_box=8, paper=PAPER)
+def strided_ed(num_outputs: int, box: int) -> nn.Module:
+    """Compact target segmenter of ours: residual encoder-decoder; 8, 24, 48 channels.
+
+    Parameters
+    ----------
+    num_outputs
+        Number of labels, background included.
+    box
+        Edge of the input cube in voxels; it fixes the distance channel, not the weights.
+    """
+    return StridedSegmenter(num_outputs, box, widths=(8, 24, 48))

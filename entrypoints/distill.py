@@ -1,0 +1,22 @@
+"""Entry point ``distill``: distil and register a student."""
+
+from __future__ import annotations
+
+from cectflow.flows.training import distill
+from cectflow.tracking.runs import connect
+from entrypoints.door import Parameters, walk
+from entrypoints.training_request import TRAINING_PARAMETERS, read_request
+
+
+def story(given: Parameters) -> None:
+    """Distil and register a student of a teacher."""
+    request = read_request(given)
+    recipe, folder = request.prepare("student")
+    connect()
+    teacher = given["teacher"] or "cectflow-teacher@production"
+    registered = distill(recipe, folder, request.hardware, teacher=teacher, dataset=request.dataset)
+    print(f"{registered.version.label}: {registered.version.uri}")
+
+
+if __name__ == "__main__":
+    walk("distill", ("teacher", *TRAINING_PARAMETERS), story)

@@ -1,0 +1,74 @@
+"""What every entry point does first and last: read its parameters, and end with a clear line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+
+from cectflow.cli import EXIT_BAD_INPUT
+
+__all__ = ["Parameters", "chosen", "integer", "walk"]
+
+Parameters = Mapping[str, str | None]
+
+
+def walk(name: str, parameters: tuple[str, ...], story: Callable[[Parameters], int | None]) -> None:
+    """Run an entry point.
+
+    Parameters
+    ----------
+    name
+        Of the entry point in MLproject.
+    parameters
+        Names; each is an option with a string value. MLproject knows no optional parameters: an
+        empty value means that none was given, and reaches the story as None.
+    story
+        Receives the parameters; returns an exit code, None for success.
+    """
+    parser = argparse.ArgumentParser(prog=f"entrypoints.{name}")
+    for parameter in parameters:
+        parser.add_argument("--" + parameter.replace("_", "-"), dest=parameter, default="")
+    given = {key: value or None for key, value in vars(parser.parse_args()).items()}
+    try:
+        sys.exit(story(given) or 0)
+    except (ValueError, OSError) as error:
+        sys.exit(_refuse(error))
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def integer(parameters: Parameters, name: str) -> int | None:
+    """Whole number of a parameter, None when it was not given.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    text = parameters[name]
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        msg = f"{name} is {text!r}: expected a whole number"
+        raise ValueError(msg) from None
+
+
+def chosen(parameters: Parameters, name: str, choices: tuple[str, ...]) -> str:
+    """Value of a parameter that must be one of a few; the first when it was not given.
+
+    Raises
+    ------
+    ValueError
+        If it is none of them.
+    """
+    value = parameters[name] or choices[0]
+    if value not in choices:
+        msg = f"{name} is {value!r}: expected one of {', '.join(choices)}"
+        raise ValueError(msg)
+    return value

@@ -1,0 +1,55 @@
+"""Entry point ``predict``: classes or outlines of particles, logged as a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from cectflow.flows.prediction import predict_classes, predict_segments
+from cectflow.flows.simulation import new_folder
+from cectflow.model_card import Contrast
+from cectflow.prediction.contract import InputOptions
+from cectflow.tracking.runs import connect, start_run
+from entrypoints.door import Parameters, chosen, walk
+
+PARAMETERS = (
+    "task", "model", "subtomograms", "tomogram", "particles", "out", "contrast", "voxel_size",
+    "rescale", "device",
+)  # fmt: skip
+
+
+def story(given: Parameters) -> None:
+    """Predict, and log what came out."""
+    task = chosen(given, "task", ("classify", "segment"))
+    options = InputOptions(
+        voxel_size=float(given["voxel_size"]) if given["voxel_size"] else None,
+        contrast=cast("Contrast", chosen(given, "contrast", ("dark", "light"))),
+        rescale=chosen(given, "rescale", ("false", "true")) == "true",
+        device=chosen(given, "device", ("auto", "cpu", "cuda")),
+    )
+    tomogram = Path(given["tomogram"]) if given["tomogram"] else None
+    particles = Path(given["particles"]) if given["particles"] else None
+    suffix = "star" if task == "classify" else ("mrc" if tomogram else "mrcs")
+    out = Path(given["out"]) if given["out"] else new_folder("predict") / f"{task}.{suffix}"
+    if not given["out"]:
+        out.parent.mkdir(parents=True)
+    connect()
+    with start_run(f"predict_{task}") as run:
+        if task == "classify":
+            outcome = predict_classes(
+                given["model"] or "cectflow-student@production", out, options, print,
+                subtomograms=given["subtomograms"], tomogram=tomogram, particles=particles,
+            )  # fmt: skip
+            run.log({f"count/{name}": count for name, count in outcome.counts.items()})
+            run.log({"particles": len(outcome.table), "probability": outcome.mean_probability})
+        else:
+            segmented = predict_segments(
+                given["model"] or "cectflow-segmenter@production", out, None, options, print,
+                subtomograms=given["subtomograms"], tomogram=tomogram, particles=particles,
+            )  # fmt: skip
+            run.log({"particles": segmented.num_particles, "voxels": segmented.mean_voxels})
+        run.log_files(out)
+
+
+if __name__ == "__main__":
+    walk("predict", PARAMETERS, story)

@@ -1,0 +1,44 @@
+"""The parameters that all training entry points share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from cectflow.flows.training import Hardware, TrainingRequest
+from cectflow.learning.fit import Device, Precision
+from entrypoints.door import Parameters, chosen, integer
+
+__all__ = ["TRAINING_PARAMETERS", "read_request"]
+
+TRAINING_PARAMETERS = (
+    "recipe",
+    "structures",
+    "dataset",
+    "out",
+    "device",
+    "precision",
+    "seed",
+)
+
+
+def read_request(given: Parameters) -> TrainingRequest:
+    """Request of an entry point's parameters.
+
+    Raises
+    ------
+    ValueError
+        If the seed is no whole number, or the device or precision is unknown.
+    """
+    device = chosen(given, "device", ("auto", "cpu", "cuda"))
+    precision = chosen(given, "precision", ("auto", "float32", "bfloat16", "float16"))
+    workers = integer(given, "workers") if "workers" in given else None
+    dataset = given.get("dataset")
+    return TrainingRequest(
+        recipe=given["recipe"] or "demo",
+        structures=given["structures"],
+        dataset=Path(dataset) if dataset else None,
+        out=Path(given["out"]) if given["out"] else None,
+        seed=integer(given, "seed"),
+        hardware=Hardware(cast("Device", device), cast("Precision", precision), workers or 1),
+    )
