@@ -10,14 +10,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cectflow import __version__
+from cectflow.exit_codes import BAD_INPUT, INTERRUPTED, REFUSED
 
-__all__ = ["EXIT_BAD_INPUT", "EXIT_REFUSED", "main"]
-
-EXIT_BAD_INPUT = 2
-"""What the user gave cannot be used; the message says what to give instead."""
-EXIT_REFUSED = 3
-"""The work was done and its answer is no: a promotion refused, a dataset found faulty."""
-EXIT_INTERRUPTED = 130
+__all__ = ["main"]
 
 Contrast = Literal["dark", "light"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -115,16 +110,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=arguments, standalone_mode=True)
     except KeyboardInterrupt:
         typer.echo("interrupted; what was finished is kept", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError) as error:
         typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(BAD_INPUT)
     except Exception as error:
         # MLflow's own errors, recognised without importing it.
         if type(error).__module__.partition(".")[0] != "mlflow":
             raise
         typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(BAD_INPUT)
 
 
 @app.callback(invoke_without_command=True)
@@ -214,7 +209,7 @@ def dataset_check(folder: Path) -> None:
     for fault in faults:
         typer.echo(fault)
     if faults:
-        raise typer.Exit(EXIT_REFUSED)
+        raise typer.Exit(REFUSED)
     typer.echo(f"{folder}: sound")
 
 
@@ -230,7 +225,7 @@ def dataset_import(
     ] = "class",
     classes: Annotated[
         str | None,
-        typer.Option("--classes", help="Comma-separated names in class order; default: as found."),
+        typer.Option("--classes", help="Comma-separated names in class order; default: sorted."),
     ] = None,
     split: Annotated[
         Literal["train", "validation", "test", "by-tomogram"],
@@ -249,6 +244,7 @@ def dataset_import(
 ) -> None:
     """Bring one's own subtomograms with known classes into a dataset folder."""
     from cectflow.exchange import ImportOptions, import_subtomograms
+    from cectflow.tracking.runs import cectflow_commit
 
     options = ImportOptions(
         class_column=class_column,
@@ -258,7 +254,9 @@ def dataset_import(
         contrast=contrast,
         ctf_correction=ctf_correction,
     )
-    dataset = import_subtomograms(subtomograms, labels, out, options, voxel_labels=voxel_labels)
+    dataset = import_subtomograms(
+        subtomograms, labels, out, options, voxel_labels=voxel_labels, commit=cectflow_commit()
+    )
     counts = {split: dataset.manifest.count(split) for split in dataset.manifest.planned_shards}
     typer.echo(f"{out}: {', '.join(f'{n} {name}' for name, n in counts.items())} subtomograms")
 
@@ -433,7 +431,7 @@ def models_promote(
         typer.echo(promotion.note)
     if not promotion.verdict.passed:
         typer.echo(f"{promotion.version.label}: {promotion.verdict.refusal}")
-        raise typer.Exit(EXIT_REFUSED)
+        raise typer.Exit(REFUSED)
     typer.echo(f"{promotion.version.label} is in {', '.join(promotion.version.stages)}")
 
 
@@ -524,7 +522,7 @@ def doctor(tracking_uri: TrackingOption = None, json: JsonOption = False) -> Non
         rows = [(f.what, f.found, "ok" if f.sound else "FAULT") for f in findings]
         _print_table(("what", "found", ""), rows)
     if not all(finding.sound for finding in findings):
-        raise typer.Exit(EXIT_REFUSED)
+        raise typer.Exit(REFUSED)
 
 
 def _input_options(
@@ -571,5 +569,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    # Pipes and log files have no width: a table there must not be cut to 80 columns.
-    console.print(table, width=None if console.is_terminal else 200, markup=False)
+    if not console.is_terminal:
+        # Pipes and log files have no width: a table there must not be cut to 80 columns.
+        console = Console(width=240)
+    console.print(table, markup=False)

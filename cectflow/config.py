@@ -7,13 +7,17 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 __all__ = ["Config", "find_named_file", "list_named_files"]
+
+
+# Not Self: beartype, which checks annotations in tests, refuses it in a method decorated alone.
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
@@ -28,7 +32,7 @@ class Config(BaseModel):
     )
 
     @classmethod
-    def from_json(cls, text: str, *, source: str = "JSON text") -> Self:
+    def from_json(cls: type[ConfigT], text: str, *, source: str = "JSON text") -> ConfigT:
         """Configuration read from JSON.
 
         Parameters
@@ -53,7 +57,7 @@ class Config(BaseModel):
             raise ValueError(msg) from None
 
     @classmethod
-    def from_yaml(cls, path: Path) -> Self:
+    def from_yaml(cls: type[ConfigT], path: Path) -> ConfigT:
         """Configuration read from a YAML file.
 
         Raises

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -204,6 +204,7 @@ class Batch:
         )
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """Where batches come from: a split of a folder, or anything that behaves like one."""
 
@@ -283,7 +284,7 @@ class Split:
         order = torch.arange(len(self))
         if generator is not None:
             order = torch.randperm(len(self), generator=generator)
-        for indices in order.split(batch_size):
+        for indices in torch.split(order, batch_size):
             yield self.read(indices.numpy())
 
     def read(self, indices: Int[NDArray[np.int64], " n"]) -> Batch:

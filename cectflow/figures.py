@@ -12,6 +12,9 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 __all__ = ["draw_confusion", "draw_field", "draw_learning_curves", "draw_slices"]
@@ -19,6 +22,9 @@ __all__ = ["draw_confusion", "draw_field", "draw_learning_curves", "draw_slices"
 LABEL_COLOUR = "#ff7f0e"
 PREDICTION_COLOUR = "#17becf"
 SCALE_BAR_FRACTION = 0.3
+NUM_LABEL_COLOURS = 20
+TITLE_CHARACTERS = 21
+"""That fit over a panel of :func:`draw_slices` in the usual size; longer titles are set smaller."""
 
 
 def draw_learning_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:
@@ -40,11 +46,17 @@ def draw_learning_curves(history: Sequence[Mapping[str, float]], title: str) -> 
         kind, _, term = name.partition("_")
         is_loss = kind == "train" or term == "loss"
         axes = losses if is_loss else scores
-        axes.plot(epochs, [row[name] for row in history], label=name.replace("_", " "))
+        label = name.replace("_", " ").replace("iou", "IoU")
+        # A single epoch is a dot: a line through one point would not be seen.
+        axes.plot(epochs, [row[name] for row in history], ".-" if len(epochs) < 15 else "-",
+                  label=label)  # fmt: skip
     losses.set(xlabel="epoch", ylabel="loss")
     scores.set(xlabel="epoch", ylabel="score", ylim=(0, 1.02))
     for axes in (losses, scores):
-        axes.legend(frameon=False, fontsize=8)
+        axes.set_xlim(0.5, max(len(history), 1) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     return figure
@@ -84,7 +96,8 @@ def draw_confusion(
     names = [f"{name} ({int(n)})" for name, n in zip(classes, counts.sum(axis=1), strict=True)]
     axes.set_xticks(range(number), classes, rotation=45, ha="right")
     axes.set_yticks(range(number), names)
-    axes.set(xlabel="predicted", ylabel="true (number)", title=title)
+    axes.set(xlabel="predicted", ylabel="true (number)")
+    axes.set_title(f"{title}\n% of each true class", fontsize=10)
     return figure
 
 
@@ -110,23 +123,34 @@ def draw_slices(
         One per cube.
     """
     number = len(cubes)
-    figure = Figure(figsize=(1.7 * number + 0.4, 3.9), layout="constrained")
+    outlines = [
+        (volume, name, colour)
+        for volume, name, colour in (
+            (labels, "truth", LABEL_COLOUR),
+            (predicted, "prediction", PREDICTION_COLOUR),
+        )
+        if volume is not None
+    ]
+    height = 3.9 if outlines else 3.6
+    figure = Figure(figsize=(1.7 * number + 0.4, height), layout="constrained")
     panels = figure.subplots(2, number, squeeze=False)
     for column in range(number):
         for row, plane in enumerate(("xy", "xz")):
             axes = panels[row, column]
             _draw_plane(axes, _central(cubes[column], plane))
-            for volume, colour in ((labels, LABEL_COLOUR), (predicted, PREDICTION_COLOUR)):
-                if volume is not None:
-                    _outline(axes, _central(volume[column], plane), colour)
+            for volume, _, colour in outlines:
+                _outline(axes, _central(volume[column], plane), colour)
             if column == 0:
                 axes.set_ylabel(plane)
-                _scale_bar(axes, voxel_size)
-        panels[0, column].set_title(titles[column], fontsize=9)
-    outlines = [f"{name} {colour}" for name, volume, colour in
-                (("truth", labels, "orange"), ("prediction", predicted, "cyan"))
-                if volume is not None]  # fmt: skip
-    figure.supxlabel(", ".join(outlines), fontsize=8)
+        title = titles[column]
+        size = 9 * min(1.0, TITLE_CHARACTERS / max(len(title), 1))
+        panels[0, column].set_title(title, fontsize=max(size, 4))
+    _scale_bar(panels[0, 0], voxel_size)
+    if outlines:
+        handles = [Line2D([], [], color=colour, label=name) for _, name, colour in outlines]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8
+        )
     return figure
 
 
@@ -139,12 +163,13 @@ def draw_field(
     ----------
     panels
         Title, volume and kind of each column: ``grey`` (density, dark or bright) or ``labels``
-        (integers, 0 transparent black).
+        (integers, 0 black; 20 colours, then they repeat).
     voxel_size
         In Å, for the scale bar.
     """
-    depth, height, _ = panels[0][1].shape
-    figure = Figure(figsize=(3.0 * len(panels), 3.3 * (1 + depth / height)), layout="constrained")
+    depth, height, width = panels[0][1].shape
+    size = (3.0 * len(panels) + 0.2, 3.0 * (height + depth) / width + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(
         2, len(panels), squeeze=False, gridspec_kw={"height_ratios": [height, depth]}
     )
@@ -155,8 +180,13 @@ def draw_field(
             if kind == "grey":
                 _draw_plane(axes, slice_)
             else:
-                shown = np.ma.masked_equal(slice_, 0)
-                axes.imshow(shown, cmap="tab10", vmin=1, vmax=10, origin="lower")
+                number = (slice_ - 1) % NUM_LABEL_COLOURS
+                # tab20 pairs each strong colour with a pale one: the strong ones come first.
+                colours = np.ma.masked_where(slice_ == 0, number % 10 * 2 + number // 10)
+                axes.imshow(
+                    colours, cmap="tab20", vmin=0, vmax=NUM_LABEL_COLOURS - 1, origin="lower",
+                    interpolation="nearest",
+                )  # fmt: skip
                 axes.set_facecolor("black")
                 axes.set_xticks([])
                 axes.set_yticks([])
@@ -178,7 +208,10 @@ def _central(volume: NDArray[Any], plane: str) -> NDArray[Any]:
 def _draw_plane(axes: Axes, plane: NDArray[Any]) -> None:
     values = np.asarray(plane, np.float32)
     low, high = np.percentile(values, [1, 99])
-    axes.imshow(values, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower")
+    if high <= low:  # mostly one value: the extremes, and grey if it is constant
+        low, high = values.min(), values.max()
+    margin = 0.0 if high > low else max(1.0, abs(high))
+    axes.imshow(values, cmap="gray", vmin=low - margin, vmax=high + margin, origin="lower")
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -196,7 +229,12 @@ def _scale_bar(axes: Axes, voxel_size: float) -> None:
     unit = 10 ** np.floor(np.log10(width))
     length = max(step * unit for step in (1, 2, 5) if step * unit <= width)
     x, y = low + 0.06 * (high - low), axes.get_ylim()[0] + 0.08 * (high - low)
-    axes.plot([x, x + length / voxel_size], [y, y], color="white", linewidth=3)
+    rim = [withStroke(linewidth=4.5, foreground="black")]
+    axes.plot(
+        [x, x + length / voxel_size], [y, y], color="white", linewidth=3, path_effects=rim,
+        solid_capstyle="butt",
+    )  # fmt: skip
     axes.text(
-        x, y + 0.03 * (high - low), f"{length / 10:g} nm", color="white", fontsize=8, va="bottom"
-    )
+        x, y + 0.04 * (high - low), f"{length / 10:g} nm", color="white", fontsize=8, va="bottom",
+        path_effects=[withStroke(linewidth=2, foreground="black")],
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 
-from cectflow.cli import EXIT_BAD_INPUT
+from cectflow.exit_codes import BAD_INPUT
 
 __all__ = ["Parameters", "chosen", "integer", "walk"]
 
@@ -38,7 +38,7 @@ def walk(name: str, parameters: tuple[str, ...], story: Callable[[Parameters], i
 
 def _refuse(error: Exception) -> int:
     print(f"error: {error}", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    return BAD_INPUT
 
 
 def integer(parameters: Parameters, name: str) -> int | None:

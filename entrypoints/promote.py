@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from cectflow.cli import EXIT_REFUSED
+from cectflow.exit_codes import REFUSED
 from cectflow.flows.promotion import Target, newest_of_role, promote
 from cectflow.tracking.runs import connect
 from entrypoints.door import Parameters, chosen, walk
@@ -30,7 +30,7 @@ def story(given: Parameters) -> int:
         print(f"{label} is in {', '.join(promotion.version.stages)}")
         return 0
     print(f"{label} stays where it is: {promotion.verdict.refusal}")
-    return EXIT_REFUSED
+    return REFUSED
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.figures import draw_confusion, draw_learning_curves, draw_slices
@@ -22,6 +23,7 @@ from cectflow.learning.training import (
     train_network,
 )
 from cectflow.model_card import ModelCard, Role
+from cectflow.networks import create_network
 from cectflow.recipe import Recipe
 from cectflow.runtime import load_program, load_runtime
 from cectflow.tracking.registry import register_model, resolve_model
@@ -86,10 +88,19 @@ class TrainingRequest:
         Raises
         ------
         ValueError
-            If the recipe is unknown or not valid, or the device is absent: before any work.
+            If the recipe is unknown or not valid, a network is unknown or does not suit the box,
+            or the device is absent: before any work.
         """
         open_fabric(self.hardware.device, self.hardware.precision)
         recipe = choose_recipe(self.recipe, structures=self.structures, seed=self.seed)
+        for fit_recipe in (recipe.segmenter.fit, recipe.teacher, recipe.student.fit):
+            with torch.device("meta"):
+                create_network(
+                    fit_recipe.network,
+                    num_outputs=2,
+                    box=recipe.simulation.box,
+                    **fit_recipe.arguments,
+                )
         return recipe, self.out or new_folder(name)
 
 

@@ -114,7 +114,7 @@ def fit(
     """Train a network in place and load its best weights.
 
     A checkpoint is written after every epoch; a second call with the same folder goes on from it
-    and ends with the same weights as an uninterrupted training.
+    and ends, on the same device and precision, with the weights of an uninterrupted training.
 
     Parameters
     ----------
@@ -259,7 +259,7 @@ def _make_optimiser(network: nn.Module, recipe: FitRecipe) -> torch.optim.Optimi
 
 
 def _learning_rate(recipe: FitRecipe, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up, then a cosine to zero at the last step of the last epoch."""
+    """Linear warm-up, then a cosine that reaches zero where the last epoch ends."""
     total = recipe.epochs * steps_per_epoch
     warm_up = max(1, round(WARM_UP * total))
     if step < warm_up:
@@ -310,7 +310,8 @@ def _resume(
         raise ValueError(msg)
     network.load_state_dict(state["network"])
     optimiser.load_state_dict(state["optimiser"])
-    fabric.strategy.precision.load_state_dict(state["precision"])
+    if state["precision"]:  # of float16 only
+        fabric.strategy.precision.load_state_dict(state["precision"])
     return state["epoch"], FitResult(state["best_epoch"], state["best_score"], state["history"])
 
 

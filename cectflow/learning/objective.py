@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ __all__ = ["Classify", "Distill", "DistillMethod", "Objective", "Segment"]
 DistillMethod = Literal["mse", "kl"]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """One thing to learn."""
 

@@ -116,14 +116,10 @@ def train_network(
     # The model folder takes its name when all of it is there, its scores included.
     unfinished = folder / ".model"
     shutil.rmtree(unfinished, ignore_errors=True)
-    card = _describe(role, objective.task, recipe, manifest).model_copy(
-        update={
-            "recipe_digest": recipe_digest,
-            "commit": commit,
-            "epochs": result.best_epoch,
-            "teacher": teacher,
-        }
-    )
+    card = _describe(
+        role, objective.task, recipe, manifest,
+        recipe_digest=recipe_digest, commit=commit, epochs=result.best_epoch, teacher=teacher,
+    )  # fmt: skip
     card = export_network(network, card, unfinished)
     evaluation = evaluate_folder(unfinished, dataset)
     baselines = {}
@@ -204,8 +200,11 @@ def _count_outputs(task: Task, manifest: Manifest) -> int:
     return len(manifest.classes) if task == "classify" else 2
 
 
-def _describe(role: Role, task: Task, recipe: FitRecipe, manifest: Manifest) -> ModelCard:
-    """Card of what is known before the training: network and data."""
+def _describe(
+    role: Role, task: Task, recipe: FitRecipe, manifest: Manifest, *,
+    recipe_digest: str, commit: str, epochs: int, teacher: str | None,
+) -> ModelCard:  # fmt: skip
+    """Card of what is known before anything is measured: network, data and descent."""
     return ModelCard(
         role=role,
         task=task,
@@ -224,6 +223,8 @@ def _describe(role: Role, task: Task, recipe: FitRecipe, manifest: Manifest) -> 
         occupancy=manifest.occupancy,
         jitter=manifest.jitter,
         dataset_digest=manifest.content_digest(),
-        recipe_digest="",
-        commit="",
+        recipe_digest=recipe_digest,
+        commit=commit,
+        epochs=epochs,
+        teacher=teacher,
     )

@@ -146,7 +146,7 @@ def network_info(name: str) -> NetworkInfo:
 
 
 def _check_arguments(info: NetworkInfo, arguments: dict[str, object]) -> None:
-    known = [name for name in inspect.signature(info._build).parameters][2:]  # after the box
+    known = list(inspect.signature(info._build).parameters)[2:]  # after num_outputs and box
     unknown = [name for name in arguments if name not in known]
     if unknown:
         msg = (

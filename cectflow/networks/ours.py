@@ -1,13 +1,15 @@
 """Our own networks: a strided residual classifier and a strided residual segmenter.
 
-The papers' networks spend half of their multiplications on two convolutions at full resolution
-(design.md section 8), where a cube holds mostly noise. Ours go to a coarser grid at once, learn
+The papers' networks spend half and more of their multiplications on two convolutions at full
+resolution, where a cube holds mostly noise. Ours go to a coarser grid at once, learn
 residuals (He et al. 2016, arXiv:1512.03385) and normalise with batch norm, which an export folds
 into the convolutions. They use nothing but convolution, batch norm, ReLU, addition, mean and
 nearest upsampling, so ONNX runtimes take them whole.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -68,10 +70,7 @@ class StridedClassifier(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.blocks = nn.Sequential(
-            *(
-                ResidualBlock(inputs, outputs, stride=2)
-                for inputs, outputs in zip(widths[:-1], widths[1:], strict=True)
-            )
+            *(ResidualBlock(inputs, outputs, stride=2) for inputs, outputs in pairwise(widths))
         )
         self.score = nn.Linear(widths[-1], num_outputs)
         initialise_weights(self)
@@ -117,9 +116,7 @@ class StridedSegmenter(nn.Module):
         self.score = nn.Conv3d(full, num_outputs, 1)
         initialise_weights(self)
 
-    def forward(
-        self, subtomograms: Float[Tensor, "n 1 z y x"]
-    ) -> Float[Tensor, "n outputs z y x"]:
+    def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs z y x"]:
         """Logits of every voxel of normalised cubes."""
         distance = self.distance.expand(subtomograms.shape[0], -1, -1, -1, -1)
         full = self.stem(torch.cat([subtomograms, distance], dim=1))
@@ -144,7 +141,7 @@ class _Raise(nn.Sequential):
 def distance_from_centre(box: int) -> Float[Tensor, "z y x"]:
     """Distance of every voxel from the box centre, in half boxes.
 
-    It is 0 at voxel ``box // 2`` of each axis and 1 at the middle of the near faces.
+    It is 0 at voxel ``box // 2`` of each axis and 1 half a box away from it.
 
     Parameters
     ----------

@@ -61,9 +61,7 @@ class SSN3D(nn.Module):
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         initialise_weights(self)
 
-    def forward(
-        self, subtomograms: Float[Tensor, "n 1 z y x"]
-    ) -> Float[Tensor, "n outputs z y x"]:
+    def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs z y x"]:
         """Logits of every voxel of normalised cubes."""
         fine, middle, coarse = _encode(self.encoder, subtomograms)
         scores = self.upsample(self.score(self.wide(coarse)))
@@ -95,9 +93,7 @@ class SSN3DEncoderDecoder(nn.Module):
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         initialise_weights(self)
 
-    def forward(
-        self, subtomograms: Float[Tensor, "n 1 z y x"]
-    ) -> Float[Tensor, "n outputs z y x"]:
+    def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs z y x"]:
         """Logits of every voxel of normalised cubes."""
         fine, middle, coarse = _encode(self.encoder, subtomograms)
         features = self.upsample(self.decoder[0](coarse)) + self.skips[0](middle)

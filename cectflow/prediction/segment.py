@@ -139,8 +139,8 @@ def _foreground(
 
 
 def _to_tomogram(
-    cubes: Float[NDArray[np.float32], "n z y x"], network: LoadedNetwork, voxel_size: float
-) -> Float[NDArray[np.float32], "n z y x"]:
+    cubes: Float[NDArray[np.float32], "n box box box"], network: LoadedNetwork, voxel_size: float
+) -> Float[NDArray[np.float32], "n edge edge edge"]:
     """Probabilities on the tomogram's grid."""
     card = network.card
     box = int(card.box * card.voxel_size / voxel_size + 1e-6)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 from cectflow.model_card import ModelCard
@@ -21,6 +21,7 @@ from cectflow.volume import Volume, find_stacks, read_stack, read_volume
 __all__ = ["CubeSource", "StackSource", "TomogramSource", "open_stacks"]
 
 
+@runtime_checkable
 class CubeSource(Protocol):
     """Subtomograms of known particles, brought to a card's contract."""
 
@@ -41,22 +42,24 @@ class CubeSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StackSource:
-    """Subtomograms in MRC stacks or single volumes."""
+    """Subtomograms in MRC stacks or single volumes; one file is open at a time."""
 
     table: ParticleTable
-    stacks: tuple[tuple[Shaped[NDArray[Any], "n z y x"], float], ...]
-    """Memory-mapped cubes and voxel size of each file."""
+    paths: tuple[Path, ...]
+    counts: tuple[int, ...]
+    """Subtomograms of each file."""
     card: ModelCard
     options: InputOptions
 
     @property
     def num_batches(self) -> int:
         """How many batches there are; a batch never spans two files."""
-        return sum(-(-len(cubes) // self.options.batch_size) for cubes, _ in self.stacks)
+        return sum(-(-count // self.options.batch_size) for count in self.counts)
 
     def batches(self) -> Iterator[Float[NDArray[np.float32], "n 1 box box box"]]:
         """Cubes in the order of the rows."""
-        for cubes, voxel_size in self.stacks:
+        for path in self.paths:
+            cubes, voxel_size = read_stack(path, voxel_size=self.options.voxel_size)
             for start in range(0, len(cubes), self.options.batch_size):
                 piece = np.asarray(cubes[start : start + self.options.batch_size])
                 yield bring_to_card(piece, voxel_size, self.card, self.options)
@@ -141,9 +144,11 @@ def open_stacks(
         If a file is not a readable MRC, or not of the card's box and voxel size.
     """
     paths = find_stacks(pattern)
-    stacks = tuple(read_stack(path, voxel_size=options.voxel_size) for path in paths)
-    names, told = [], set()
-    for path, (cubes, voxel_size) in zip(paths, stacks, strict=True):
+    names: list[str] = []
+    counts: list[int] = []
+    told: set[tuple[int, float]] = set()
+    for path in paths:
+        cubes, voxel_size = read_stack(path, voxel_size=options.voxel_size)
         try:
             bring_to_card(np.asarray(cubes[:1]), voxel_size, card, options)
         except ValueError as error:
@@ -152,6 +157,7 @@ def open_stacks(
         if (cubes.shape[1], voxel_size) not in told:
             told.add((cubes.shape[1], voxel_size))
             report_changes(card, cubes.shape[1], voxel_size, options, report)
+        counts.append(len(cubes))
         names += [f"{index + 1:06d}@{path}" for index in range(len(cubes))]
     table = particles_from(pd.DataFrame({"rlnImageName": names}))
-    return StackSource(table, stacks, card, options)
+    return StackSource(table, paths, tuple(counts), card, options)

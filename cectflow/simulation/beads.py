@@ -20,7 +20,7 @@ from cectflow.simulation.structure import Structure
 __all__ = ["Beads", "coarse_grain", "label_threshold", "render_field", "rotate_beads"]
 
 GAUSSIAN_REACH = 3.5
-"""Half-width of a rendered bead in sigmas; the truncated Gaussian is renormalised, so mass is exact."""
+"""Half-width of a rendered bead in sigmas; what is cut off is renormalised, so mass is exact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +94,10 @@ def coarse_grain(structure: Structure, *, spacing: float = 10.0) -> Beads:
 def rotate_beads(
     beads: Beads, angles: Float[NDArray[np.float64], "3"]
 ) -> Float[NDArray[np.float64], "n 3"]:
-    """Positions (z, y, x) in Å of the beads turned by RELION's ZYZ angles (rot, tilt, psi), degrees.
+    """Positions (z, y, x) in Å of the beads turned by RELION's ZYZ angles (rot, tilt, psi).
 
-    The angles turn the reference into the particle: intrinsic ZYZ, acting on x y z columns.
+    The angles, in degrees, turn the reference into the particle: intrinsic ZYZ, acting on x y z
+    columns.
     """
     turn = Rotation.from_euler("ZYZ", angles, degrees=True)
     turned: NDArray[np.float64] = turn.apply(beads.positions_zyx[:, ::-1])[:, ::-1]
@@ -182,7 +183,7 @@ def label_threshold(
         local, _ = _render_particle(
             centres, beads.weights / np.float32(voxel_size**3), sigma_voxels
         )
-        rank = min(int(round(num_voxels)), local.size - 1)
+        rank = min(round(num_voxels), local.size - 1)
         thresholds.append(float(np.partition(local.ravel(), -rank - 1)[-rank - 1]))
     return max(float(np.mean(thresholds)), 1e-6)
 

@@ -130,7 +130,8 @@ def optics_of(
 
 def power_spectrum(density: Float[Tensor, "z y x"]) -> Float[Tensor, "z y kx"]:
     """Squared modulus of a field's half spectrum."""
-    return torch.fft.rfftn(density).abs() ** 2
+    power: Tensor = torch.fft.rfftn(density).abs() ** 2
+    return power
 
 
 def signal_variance(power: Float[Tensor, "z y kx"], optics: Optics, *, width: int) -> float:
@@ -212,7 +213,7 @@ def low_pass_variance(
     volume
         Any units.
     voxel_size, resolution
-        In Å; ``math.inf`` frequencies are not needed: a resolution of 0 keeps the full band.
+        In Å; a resolution of 0 keeps the full band.
     """
     kz, ky, kx = _frequencies(tuple(volume.shape), voxel_size)
     power = power_spectrum(volume)
@@ -238,9 +239,9 @@ def _frequencies(
     """Spatial frequencies in Å⁻¹ of the half spectrum, ready to broadcast."""
     depth, height, width = shape
     return (
-        np.fft.fftfreq(depth, voxel_size)[:, None, None],
-        np.fft.fftfreq(height, voxel_size)[None, :, None],
-        np.fft.rfftfreq(width, voxel_size)[None, None, :],
+        np.fft.fftfreq(depth, voxel_size).astype(np.float64)[:, None, None],
+        np.fft.fftfreq(height, voxel_size).astype(np.float64)[None, :, None],
+        np.fft.rfftfreq(width, voxel_size).astype(np.float64)[None, None, :],
     )
 
 

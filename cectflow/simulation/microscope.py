@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -29,7 +29,7 @@ class Microscope(Config):
     spectra of CTF-premultiplied subtomograms do (EMPIAR-10499, notes/simulation.md)."""
 
     @model_validator(mode="after")
-    def _check_order(self) -> Self:
+    def _check_order(self) -> Microscope:
         low, high = self.defocus_um
         if low > high:
             msg = f"defocus_um is ({low:g}, {high:g}): expected the lower value first"
@@ -49,7 +49,7 @@ class TiltScheme(Config):
     """Of the specimen in Å: a beam tilted by t crosses thickness / cos t."""
 
     @model_validator(mode="after")
-    def _check_range(self) -> Self:
+    def _check_range(self) -> TiltScheme:
         if self.highest - self.lowest < self.step:
             msg = (
                 f"tilts run from {self.lowest:g}° to {self.highest:g}° in steps of {self.step:g}°: "
@@ -62,13 +62,13 @@ class TiltScheme(Config):
     def angles(self) -> Float[NDArray[np.float64], " tilt"]:
         """Angles in degrees, ascending."""
         number = int(np.floor((self.highest - self.lowest) / self.step + 1e-9)) + 1
-        return self.lowest + self.step * np.arange(number)
+        return self.lowest + self.step * np.arange(number, dtype=np.float64)
 
     @property
     def exposures(self) -> Float[NDArray[np.float64], " tilt"]:
-        """Dose in e⁻/Å² that each tilt of :attr:`angles` has seen by its middle (dose-symmetric)."""
+        """Dose in e⁻/Å² that each of :attr:`angles` has seen by its middle (dose-symmetric)."""
         rank = np.argsort(np.argsort(np.abs(self.angles), kind="stable"), kind="stable")
-        return (rank + 0.5) * self.dose_per_tilt
+        return (rank.astype(np.float64) + 0.5) * self.dose_per_tilt
 
 
 def electron_wavelength(voltage_kv: float) -> float:

@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
@@ -93,7 +92,7 @@ class SimulationRecipe(Config):
     tilts: TiltScheme = TiltScheme()
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> SimulationRecipe:
         if self.snr is not None and not 0 < self.snr[0] <= self.snr[1]:
             msg = f"snr is {self.snr}: expected 0 < lowest <= highest, or null for noise-free"
             raise ValueError(msg)
@@ -308,7 +307,7 @@ def _cut_targets(specimen: Specimen, field: SimulatedField, seed: int) -> Subtom
     owners = cut(field.owners, centres, recipe.box, periodic=True)
     class_of_owner = np.concatenate([[0], scene.class_ids]).astype(np.int8)
     instances = np.stack(
-        [_renumber(cube, target + 1) for cube, target in zip(owners, targets, strict=True)]
+        [_renumber(cube, int(target) + 1) for cube, target in zip(owners, targets, strict=True)]
     )
     present = (instances == 1).any(axis=(1, 2, 3))
     rows = make_particle_rows(

@@ -16,11 +16,13 @@ from cectflow.simulation.beads import Beads
 __all__ = ["Scene", "pack_scene"]
 
 CELL = 10.0
-"""Edge in Å of the cells in which overlap is looked up; two particles' beads stay half of it apart."""
+"""Edge in Å, rounded so that cells fill the field, of the cells in which overlap is looked up.
+
+The beads of two particles stay more than half a cell apart along at least one axis."""
 POSITIONS_PER_ORIENTATION = 512
 ORIENTATIONS_PER_PARTICLE = 60
 SHORTFALL = 0.8
-"""Fraction of the requested occupancy below which a scene is refused."""
+"""Fraction of the drawn particles' volume below which a scene is refused as too crowded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +80,11 @@ def pack_scene(
     Raises
     ------
     ValueError
-        If a structure is larger than the field, or if less than 80 % of the requested occupancy
-        could be placed; the message says what was reached.
+        If a structure is larger than the field or has more volume than the occupancy stands for,
+        or if less than 80 % of the volume drawn could be placed; the message says what was.
     """
     edges = np.array(shape) * voxel_size
+    field_volume = float(edges.prod())
     for grains in beads:
         if grains.diameter > edges.min():
             msg = (
@@ -90,7 +93,14 @@ def pack_scene(
                 f"{int(np.ceil(grains.diameter / voxel_size))} voxels along each axis"
             )
             raise ValueError(msg)
-    classes = _draw_classes(beads, occupancy * float(edges.prod()), generator)
+        if grains.molecular_volume > occupancy * field_volume:
+            msg = (
+                f"occupancy {occupancy:g} of {shape} voxels of {voxel_size:g} Å is less than one "
+                f"{grains.name}: expected at least {grains.molecular_volume / field_volume:.2g}, "
+                f"or a larger field"
+            )
+            raise ValueError(msg)
+    classes = _draw_classes(beads, occupancy * field_volume, generator)
     cells = np.maximum(np.round(edges / CELL), 1).astype(np.int64)
     taken = np.zeros(tuple(cells), np.bool_)
     state = np.array([generator.integers(1, 2**63 - 1)], np.uint64)
@@ -105,8 +115,9 @@ def pack_scene(
             positions.append(centre / voxel_size)
             quaternions.append(quaternion)
             volume += grains.molecular_volume
-    reached = volume / float(edges.prod())
-    if not kept or reached < SHORTFALL * occupancy:
+    reached = volume / field_volume
+    # Against what was drawn: that falls short of the request by up to one particle by itself.
+    if volume < SHORTFALL * sum(beads[index].molecular_volume for index in classes):
         msg = (
             f"occupancy {occupancy:g} was requested, {reached:.3f} could be packed into "
             f"{shape} voxels of {voxel_size:g} Å: lower the occupancy or enlarge the field"

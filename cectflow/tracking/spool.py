@@ -115,7 +115,10 @@ def replay_spool(folder: Path) -> int:
         except MlflowException as error:
             if is_outage(error):
                 break
-            msg = f"{current_store()} refuses {path} ({explain(error)}): delete the file to give it up"
+            msg = (
+                f"{current_store()} refuses {path} ({explain(error)}): delete the file to give "
+                f"its metrics up"
+            )
             warnings.warn(msg, stacklevel=2)
     return sent
 

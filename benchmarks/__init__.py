@@ -1,0 +1,1 @@
+"""Scripts that reproduce published tables and measure cost: ``python -m benchmarks.NAME``."""

@@ -1,0 +1,57 @@
+"""What every benchmark shares: its options, and the flat JSON that it writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from cectflow.tracking.runs import cectflow_commit
+
+__all__ = ["parse_options", "write_report"]
+
+
+def parse_options(description: str) -> argparse.Namespace:
+    """Options ``--quick`` and ``--json FILE`` of a benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="at most 20 minutes on 2 cores; no evidence for a claim",
+    )
+    parser.add_argument("--json", type=Path, required=True, help="file to write")
+    options = parser.parse_args()
+    if not options.json.resolve().parent.is_dir():
+        parser.error(f"folder {options.json.resolve().parent} does not exist: create it first")
+    return options
+
+
+def write_report(path: Path, figures: Mapping[str, float], *, quick: bool) -> None:
+    """Write metric → number, with command, commit, hardware and whether it was quick."""
+    content = {
+        **figures,
+        "command": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "commit": cectflow_commit(),
+        "hardware": f"{os.cpu_count()} cores, {_processor()}",
+        "quick": quick,
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _module_name() -> str:
+    return f"benchmarks.{Path(sys.argv[0]).stem}"
+
+
+def _processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,197 @@
+"""Tiny networks, cubes, cards and dataset folders that several tests build upon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from cectflow.dataset import (
+    SPLITS,
+    Batch,
+    Dataset,
+    FieldRecord,
+    Manifest,
+    Subtomograms,
+    open_dataset,
+    write_shard,
+)
+from cectflow.model_card import ModelCard
+from cectflow.particles import make_particle_rows
+
+BOX = 12
+CLASSES = ("small", "large")
+RADII = (2.0, 3.5)
+FIELDS_PER_SPLIT = 3
+
+
+class TinyClassifier(nn.Module):
+    """Convolution, pool, dropout, dense."""
+
+    def __init__(self, num_outputs: int = 2) -> None:
+        super().__init__()
+        self.convolution = nn.Conv3d(1, 4, 3, padding=1)
+        self.pool = nn.MaxPool3d(4)
+        self.dropout = nn.Dropout(0.2)
+        self.score = nn.Linear(4 * (BOX // 4) ** 3, num_outputs)
+
+    def forward(self, cubes: Tensor) -> Tensor:
+        features = self.pool(self.convolution(cubes).relu()).flatten(1)
+        return self.score(self.dropout(features))
+
+
+class TinySegmenter(nn.Module):
+    """Two convolutions, beside them a pooled view of the surroundings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv3d(1, 8, 3, padding=1)
+        self.coarse = nn.Conv3d(1, 8, 3, padding=1)
+        self.score = nn.Conv3d(16, 2, 3, padding=1)
+
+    def forward(self, cubes: Tensor) -> Tensor:
+        coarse = self.coarse(nn.functional.avg_pool3d(cubes, 2)).relu()
+        coarse = nn.functional.interpolate(coarse, scale_factor=2.0)
+        return self.score(torch.cat([self.fine(cubes).relu(), coarse], dim=1))
+
+
+def make_ball(radius: float, centre_zyx: tuple[int, int, int] = (BOX // 2,) * 3) -> np.ndarray:
+    """True within a radius of a centre, in voxels."""
+    squared = sum(
+        (grid - c) ** 2 for grid, c in zip(np.indices((BOX,) * 3), centre_zyx, strict=True)
+    )
+    return squared <= radius**2
+
+
+def make_cubes(num: int, seed: int = 0) -> Batch:
+    """Dark balls in noise; classes alternate and differ in radius; every other has a neighbour."""
+    generator = np.random.default_rng(seed)
+    cubes = generator.normal(0.0, 0.3, (num, BOX, BOX, BOX)).astype(np.float32)
+    labels = np.zeros(cubes.shape, np.int8)
+    instances = np.zeros(cubes.shape, np.int16)
+    class_ids = np.arange(num) % len(CLASSES) + 1
+    for index, class_id in enumerate(class_ids):
+        if index % 4 < 2:
+            neighbour = make_ball(1.5, (1, 1, 10))
+            labels[index][neighbour], instances[index][neighbour] = 1, 2
+        target = make_ball(RADII[class_id - 1])
+        labels[index][target], instances[index][target] = class_id, 1
+    cubes -= 2.0 * (instances > 0)
+    return Batch(
+        torch.from_numpy(cubes)[:, None],
+        torch.from_numpy(labels),
+        torch.from_numpy(instances),
+        torch.from_numpy(class_ids),
+        torch.arange(num) % FIELDS_PER_SPLIT,
+    )
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    """Manifest of a dataset that holds no shards."""
+    content: dict[str, Any] = {
+        "kind": "simulated",
+        "recipe_digest": "a" * 64,
+        "classes": CLASSES,
+        "box": BOX,
+        "voxel_size": 10.0,
+        "has_voxel_labels": True,
+        "planned_shards": {},
+        "shards": {},
+    }
+    return Manifest(**content | changes)
+
+
+def make_card(**changes: Any) -> ModelCard:
+    """Card of a tiny classifier."""
+    content: dict[str, Any] = {
+        "role": "teacher",
+        "task": "classify",
+        "network": "tiny",
+        "num_outputs": 2,
+        "classes": CLASSES,
+        "box": BOX,
+        "voxel_size": 10.0,
+        "ctf_correction": "none",
+        "tilt_range": (-60.0, 60.0),
+        "snr_stage": "reconstruction",
+        "snr": (0.05, 0.1),
+        "noise_spectrum": "white",
+        "occupancy": 0.1,
+        "jitter": 10.0,
+        "dataset_digest": "d" * 64,
+        "recipe_digest": "e" * 64,
+        "commit": "unknown",
+    }
+    return ModelCard(**content | changes)
+
+
+@dataclass
+class MemorySource:
+    """A BatchSource that holds one batch."""
+
+    content: Batch
+    manifest: Manifest
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        order = torch.arange(len(self))
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+        for rows in order.split(batch_size):
+            yield take(self.content, rows)
+
+
+def take(batch: Batch, rows: Tensor) -> Batch:
+    """Some cubes of a batch."""
+    labels, instances = batch.voxel_labels, batch.instances
+    return Batch(
+        batch.subtomograms[rows],
+        None if labels is None else labels[rows],
+        None if instances is None else instances[rows],
+        batch.class_ids[rows],
+        batch.fields[rows],
+    )
+
+
+def write_dataset(folder: Path, **changes: Any) -> Dataset:
+    """Dataset folder of one shard per split, three fields and twelve cubes in each."""
+    shards = {}
+    for seed, split in enumerate(SPLITS):
+        batch = make_cubes(12, seed)
+        assert batch.voxel_labels is not None
+        assert batch.instances is not None
+        names = [f"{split}_{i}" for i in range(FIELDS_PER_SPLIT)]
+        rows = pd.concat(
+            [make_particle_rows(np.zeros((1, 3)), tomogram=names[i]) for i in batch.fields],
+            ignore_index=True,
+        )
+        rows["rlnClassNumber"] = batch.class_ids.numpy()
+        rows["cectflowClassName"] = [CLASSES[i - 1] for i in batch.class_ids]
+        content = Subtomograms(
+            batch.subtomograms[:, 0].numpy(),
+            batch.voxel_labels.numpy(),
+            batch.instances.numpy(),
+            rows,
+        )
+        fields = tuple(FieldRecord(field=name, mean=0.0, std=1.0) for name in names)
+        shards[split] = (write_shard(folder, f"{split}/00000", content, fields, 10.0),)
+    planned = dict.fromkeys(SPLITS, 1)
+    make_manifest(planned_shards=planned, shards=shards, **changes).write(folder)
+    return open_dataset(folder)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model folder, the network in it and the card that the export returned."""
+
+    folder: Path
+    network: nn.Module
+    card: ModelCard

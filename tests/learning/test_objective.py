@@ -1,0 +1,154 @@
+"""Objectives give a loss and an output, and combine as they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import MemorySource, TinyClassifier, TinySegmenter
+from torch import Tensor, nn
+
+from cectflow.learning.losses import soft_dice_loss, softened_kl, voxel_cross_entropy
+from cectflow.learning.objective import Classify, Distill, Objective, Segment
+from cectflow.learning.scores import target_mask
+
+
+@pytest.fixture
+def student() -> nn.Module:
+    torch.manual_seed(0)
+    return TinyClassifier().eval()
+
+
+@pytest.fixture
+def teacher() -> nn.Module:
+    torch.manual_seed(1)
+    return TinyClassifier().eval()
+
+
+@pytest.mark.parametrize(
+    ("objective", "network"),
+    [
+        (Classify(2), TinyClassifier()),
+        (Segment(), TinySegmenter()),
+        (Segment(dice_weight=0.5), TinySegmenter()),
+        (Distill(Classify(2), TinyClassifier().eval()), TinyClassifier()),
+        (Distill(Segment(), TinySegmenter().eval(), method="kl", weight=0.5), TinySegmenter()),
+    ],
+    ids=repr,
+)
+def test_each_objective_gives_a_finite_loss_that_teaches_and_logits_that_are_judged(
+    objective: Objective, network: nn.Module, eight: MemorySource
+) -> None:
+    terms = objective(network, eight.content)
+    assert terms["loss"].shape == ()
+    assert torch.isfinite(terms["loss"])
+    terms["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    scores = objective.make_scores()
+    scores.update(terms["output"], objective.truth(eight.content))
+    found = scores.compute()
+    assert objective.monitor in found
+    assert all(0 <= value <= 1 for value in found.values())
+
+
+def test_classes_are_counted_from_one_and_logits_from_zero(eight: MemorySource) -> None:
+    assert Classify(2).truth(eight.content).tolist() == [0, 1] * 4
+
+
+def test_a_perfect_classifier_scores_one(eight: MemorySource) -> None:
+    objective = Classify(2)
+    scores = objective.make_scores()
+    scores.update(10.0 * F.one_hot(objective.truth(eight.content)), objective.truth(eight.content))
+    assert scores.compute()["accuracy"].item() == 1.0
+
+
+def test_accuracy_counts_subtomograms_and_not_classes() -> None:
+    scores = Classify(2).make_scores()
+    scores.update(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
+    assert scores.compute()["accuracy"].item() == 0.75
+
+
+def test_segmentation_scores_stay_apart_after_a_perfect_batch() -> None:
+    # torchmetrics would merge the two for good, since their states agree so far.
+    truth = torch.zeros(1, 4, 4, 4, dtype=torch.int64)
+    truth[:, :1] = 1
+    right = torch.stack([1.0 - truth, truth.float()], dim=1)
+    scores = Segment().make_scores()
+    scores.update(right, truth)
+    scores.update(torch.zeros(1, 2, 4, 4, 4), truth)  # all background
+    found = scores.compute()
+    assert found["foreground_iou"].item() == pytest.approx(0.5)
+    assert found["iou"].item() == pytest.approx((1.0 + 0.75 / 2) / 2)
+
+
+def test_dice_is_added_with_its_weight(eight: MemorySource) -> None:
+    network, batch = TinySegmenter(), eight.content
+    terms = Segment(dice_weight=0.3)(network, batch)
+    logits, truth = terms["output"], target_mask(batch)
+    expected = voxel_cross_entropy(logits, truth) + 0.3 * soft_dice_loss(logits, truth)
+    assert terms["loss"].item() == pytest.approx(expected.item())
+
+
+def test_segmentation_without_voxel_labels_is_refused(unlabelled: MemorySource) -> None:
+    with pytest.raises(ValueError, match=r"no voxel labels: expected a simulated dataset"):
+        Segment()(TinySegmenter(), unlabelled.content)
+
+
+@pytest.mark.parametrize("method", ["mse", "kl"])
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
+    method: str, student: nn.Module, eight: MemorySource
+) -> None:
+    terms = Distill(Classify(2), student, method=method, weight=1.0)(student, eight.content)
+    assert terms["loss"].item() == pytest.approx(0.0, abs=1e-7)
+    assert terms["hard"].item() > 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_soft_and_hard_terms_are_weighed(
+    weight: float, student: nn.Module, teacher: nn.Module, eight: MemorySource
+) -> None:
+    terms = Distill(Classify(2), teacher, weight=weight)(student, eight.content)
+    soft, hard, loss = (terms[name].item() for name in ("soft", "hard", "loss"))
+    assert loss == pytest.approx(weight * soft + (1 - weight) * hard)
+    assert hard == pytest.approx(Classify(2)(student, eight.content)["loss"].item())
+
+
+def test_the_soft_term_is_what_its_method_says(
+    student: nn.Module, teacher: nn.Module, eight: MemorySource
+) -> None:
+    ours, theirs = (network(eight.content.subtomograms) for network in (student, teacher))
+    by_mse = Distill(Classify(2), teacher)(student, eight.content)
+    by_kl = Distill(Classify(2), teacher, method="kl", temperature=3.0)(student, eight.content)
+    assert by_mse["soft"].item() == pytest.approx((ours - theirs).square().mean().item())
+    assert by_kl["soft"].item() == pytest.approx(softened_kl(ours, theirs, 3.0).item())
+
+
+def test_the_teacher_learns_nothing(
+    student: nn.Module, teacher: nn.Module, eight: MemorySource
+) -> None:
+    Distill(Classify(2), teacher, weight=0.5)(student, eight.content)["loss"].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_student_is_run_once_and_judged_like_the_wrapped_objective(
+    teacher: nn.Module, eight: MemorySource
+) -> None:
+    calls = []
+
+    class Counting(TinyClassifier):
+        def forward(self, cubes: Tensor) -> Tensor:
+            calls.append(len(cubes))
+            return super().forward(cubes)
+
+    objective = Distill(Classify(2), teacher)
+    objective(Counting(), eight.content)
+    assert calls == [8]
+    assert (objective.task, objective.monitor) == ("classify", "accuracy")
+
+
+def test_an_objective_is_named_by_what_it_learns_and_not_by_where_it_lies(
+    teacher: nn.Module,
+) -> None:
+    first, again = (Distill(Classify(2), teacher, method="kl") for _ in range(2))
+    assert repr(first) == repr(again)
+    assert repr(first) != repr(Distill(Classify(2), teacher, method="mse"))

@@ -1,0 +1,185 @@
+"""From a dataset folder to a model folder whose card says what the exported network can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import BOX, CLASSES, make_card, write_dataset
+
+from cectflow.dataset import Dataset, check_dataset
+from cectflow.learning.fit import FitRecipe, open_fabric
+from cectflow.learning.objective import Classify, Objective, Segment
+from cectflow.learning.training import (
+    TrainedNetwork,
+    check_matches,
+    evaluate_folder,
+    train_network,
+)
+from cectflow.model_card import ModelCard
+
+RECIPE = {"epochs": 2, "batch_size": 6, "learning_rate": 0.003}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("dataset")
+    made = write_dataset(folder)
+    assert check_dataset(folder) == ()
+    return made
+
+
+def train(objective: Objective, dataset: Dataset, folder: Path, network: str) -> TrainedNetwork:
+    return train_network(
+        "segmenter" if objective.task == "target" else "teacher",
+        objective,
+        dataset,
+        FitRecipe(network=network, **RECIPE),
+        recipe_digest="e" * 64,
+        fabric=open_fabric("cpu"),
+        folder=folder,
+        log=lambda row, epoch: None,
+        commit="c0ffee",
+        teacher=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def _quick_costs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cectflow.cost.SECONDS_PER_REPEAT", 0.01)
+        yield
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(Segment(), "strided_ed"), (Classify(2), "strided_micro")],
+    ids=["segmenter", "teacher"],
+)
+def trained(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    dataset: Dataset,
+    _quick_costs: None,
+) -> TrainedNetwork:
+    """A network trained on the dataset; an ONNX export each, so they are shared."""
+    objective, network = request.param
+    return train(objective, dataset, tmp_path_factory.mktemp("trained"), network)
+
+
+def test_the_card_is_complete(trained: TrainedNetwork, dataset: Dataset) -> None:
+    card = ModelCard.from_folder(trained.folder)
+    assert card == trained.card
+    assert (card.box, card.voxel_size, card.classes) == (BOX, 10.0, CLASSES)
+    assert card.dataset_digest == dataset.manifest.content_digest()
+    assert (card.recipe_digest, card.commit) == ("e" * 64, "c0ffee")
+    assert card.epochs == trained.result.best_epoch
+    assert card.parity is not None
+    assert card.parity < 1e-4
+    assert card.cost is not None
+    assert card.cost.parameters > 0
+    for score in card.scores.values():
+        assert 0 <= score.low <= score.value <= score.high <= 1
+
+
+def test_a_segmenter_is_compared_with_trivial_methods(trained: TrainedNetwork) -> None:
+    if trained.card.task == "target":
+        assert set(trained.card.scores) == {"foreground_iou", "iou"}
+        assert set(trained.card.baselines) == {"ball", "threshold"}
+        assert all(0 < score < 1 for score in trained.card.baselines.values())
+    else:
+        assert set(trained.card.scores) == {"accuracy"}
+        assert trained.card.baselines == {}
+
+
+def test_the_model_folder_gives_the_cards_scores_again(
+    trained: TrainedNetwork, dataset: Dataset
+) -> None:
+    evaluation = evaluate_folder(trained.folder, dataset)
+    for name, score in trained.card.scores.items():
+        assert evaluation.interval(name) == score
+    np.testing.assert_array_equal(evaluation.fields, np.arange(12) % 3)
+    train_split = evaluate_folder(trained.folder, dataset, "train")
+    assert len(train_split.class_ids) == 12
+
+
+def test_the_folder_holds_the_model_and_the_checkpoints_and_nothing_else(
+    trained: TrainedNetwork,
+) -> None:
+    root = trained.folder.parent
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    assert found == {
+        "checkpoints/best.pt", "checkpoints/last.pt",
+        "model/card.json", "model/model.onnx", "model/model.pt2",
+    }  # fmt: skip
+
+
+def test_a_trained_network_is_not_trained_over(trained: TrainedNetwork, dataset: Dataset) -> None:
+    objective = Segment() if trained.card.task == "target" else Classify(2)
+    with pytest.raises(FileExistsError, match=r"model exists: give another folder, or remove it"):
+        train(objective, dataset, trained.folder.parent, trained.card.network)
+
+
+def test_nothing_called_model_is_left_by_a_training_that_failed_at_its_end(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(network: object, card: ModelCard, folder: Path) -> ModelCard:
+        folder.mkdir()  # refuses what an earlier call left
+        return card
+
+    def fail(*arguments: object) -> None:
+        msg = "the power is out"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr("cectflow.learning.training.export_network", export)
+    monkeypatch.setattr("cectflow.learning.training.evaluate_folder", fail)
+    for _ in range(2):  # the second call goes on where the first one failed
+        with pytest.raises(RuntimeError, match="the power is out"):
+            train(Classify(2), dataset, tmp_path, "strided_micro")
+        assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "network", "kind"),
+    [(Classify(2), "strided_ed", "classify"), (Segment(), "strided_micro", "segment")],
+)
+def test_a_network_of_another_task_is_refused(
+    objective: Objective, network: str, kind: str, dataset: Dataset, tmp_path: Path
+) -> None:
+    expected = rf"'{network}' is of another task: expected one that can {kind}, "
+    with pytest.raises(ValueError, match=expected):
+        train(objective, dataset, tmp_path, network)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_box_that_the_network_cannot_take_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"subtomogram is 12³; ssn3d_ed needs a multiple of 8"):
+        train(Segment(), dataset, tmp_path, "ssn3d_ed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"box": 16}, r"box is 12, this teacher expects 16"),
+        ({"voxel_size": 10.2}, r"voxel size \(Å\) is 10.0, this teacher expects 10.2"),
+        ({"contrast": "light"}, r"contrast is dark, this teacher expects light"),
+        ({"classes": ("large", "small")}, r"classes is \('small', 'large'\), this teacher"),
+    ],
+)
+def test_a_dataset_that_is_not_the_cards_is_refused(
+    changes: dict[str, Any], message: str, dataset: Dataset
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_matches(make_card(**changes), dataset)
+
+
+def test_a_voxel_size_within_a_hundredth_is_the_same(dataset: Dataset) -> None:
+    check_matches(make_card(voxel_size=10.000001), dataset)
+    check_matches(make_card(voxel_size=9.95), dataset)
+
+
+def test_a_segmenter_takes_any_classes(dataset: Dataset) -> None:
+    check_matches(make_card(task="target", role="segmenter", classes=("other", "ones")), dataset)

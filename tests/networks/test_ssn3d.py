@@ -1,0 +1,41 @@
+"""What is special to SSN3D and SSN3D-ED."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cectflow.networks import create_network
+from cectflow.networks.ssn3d import SSN3DEncoderDecoder
+
+
+def test_without_skips_only_the_refined_scores_reach_the_output() -> None:
+    network = create_network("ssn3d", num_outputs=2, box=8, skips=False)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 2_042_342 - 196 + 3 * 6
+    logits = network.eval()(torch.randn(1, 1, 8, 8, 8))
+    torch.testing.assert_close(logits, logits[..., :1, :1, :1].expand_as(logits))
+
+
+def test_skips_bring_in_the_finer_scales() -> None:
+    logits = create_network("ssn3d", num_outputs=2, box=8).eval()(torch.randn(1, 1, 8, 8, 8))
+    coarse = F.avg_pool3d(logits, 8)
+    assert not torch.allclose(logits, coarse.expand_as(logits))
+
+
+@pytest.mark.parametrize("name", ["ssn3d", "ssn3d_ed"])
+def test_weights_serve_larger_cubes(name: str) -> None:
+    network = create_network(name, num_outputs=2, box=8).eval()
+    assert network(torch.zeros(1, 1, 8, 16, 24)).shape == (1, 2, 8, 16, 24)
+
+
+def test_the_last_convolution_commutes_with_upsampling() -> None:
+    # The authors upsample 32 channels first; the network upsamples the scores instead.
+    network = SSN3DEncoderDecoder(2).eval()
+    narrowed: list[torch.Tensor] = []
+    network.decoder[2].register_forward_hook(lambda _, __, output: narrowed.append(output))
+    with torch.no_grad():
+        logits = network(torch.randn(1, 1, 16, 16, 16))
+        as_published = network.score(nn.Upsample(scale_factor=2)(narrowed[0]))
+    torch.testing.assert_close(logits, as_published)

@@ -1,0 +1,302 @@
+"""Prediction from model folders: the contract enforced, the outputs as the next program needs."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cectflow.flows.prediction import predict_classes, predict_segments
+from cectflow.particles import read_particles
+from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.segment import _paste
+from cectflow.runtime import load_runtime
+from cectflow.volume import read_labels, read_stack, read_volume, write_stack
+
+VOXEL_SIZE = 12.0
+OPTIONS = InputOptions(batch_size=2)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def test_classes_of_a_stack_are_the_networks_own(
+    classifier: Path, stack: Path, cubes: np.ndarray, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.star"
+    outcome = predict_classes(str(classifier), out, OPTIONS, silent, subtomograms=str(stack))
+    logits = load_runtime(classifier)(cubes[:, None])
+    rows = read_particles(out).rows
+    assert rows["cectflowClassNumber"].tolist() == (logits.argmax(axis=1) + 1).tolist()
+    assert rows["rlnClassNumber"].tolist() == rows["cectflowClassNumber"].tolist()
+    assert rows["rlnImageName"][0] == f"000001@{stack}"
+    assert rows["cectflowProbability"].between(1 / 3, 1).all()
+    assert set(rows["cectflowModel"]) == {"classifier"}
+    assert sum(outcome.counts.values()) == len(cubes)
+
+
+def test_batches_do_not_change_the_answer(classifier: Path, stack: Path, tmp_path: Path) -> None:
+    tables = []
+    for size in (1, 3, 64):
+        out = tmp_path / f"{size}.star"
+        options = InputOptions(batch_size=size)
+        predict_classes(str(classifier), out, options, silent, subtomograms=str(stack))
+        tables.append(read_particles(out).rows)
+    for table in tables[1:]:
+        np.testing.assert_allclose(
+            table["cectflowProbability"], tables[0]["cectflowProbability"], atol=2e-6
+        )
+
+
+def test_every_row_and_column_of_the_picks_is_kept_in_order(
+    classifier: Path, tomogram: Path, picks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.star"
+    predict_classes(str(classifier), out, OPTIONS, silent, tomogram=tomogram, particles=picks)
+    before, after = read_particles(picks).rows, read_particles(out).rows
+    pd.testing.assert_frame_equal(after[before.columns], before)
+    assert {"cectflowClassName", "cectflowProbability", "cectflowModel"} <= set(after.columns)
+
+
+def test_cubes_of_a_tomogram_and_the_same_cubes_in_a_stack_are_classified_alike(
+    classifier: Path, tomogram: Path, picks: Path, positions_zyx: np.ndarray, tmp_path: Path
+) -> None:
+    data = read_volume(tomogram).data
+    inside = [0, 3]
+    corners = np.round(positions_zyx[inside]).astype(int) - 8
+    cubes = np.stack([data[z : z + 16, y : y + 16, x : x + 16] for z, y, x in corners])
+    write_stack(tmp_path / "cut.mrcs", cubes, VOXEL_SIZE)
+    for name, source in (
+        ("a", {"tomogram": tomogram, "particles": picks}),
+        ("b", {"subtomograms": str(tmp_path / "cut.mrcs")}),
+    ):
+        predict_classes(str(classifier), tmp_path / f"{name}.star", OPTIONS, silent, **source)
+    a = read_particles(tmp_path / "a.star").rows["cectflowProbability"].to_numpy()[inside]
+    b = read_particles(tmp_path / "b.star").rows["cectflowProbability"].to_numpy()
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_light_contrast_is_flipped_and_said(
+    classifier: Path, stack: Path, cubes: np.ndarray, tmp_path: Path
+) -> None:
+    write_stack(tmp_path / "light.mrcs", -cubes, VOXEL_SIZE)
+    told: list[str] = []
+    predict_classes(str(classifier), tmp_path / "a.star", OPTIONS, silent, subtomograms=str(stack))
+    predict_classes(
+        str(classifier), tmp_path / "b.star", InputOptions(contrast="light"), told.append,
+        subtomograms=str(tmp_path / "light.mrcs"),
+    )  # fmt: skip
+    a, b = (read_particles(tmp_path / f"{name}.star").rows for name in "ab")
+    np.testing.assert_allclose(a["cectflowProbability"], b["cectflowProbability"], atol=1e-5)
+    assert any("contrast: input is light, dark is expected: flipped" in line for line in told)
+
+
+def test_a_larger_box_is_cropped_only_when_asked(
+    classifier: Path, cubes: np.ndarray, tmp_path: Path
+) -> None:
+    large = np.pad(cubes, ((0, 0), (4, 4), (4, 4), (4, 4)), mode="wrap")
+    write_stack(tmp_path / "large.mrcs", large, VOXEL_SIZE)
+    pattern = str(tmp_path / "large.mrcs")
+    with pytest.raises(ValueError, match=r"24³: expected 16³; give --rescale"):
+        predict_classes(str(classifier), tmp_path / "o.star", OPTIONS, silent, subtomograms=pattern)
+    told: list[str] = []
+    options = InputOptions(rescale=True)
+    predict_classes(
+        str(classifier), tmp_path / "o.star", options, told.append, subtomograms=pattern
+    )
+    assert any("rescale: 24³ at 12 Å" in line and "cropped to 16³" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("box", "voxel_size", "message"),
+    [
+        (16, 10.0, r"16³ at 10 Å span 160 Å: expected at least 192 Å .*box of at least 20"),
+        (24, 10.0, r"voxel size is 10 Å: expected 12 Å; give --rescale to resample"),
+        (12, 12.0, r"12³ at 12 Å span 144 Å"),
+    ],
+)
+def test_input_that_breaks_the_contract_is_refused_with_the_remedy(
+    classifier: Path, tmp_path: Path, box: int, voxel_size: float, message: str
+) -> None:
+    write_stack(tmp_path / "s.mrcs", np.zeros((2, box, box, box), np.float32), voxel_size)
+    out = tmp_path / "out.star"
+    with pytest.raises(ValueError, match=message):
+        predict_classes(
+            str(classifier), out, OPTIONS, silent, subtomograms=str(tmp_path / "s.mrcs")
+        )
+    assert not out.exists()
+
+
+def test_rescaled_tomogram_is_cut_larger_and_segmented_on_its_own_grid(
+    segmenter: Path, tomogram: Path, picks: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    options = InputOptions(rescale=True, voxel_size=10.0)
+    predict_segments(
+        str(segmenter), tmp_path / "l.mrc", None, options, told.append,
+        tomogram=tomogram, particles=picks,
+    )  # fmt: skip
+    assert any("cutting 21³ at 10 Å" in line for line in told)
+    assert read_volume(tmp_path / "l.mrc").data.shape == read_volume(tomogram).data.shape
+
+
+def test_label_map_names_the_particle_of_each_voxel(
+    segmenter: Path, tomogram: Path, picks: Path, tmp_path: Path
+) -> None:
+    out, probabilities = tmp_path / "labels.mrc", tmp_path / "p.mrc"
+    outcome = predict_segments(
+        str(segmenter), out, probabilities, OPTIONS, silent, tomogram=tomogram, particles=picks
+    )
+    labels, foreground = read_volume(out), read_volume(probabilities)
+    assert labels.data.dtype == np.int16
+    assert labels.data.shape == foreground.data.shape == read_volume(tomogram).data.shape
+    assert labels.voxel_size == pytest.approx(VOXEL_SIZE)
+    assert set(np.unique(labels.data)) <= {0, 1, 2, 3, 4}
+    np.testing.assert_array_equal(labels.data > 0, foreground.data > 0.5)
+    assert outcome.num_particles == 4
+    assert any("segmenter" in line for line in read_labels(out))
+
+
+def test_label_stack_marks_the_target(segmenter: Path, stack: Path, tmp_path: Path) -> None:
+    predict_segments(
+        str(segmenter), tmp_path / "l.mrcs", tmp_path / "p.mrcs", OPTIONS, silent,
+        subtomograms=str(stack),
+    )  # fmt: skip
+    labels, voxel_size = read_stack(tmp_path / "l.mrcs")
+    probabilities, _ = read_stack(tmp_path / "p.mrcs")
+    assert labels.dtype == np.int8
+    assert voxel_size == pytest.approx(VOXEL_SIZE)
+    np.testing.assert_array_equal(labels == 1, probabilities > 0.5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(-6, 14)] * 3), min_size=1, max_size=4))
+def test_a_contested_voxel_belongs_to_the_more_probable_particle(
+    centres: list[tuple[int, int, int]],
+) -> None:
+    best, owner = np.zeros((9, 9, 9), np.float32), np.zeros((9, 9, 9), np.int16)
+    generator = np.random.default_rng(0)
+    stacked = np.zeros((len(centres), 9, 9, 9), np.float32)
+    for number, centre in enumerate(centres):
+        cube = generator.random((4, 4, 4)).astype(np.float32)
+        _paste(cube, np.array(centre), number + 1, best, owner)
+        for index in np.ndindex(4, 4, 4):
+            at = np.array(centre) - 2 + index
+            if (at >= 0).all() and (at < 9).all():
+                stacked[number][tuple(at)] = cube[index]
+    np.testing.assert_array_equal(best, stacked.max(axis=0))
+    expected = np.where(stacked.max(axis=0) > 0.5, stacked.argmax(axis=0) + 1, 0)
+    np.testing.assert_array_equal(owner, expected)
+
+
+def test_folder_and_glob_are_read_in_the_order_of_their_names(
+    classifier: Path, cubes: np.ndarray, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cubes"
+    folder.mkdir()
+    for index, cube in enumerate(cubes):
+        write_stack(folder / f"{index}.mrc", cube[None], VOXEL_SIZE)
+    with (folder / "0.mrc").open("rb") as plain, gzip.open(folder / "0.mrc.gz", "wb") as packed:
+        shutil.copyfileobj(plain, packed)
+    (folder / "0.mrc").unlink()
+    (folder / "notes.txt").write_text("not a volume")
+    for name, pattern in (("folder", str(folder)), ("glob", str(folder / "*.mrc*"))):
+        out = tmp_path / f"{name}.star"
+        predict_classes(str(classifier), out, OPTIONS, silent, subtomograms=pattern)
+        names = read_particles(out).rows["rlnImageName"].tolist()
+        assert [name.rpartition("/")[2] for name in names] == [
+            "0.mrc.gz", "1.mrc", "2.mrc", "3.mrc", "4.mrc",
+        ]  # fmt: skip
+
+
+def test_output_is_refused_before_work_and_kept(
+    classifier: Path, stack: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.star"
+    out.write_text("mine")
+    with pytest.raises(FileExistsError, match="give another --out, or --overwrite"):
+        predict_classes(str(classifier), out, OPTIONS, silent, subtomograms=str(stack))
+    assert out.read_text() == "mine"
+    options = InputOptions(overwrite=True)
+    predict_classes(str(classifier), out, options, silent, subtomograms=str(stack))
+    assert "cectflowClassName" in out.read_text()
+
+
+def test_wrong_task_names_the_command_that_fits(
+    classifier: Path, segmenter: Path, stack: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="use `cectflow predict segment`"):
+        predict_classes(
+            str(segmenter), tmp_path / "o.star", OPTIONS, silent, subtomograms=str(stack)
+        )
+    with pytest.raises(ValueError, match="use `cectflow predict classify`"):
+        predict_segments(
+            str(classifier), tmp_path / "o.mrcs", None, OPTIONS, silent, subtomograms=str(stack)
+        )
+
+
+def test_a_damaged_file_is_refused_before_any_output(
+    classifier: Path, stack: Path, tmp_path: Path
+) -> None:
+    stack.write_bytes(stack.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"truncated|bytes"):
+        predict_classes(
+            str(classifier), tmp_path / "o.star", OPTIONS, silent, subtomograms=str(stack)
+        )
+    assert not (tmp_path / "o.star").exists()
+
+
+def test_missing_input_says_what_was_expected(classifier: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no subtomograms at .*expected a file, a folder"):
+        predict_classes(
+            str(classifier), tmp_path / "o.star", OPTIONS, silent, subtomograms="nothing/*.mrc"
+        )
+    with pytest.raises(ValueError, match="either --subtomograms, or --tomogram together"):
+        predict_classes(str(classifier), tmp_path / "o.star", OPTIONS, silent)
+
+
+def test_real_ribosomes_are_read_as_they_are(
+    classifier: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    path = shared_data / "real" / "ribosome_70s" / "ribosome_70s.mrcs"
+    told: list[str] = []
+    options = InputOptions(rescale=True, contrast="light")
+    out = tmp_path / "real.star"
+    predict_classes(str(classifier), out, options, told.append, subtomograms=str(path))
+    assert len(read_particles(out).rows) == 20
+    assert any("32³ at 12 Å" in line for line in told)
+
+
+def test_prediction_imports_no_training_library(
+    classifier: Path, stack: Path, tmp_path: Path
+) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from cectflow.flows.prediction import predict_classes\n"
+        "from cectflow.prediction.contract import InputOptions\n"
+        f"predict_classes({str(classifier)!r}, Path({str(tmp_path / 'o.star')!r}),"
+        f" InputOptions(device='cpu'), print, subtomograms={str(stack)!r})\n"
+        "heavy = {'lightning_fabric', 'torchmetrics', 'mlflow', 'torch'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_labels_open_in_mrcfile_without_complaint(
+    segmenter: Path, tomogram: Path, picks: Path, tmp_path: Path
+) -> None:
+    predict_segments(
+        str(segmenter), tmp_path / "l.mrc", None, OPTIONS, silent,
+        tomogram=tomogram, particles=picks,
+    )  # fmt: skip
+    assert mrcfile.validate(tmp_path / "l.mrc")

@@ -1,0 +1,464 @@
+"""Recipes: the same one gives the same fields, targets are what their rows say, nothing leaks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from cectflow.dataset import Subtomograms, check_dataset
+from cectflow.simulation.imaging import image_field, noise_scale, optics_of
+from cectflow.simulation.microscope import Microscope
+from cectflow.simulation.recipe import (
+    SimulatedField,
+    SimulationRecipe,
+    Specimen,
+    _cut_targets,
+    prepare_specimen,
+    simulate_dataset,
+    simulate_field,
+)
+from cectflow.simulation.structure import Structure
+from cectflow.subtomogram import cut
+
+Phantom = Callable[[str], Structure]
+MakeRecipe = Callable[..., SimulationRecipe]
+Array = NDArray[np.float64]
+
+
+def with_recipe(specimen: Specimen, **changes: Any) -> Specimen:
+    """The specimen under a changed recipe, with the seeds and expected power of its own."""
+    return dataclasses.replace(specimen, recipe=specimen.recipe.model_copy(update=changes))
+
+
+def image_again(specimen: Specimen, field: SimulatedField) -> tuple[Array, Array]:
+    """Signal and noise whose sum is the tomogram of a field."""
+    recipe = specimen.recipe
+    assert field.record.defocus_um is not None
+    optics = optics_of(
+        recipe.field_shape,
+        recipe.voxel_size,
+        recipe.microscope,
+        recipe.tilts,
+        field.record.defocus_um,
+        recipe.ctf_correction,
+    )
+    signal = image_field(torch.from_numpy(field.density), optics, 0.0, torch.Generator())[0].numpy()
+    return signal.astype(np.float64), field.tomogram.astype(np.float64) - signal
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_a_box_too_small_for_a_structure_is_refused_with_the_box_it_needs(
+    phantom: Phantom, make_recipe: MakeRecipe
+) -> None:
+    cage = phantom("cage")
+    needed = int(np.ceil((cage.extent + 2 * 8.0) / 16.0))
+    with pytest.raises(
+        ValueError,
+        match=rf"cage is 275 Å across; a box of 16 .* room for 240 Å: use a box of {needed},",
+    ):
+        prepare_specimen(make_recipe(jitter=8.0), [phantom("rod"), cage])
+    recipe = make_recipe(jitter=8.0, box=needed, occupancy=0.03)
+    assert prepare_specimen(recipe, [phantom("rod"), cage]).classes == ("rod", "cage")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blur": 10.8}, r"blur is 10\.8 Å: expected at least 0\.68 voxel, 10\.88 Å at 16 Å"),
+        ({"snr": (0.0, 1.0)}, r"snr is \(0\.0, 1\.0\): expected 0 < lowest <= highest"),
+        ({"snr": (-1.0, 1.0)}, r"snr is \(-1\.0, 1\.0\): expected 0 < lowest <= highest"),
+        ({"snr": (1.0, 0.5)}, r"snr is \(1\.0, 0\.5\): .* or null for noise-free"),
+        ({"box": 33}, r"box 33 is larger than the field \(32, 32, 32\)"),
+        ({"fields": {}}, "expected at least one field in each split named"),
+        ({"fields": {"train": 0}}, "expected at least one field in each split named"),
+        ({"fields": {"training": 1}}, "train"),
+        ({"occupancy": 0.5}, "occupancy"),
+        ({"voltage": 300.0}, "voltage"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(
+    make_recipe: MakeRecipe, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_recipe(**changes)
+
+
+def test_an_occupancy_that_cannot_be_packed_is_refused_before_any_field_is_made(
+    phantom: Phantom, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe(occupancy=0.4, field_shape=(16, 16, 16))
+    with pytest.raises(ValueError, match=r"occupancy 0\.4 was requested, 0\.\d+ could be packed"):
+        simulate_dataset(recipe, [phantom("rod")], tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+# --- seeds ----------------------------------------------------------------------------------------
+
+
+def test_a_field_is_the_same_at_every_call(specimen: Specimen) -> None:
+    first, again = (simulate_field(specimen, "train", 1) for _ in range(2))
+    np.testing.assert_array_equal(first.tomogram, again.tomogram)
+    np.testing.assert_array_equal(first.owners, again.owners)
+    assert first.record == again.record
+
+
+def test_no_two_fields_share_a_scene_or_noise(specimen: Specimen) -> None:
+    keys = [("train", 0), ("train", 1), ("validation", 0), ("test", 0), ("test", 1)]
+    fields = [simulate_field(specimen, *key) for key in keys]
+    assert [field.record.field for field in fields] == [f"{name}-{i:05d}" for name, i in keys]
+    noises = [image_again(specimen, field)[1].ravel() for field in fields]
+    for (first, noise), (second, other) in combinations(zip(fields, noises, strict=True), 2):
+        assert not np.isin(first.scene.positions_zyx, second.scene.positions_zyx).any()
+        # 32,768 voxels, of which the wedge and the blur leave about 10,000 free.
+        assert abs(np.corrcoef(noise, other)[0, 1]) < 0.05
+
+
+def test_another_recipe_seed_gives_other_fields(
+    phantom: Phantom, make_recipe: MakeRecipe, specimen: Specimen
+) -> None:
+    structures = [phantom(name) for name in specimen.classes]
+    other = prepare_specimen(make_recipe(seed=1), structures)
+    again = prepare_specimen(make_recipe(), structures)
+    assert other.recipe_digest != specimen.recipe_digest == again.recipe_digest
+    assert torch.equal(again.expected_power, specimen.expected_power)
+    first, second = (simulate_field(s, "train", 0).scene for s in (specimen, other))
+    assert not np.isin(first.positions_zyx, second.positions_zyx).any()
+
+
+def test_defocus_and_snr_are_drawn_per_field_within_their_range(specimen: Specimen) -> None:
+    varied = with_recipe(specimen, snr=(0.1, 10.0), microscope=Microscope(defocus_um=(3.0, 5.0)))
+    records = [simulate_field(varied, "train", index).record for index in range(12)]
+    defoci = np.array([record.defocus_um for record in records])
+    requested = np.log10([record.requested_snr for record in records])
+    assert ((defoci >= 3) & (defoci <= 5)).all()
+    assert np.ptp(defoci) > 1
+    # Uniform in the logarithm: about as many below 1 as above.
+    assert ((requested >= -1) & (requested <= 1)).all()
+    assert 2 <= (requested < 0).sum() <= 10
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def test_labels_know_nothing_of_the_microscope(specimen: Specimen) -> None:
+    field = simulate_field(specimen, "train", 0)
+    for changes in (
+        {"snr": None},
+        {"snr": (0.01, 0.01)},
+        {"microscope": Microscope(defocus_um=(8.0, 8.0))},
+        {"ctf_correction": "premultiplied"},
+    ):
+        other = simulate_field(with_recipe(specimen, **changes), "train", 0)
+        np.testing.assert_array_equal(other.owners, field.owners)
+        np.testing.assert_array_equal(other.density, field.density)
+        assert not np.allclose(other.tomogram, field.tomogram)
+
+
+def test_labels_mark_bright_density_around_their_particle(specimen: Specimen) -> None:
+    field = simulate_field(specimen, "train", 0)
+    assert field.density[field.owners > 0].mean() > 5 * field.density[field.owners == 0].mean()
+    for owner in np.unique(field.owners)[1:]:
+        distance = np.argwhere(field.owners == owner) - field.scene.positions_zyx[owner - 1]
+        distance -= 32 * np.round(distance / 32)
+        radius = specimen.beads[field.scene.class_ids[owner - 1] - 1].diameter / 2 / 16.0
+        assert np.linalg.norm(distance, axis=1).max() < radius + 2
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[0.0, 40.0])
+def targets(request: pytest.FixtureRequest, specimen: Specimen) -> tuple[Specimen, Subtomograms]:
+    jittered = with_recipe(specimen, jitter=request.param)
+    return jittered, _cut_targets(jittered, simulate_field(jittered, "train", 0), 3)
+
+
+def test_instance_one_is_of_the_class_of_its_row(targets: tuple[Specimen, Subtomograms]) -> None:
+    specimen, content = targets
+    assert content.voxel_labels is not None
+    assert content.instances is not None
+    assert len(content.rows) > 20
+    classes = content.rows["rlnClassNumber"].to_numpy()
+    names = [specimen.classes[class_id - 1] for class_id in classes]
+    assert content.rows["cectflowClassName"].tolist() == names
+    for labels, instances, class_id in zip(
+        content.voxel_labels, content.instances, classes, strict=True
+    ):
+        assert (instances == 1).sum() > 0
+        assert (labels[instances == 1] == class_id).all()
+        # Neighbours are numbered without gaps, and each is of one class.
+        assert np.unique(instances).tolist() == list(range(instances.max() + 1))
+        for instance in range(1, instances.max() + 1):
+            assert len(np.unique(labels[instances == instance])) == 1
+        np.testing.assert_array_equal(labels == 0, instances == 0)
+
+
+def test_targets_lie_within_the_jitter_of_the_box_centre(
+    targets: tuple[Specimen, Subtomograms],
+) -> None:
+    specimen, content = targets
+    recipe = specimen.recipe
+    # At the centre of its cube an unjittered particle is still off by up to half a voxel.
+    limit = recipe.jitter / recipe.voxel_size + 0.5
+    columns = content.rows[[f"cectflowCentre{axis}" for axis in "ZYX"]].to_numpy()
+    positions = simulate_field(specimen, "train", 0).scene.positions_zyx
+    offsets = columns[:, None] - positions
+    nearest = np.abs(offsets).max(axis=2).min(axis=1)
+    assert (nearest <= limit).all()
+    if recipe.jitter:
+        assert nearest.max() > recipe.jitter / recipe.voxel_size * 0.8
+
+
+def test_cubes_are_cut_where_their_rows_say(targets: tuple[Specimen, Subtomograms]) -> None:
+    specimen, content = targets
+    field = simulate_field(specimen, "train", 0)
+    for row in range(0, len(content.rows), 5):
+        z, y, x = (int(content.rows[f"cectflowCentre{axis}"][row]) for axis in "ZYX")
+        centre = content.cubes[row, 8, 8, 8]
+        assert centre == pytest.approx(float(field.tomogram[z % 32, y % 32, x % 32]), rel=1e-3)
+
+
+def test_no_more_targets_than_asked_for(specimen: Specimen) -> None:
+    field = simulate_field(specimen, "train", 0)
+    everything = _cut_targets(specimen, field, 0)
+    assert len(everything.rows) == len(field.scene)
+    few = with_recipe(specimen, targets_per_field=5)
+    chosen, others = (_cut_targets(few, field, seed).rows for seed in (0, 1))
+    assert len(chosen) == len(others) == 5
+    assert chosen["rlnCoordinateX"].tolist() != others["rlnCoordinateX"].tolist()
+
+
+# --- noise ----------------------------------------------------------------------------------------
+
+
+def test_the_measured_snr_is_on_average_the_one_asked_for(
+    phantom: Phantom, make_recipe: MakeRecipe
+) -> None:
+    recipe = make_recipe(snr=(0.5, 0.5), field_shape=(36, 36, 36))
+    specimen = prepare_specimen(recipe, [phantom("ring"), phantom("rod")])
+    fields = [simulate_field(specimen, "train", index) for index in range(16)]
+    reported = np.array([field.record.snr for field in fields])
+    own = []
+    for field in fields:
+        signal, noise = image_again(specimen, field)
+        own.append(signal.var() / noise.var())
+    np.testing.assert_allclose(reported, own, rtol=2e-3)
+    assert reported.mean() == pytest.approx(0.5, rel=0.05)
+
+
+def test_without_an_snr_the_tomogram_is_the_signal(specimen: Specimen) -> None:
+    field = simulate_field(with_recipe(specimen, snr=None), "train", 0)
+    signal, noise = image_again(specimen, field)
+    assert np.abs(noise).max() < 1e-6 * np.abs(signal).max()
+    assert field.record.snr is None
+    assert field.record.requested_snr is None
+
+
+def test_the_noise_is_as_strong_in_a_sparse_field_as_in_a_crowded_one(specimen: Specimen) -> None:
+    variances = {}
+    for occupancy in (0.03, 0.12):
+        changed = with_recipe(specimen, occupancy=occupancy)
+        pairs = [image_again(changed, simulate_field(changed, "train", i)) for i in range(4)]
+        variances[occupancy] = np.mean([[v.var() for v in pair] for pair in pairs], axis=0)
+    (sparse_signal, sparse_noise), (signal, noise) = variances.values()
+    assert signal > 3 * sparse_signal
+    # The sampling error of a variance over four fields is 1 %.
+    assert sparse_noise == pytest.approx(noise, rel=0.05)
+
+
+def test_the_noise_scale_is_that_of_the_recipes_power_not_of_the_field(specimen: Specimen) -> None:
+    recipe = specimen.recipe
+    optics = optics_of(
+        recipe.field_shape,
+        recipe.voxel_size,
+        recipe.microscope,
+        recipe.tilts,
+        4.0,
+        recipe.ctf_correction,
+    )
+    factor = noise_scale(specimen.expected_power, optics, 1.0, width=recipe.field_shape[2])
+    unit = image_field(
+        torch.zeros(recipe.field_shape), optics, factor, torch.Generator().manual_seed(0)
+    )[1].var()
+    for index in range(3):
+        noise = image_again(specimen, simulate_field(specimen, "test", index))[1]
+        assert noise.var() == pytest.approx(float(unit), rel=0.1)
+
+
+# --- leaks ----------------------------------------------------------------------------------------
+
+
+def describe(cubes: Array) -> Array:
+    """What a cube tells without its shapes: variance, total power and mean."""
+    flat = cubes.reshape(len(cubes), -1)
+    return np.stack([flat.var(axis=1), (flat**2).mean(axis=1), flat.mean(axis=1)], axis=1)
+
+
+def accuracy_of_regression(features: Array, classes: NDArray[np.int64], fit: Any) -> float:
+    """Accuracy of a multinomial logistic regression on the cubes it was not fitted to."""
+    features = (features - features[fit].mean(axis=0)) / features[fit].std(axis=0)
+    # With squares, so that a class in the middle can be told from those on either side.
+    design = np.column_stack([np.ones(len(features)), features, features**2])
+    truth, num_classes = np.eye(classes.max() + 1)[classes], classes.max() + 1
+
+    def loss(flat: Array) -> tuple[float, Array]:
+        logits = design[fit] @ flat.reshape(-1, num_classes)
+        logits -= logits.max(axis=1, keepdims=True)
+        shares = np.exp(logits)
+        shares /= shares.sum(axis=1, keepdims=True)
+        entropy = -np.log((shares * truth[fit]).sum(axis=1)).mean()
+        gradient = design[fit].T @ (shares - truth[fit]) / len(truth[fit]) + 2e-3 * flat.reshape(
+            -1, num_classes
+        )
+        return float(entropy + 1e-3 * (flat**2).sum()), gradient.ravel()
+
+    start = np.zeros(design.shape[1] * num_classes)
+    weights = minimize(loss, start, jac=True, method="L-BFGS-B").x.reshape(-1, num_classes)
+    guesses = (design[~fit] @ weights).argmax(axis=1)
+    return float((guesses == classes[~fit]).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Cubes of many fields in parts: what they are made of, and whose they are."""
+
+    signal: Array
+    noise: Array
+    density: Array
+    classes: NDArray[np.int64]
+    fit: NDArray[np.bool_]
+    """Of the fields to which a classifier is fitted, two thirds of them."""
+
+    def accuracy(self, cubes: Array) -> float:
+        """Of a classifier that sees what :func:`describe` says of these cubes."""
+        return accuracy_of_regression(describe(cubes), self.classes, self.fit)
+
+    @property
+    def error(self) -> float:
+        """Standard error of an accuracy at chance."""
+        return float(np.sqrt(2 / 9 / (~self.fit).sum()))
+
+
+def cut_parts(specimen: Specimen, num_fields: int) -> Parts:
+    recipe, parts, classes, fit = specimen.recipe, [], [], []
+    for index in range(num_fields):
+        field = simulate_field(specimen, "train", index)
+        volumes = (*image_again(specimen, field), field.density.astype(np.float64))
+        rows = _cut_targets(specimen, field, index).rows
+        centres = rows[[f"cectflowCentre{axis}" for axis in "ZYX"]].to_numpy()
+        parts.append([cut(volume, centres, recipe.box, periodic=True) for volume in volumes])
+        classes.append(rows["rlnClassNumber"].to_numpy(np.int64) - 1)
+        fit.append(np.full(len(rows), index % 3 > 0))
+    signal, noise, density = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Parts(signal, noise, density, np.concatenate(classes), np.concatenate(fit))
+
+
+@pytest.fixture(scope="module")
+def crowded(specimen: Specimen) -> Parts:
+    """Cubes of rod, ring and barrel, 167 to 622 kDa, at an SNR of 0.5 to 1."""
+    return cut_parts(with_recipe(specimen, snr=(0.5, 1.0)), 45)
+
+
+@pytest.fixture(scope="module")
+def unequal(phantom: Phantom, make_recipe: MakeRecipe) -> Parts:
+    """Cubes of rod, barrel and boulder, 167 to 3303 kDa: sizes that show in a cube's signal."""
+    recipe = make_recipe(box=20, field_shape=(36, 36, 36), snr=(0.5, 1.0))
+    structures = [phantom(name) for name in ("rod", "barrel", "boulder")]
+    return cut_parts(prepare_specimen(recipe, structures), 45)
+
+
+def test_variance_and_power_of_a_cube_hardly_tell_its_class(crowded: Parts) -> None:
+    # Chance is 1/3. Three standard errors are 0.06; the rest is left to the signal itself.
+    assert crowded.accuracy(crowded.signal + crowded.noise) < 1 / 3 + 0.1
+
+
+@pytest.mark.parametrize("parts", ["crowded", "unequal"])
+def test_noise_alone_tells_no_class(parts: str, request: pytest.FixtureRequest) -> None:
+    cubes: Parts = request.getfixturevalue(parts)
+    assert cubes.accuracy(cubes.noise) < 1 / 3 + 4 * cubes.error
+
+
+def test_noise_scaled_cube_by_cube_would_tell(unequal: Parts) -> None:
+    # What the test above is there to catch: the SNR as requested in each cube by itself.
+    power = [part.reshape(len(part), -1).var(axis=1) for part in (unequal.signal, unequal.noise)]
+    scaled = unequal.noise * np.sqrt(power[0] / power[1])[:, None, None, None]
+    assert unequal.accuracy(scaled) > 1 / 3 + 4 * unequal.error
+
+
+def test_noise_adds_nothing_to_what_the_signal_tells(unequal: Parts) -> None:
+    with_noise = unequal.accuracy(unequal.signal + unequal.noise)
+    assert with_noise < unequal.accuracy(unequal.signal) + 3 * unequal.error
+
+
+@pytest.mark.parametrize("parts", ["crowded", "unequal"])
+def test_noise_does_not_know_how_crowded_a_cube_is(
+    parts: str, request: pytest.FixtureRequest
+) -> None:
+    cubes: Parts = request.getfixturevalue(parts)
+    crowding = cubes.density.reshape(len(cubes.density), -1).mean(axis=1)
+    variance = cubes.noise.reshape(len(cubes.noise), -1).var(axis=1)
+    signal = cubes.signal.reshape(len(cubes.signal), -1).var(axis=1)
+    # Cubes of a field overlap and share its draw of the SNR: fewer are independent than there are.
+    assert abs(np.corrcoef(crowding, variance)[0, 1]) < 0.15
+    assert np.corrcoef(crowding, signal)[0, 1] > 0.3
+
+
+# --- the dataset ----------------------------------------------------------------------------------
+
+
+def test_a_dataset_is_complete_sound_and_the_same_again(
+    phantom: Phantom, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    structures = [phantom("rod"), phantom("ring")]
+    recipe = make_recipe(jitter=8.0, field_shape=(24, 24, 24), fields={"train": 2, "test": 1})
+    first = simulate_dataset(recipe, structures, tmp_path / "a", commit="abc")
+    assert not check_dataset(tmp_path / "a")
+    assert first.manifest.is_complete
+    assert first.manifest.classes == ("rod", "ring")
+    assert SimulationRecipe.model_validate_json(recipe.model_dump_json()) == recipe
+    again = simulate_dataset(recipe, structures, tmp_path / "b")
+    assert again.manifest.content_digest() == first.manifest.content_digest()
+
+
+def test_a_simulation_resumes_where_it_was_stopped(
+    phantom: Phantom, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    structures = [phantom("rod"), phantom("ring")]
+    recipe = make_recipe(field_shape=(24, 24, 24), fields={"train": 2})
+    whole = simulate_dataset(recipe, structures, tmp_path).manifest
+    kept = tmp_path / "train" / "00000.mrcs"
+    before = kept.stat().st_mtime_ns
+    for path in (tmp_path / "train").glob("00001*"):
+        path.unlink()
+    shards = {**whole.shards, "train": whole.shards["train"][:1]}
+    whole.model_copy(update={"shards": shards}).write(tmp_path)
+    resumed = simulate_dataset(recipe, structures, tmp_path)
+    assert kept.stat().st_mtime_ns == before
+    assert not check_dataset(tmp_path)
+    assert resumed.manifest.content_digest() == whole.content_digest()
+
+
+def test_a_folder_of_another_dataset_is_refused(
+    phantom: Phantom, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    structures = [phantom("rod")]
+    recipe = make_recipe(field_shape=(16, 16, 16), fields={"train": 1})
+    simulate_dataset(recipe, structures, tmp_path / "a")
+    other = recipe.model_copy(update={"seed": 1})
+    with pytest.raises(FileExistsError, match="holds another dataset: give another folder"):
+        simulate_dataset(other, structures, tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match="is not empty and holds no dataset"):
+        simulate_dataset(recipe, structures, tmp_path / "b")

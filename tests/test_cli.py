@@ -1,0 +1,187 @@
+"""The command line: help without weight, bad input answered with one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cectflow.cli import main
+from cectflow.volume import Volume, write_stack, write_volume
+
+COMMANDS = (
+    (), ("structures", "list"), ("structures", "fetch"), ("simulate", "dataset"),
+    ("dataset", "info"), ("dataset", "check"), ("dataset", "import"), ("dataset", "export"),
+    ("train",), ("distill",), ("evaluate", "model"), ("models", "list"), ("models", "show"),
+    ("models", "promote"), ("models", "rollback"), ("predict", "classify"),
+    ("predict", "segment"), ("doctor",),
+)  # fmt: skip
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run a command in a folder and a store of its own; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.setenv("CECTFLOW_CACHE", str(tmp_path / "cache"))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(command: tuple[str, ...], run: Run) -> None:
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from cectflow.cli import main\n"
+        "try: main(['predict', 'classify', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'mlflow', 'torch', 'numpy', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_structures_are_listed_as_a_table_and_as_json(run: Run) -> None:
+    code, out, _ = run("structures", "list", "builtin")
+    assert code == 0
+    assert "mass (kDa)" in out
+    assert "horseshoe" in out
+    code, out, _ = run("structures", "list", "builtin", "--json")
+    assert {row["name"] for row in json.loads(out)} >= {"ring", "barrel"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("structures", "list", "nowhere.pdb"), "nowhere.pdb"),
+        (("structures", "list", "builtin,notes.docx"), "notes.docx"),
+        (("structures", "fetch", "12", "--out", "s"), "12"),
+        (("simulate", "dataset", "--recipe", "nosuch", "--out", "d"), "one of demo, real, tiny"),
+        (("simulate", "dataset", "--recipe", "bad.yaml", "--out", "d"), "snr is"),
+        (("simulate", "dataset", "--recipe", "typo.yaml", "--out", "d"), "occupency"),
+        (("simulate", "dataset", "--recipe", "small.yaml", "--out", "d"), "use a box of"),
+        (("train", "teacher", "--recipe", "network.yaml"), "known"),
+        (("train", "teacher", "--dataset", "nowhere", "--recipe", "tiny"), "no dataset folder"),
+        (("train", "teacher", "--recipe", "tiny", "--device", "cuda"), "no CUDA device"),
+        (("dataset", "info", "nowhere"), "no dataset folder"),
+        (("dataset", "check", "nowhere"), "no dataset folder"),
+        (("models", "show", "cectflow-student@production"), "cectflow-student"),
+        (("models", "promote", "cectflow-student"), "cectflow-student"),
+        (("models", "rollback", "cectflow-student"), "cectflow-student"),
+        (("evaluate", "model", "--model", "nosuch/1"), "nosuch"),
+        (
+            ("predict", "classify", "--model", "cectflow-student@production", "--subtomograms",
+             "s.mrcs", "--out", "o.star"), "cectflow-student",
+        ),
+        (
+            ("predict", "classify", "--model", "cectflow-student@production", "--subtomograms",
+             "s.mrcs", "--out", "o.star", "--tracking-uri", "http://127.0.0.1:1"),
+            "http://127.0.0.1:1",
+        ),
+        (("models", "list", "--tracking-uri", "./mlruns"), "sqlite:///"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path
+) -> None:
+    tiny = (Path(__file__).parents[1] / "cectflow/recipes/tiny.yaml").read_text()
+    for name, old, new in (
+        ("bad", "snr: [5.0, 5.0]", "snr: [0.0, 5.0]"),
+        ("typo", "occupancy:", "occupency:"),
+        ("small", "box: 16", "box: 12"),
+        ("network", "network: dsrf3d_v2_bn", "network: resnet50"),
+    ):
+        assert old in tiny
+        (tmp_path / f"{name}.yaml").write_text(tiny.replace(old, new))
+    write_stack(tmp_path / "s.mrcs", np.zeros((1, 8, 8, 8), np.float32), 12.0)
+    (tmp_path / "notes.docx").write_text("")
+    before = {path.name for path in tmp_path.iterdir()}
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    left = {path.name for path in tmp_path.iterdir()} - before
+    assert left <= {"store.db", "store.db.lock", "mlruns", "cache"}, "something half-written stays"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exists"),
+    [
+        (("predict", "classify", "--subtomograms", "s.mrcs", "--out", "exists.star"), True),
+        (("predict", "segment", "--subtomograms", "s.mrcs", "--out", "exists.star"), True),
+    ],
+)
+def test_existing_output_is_refused_before_the_registry_is_asked(
+    arguments: tuple[str, ...], exists: bool, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "exists.star").write_text("mine")
+    write_stack(tmp_path / "s.mrcs", np.zeros((1, 8, 8, 8), np.float32), 12.0)
+    code, _, err = run(*arguments, "--model", "cectflow-student@production")
+    assert code == 2
+    assert "--overwrite" in err
+    assert (tmp_path / "exists.star").read_text() == "mine"
+
+
+def test_an_empty_structure_file_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.pdb").write_text("")
+    code, _, err = run("structures", "list", "empty.pdb")
+    assert code == 2
+    assert "empty.pdb" in err
+
+
+def test_a_map_without_voxel_size_names_the_remedy(run: Run, tmp_path: Path) -> None:
+    write_volume(tmp_path / "map.mrc", Volume(np.ones((8, 8, 8), np.float32), 12.0))
+    content = bytearray((tmp_path / "map.mrc").read_bytes())
+    content[40:52] = bytes(12)  # the cell's edges in Å
+    with gzip.open(tmp_path / "map.mrc.gz", "wb") as file:
+        file.write(content)
+    code, _, err = run("structures", "list", "map.mrc.gz")
+    assert code == 2
+    assert "voxel size" in err
+
+
+def test_warnings_are_one_line_on_stderr(shared_data: Path, tmp_path: Path) -> None:
+    path = shared_data / "real" / "rec3D.rec"
+    command = [sys.executable, "-m", "cectflow", "structures", "list", str(path)]
+    shutil.copy(path, tmp_path / "rec3D.mrc")
+    command[-1] = str(tmp_path / "rec3D.mrc")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = done.stderr.strip().splitlines()
+    assert sum(line.startswith("warning: ") for line in lines) >= 1
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_says_what_works(run: Run) -> None:
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "tracking store" in out
+    assert os.getcwd() in out.replace("\n", "")
+
+
+def test_doctor_exits_3_when_the_store_cannot_be_reached(run: Run) -> None:
+    code, out, _ = run("doctor", "--tracking-uri", "http://127.0.0.1:1")
+    assert code == 3
+    assert "FAULT" in out

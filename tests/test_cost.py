@@ -1,0 +1,88 @@
+"""Costs are counted as on paper and measured as stated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import BOX, Exported
+from torch import nn
+
+from cectflow.cost import count_macs, count_parameters, measure_cost, measure_throughputs
+from cectflow.execution import single_thread
+from cectflow.runtime import RUNTIMES, RuntimeName
+
+pytest_plugins = ("exported",)
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cectflow.cost.SECONDS_PER_REPEAT", 0.005)
+    monkeypatch.setattr("cectflow.cost.REPEATS", 3)
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters", "macs"),
+    [
+        (nn.Conv3d(1, 4, 3, padding=1), 4 * 27 + 4, 8**3 * 27 * 4),
+        (nn.Conv3d(1, 4, 3, stride=2, padding=1, bias=False), 4 * 27, 4**3 * 27 * 4),
+        (nn.Conv3d(1, 4, 1), 8, 8**3 * 4),
+        (nn.Sequential(nn.Flatten(), nn.Linear(512, 10)), 5130, 5120),
+        (nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.ReLU()), 8, 8**3 * 2),
+    ],
+    ids=["padded", "strided", "pointwise", "dense", "normed"],
+)
+def test_parameters_and_macs_are_those_on_paper(
+    network: nn.Module, parameters: int, macs: int
+) -> None:
+    assert count_parameters(network) == parameters
+    assert count_macs(network, 8) == macs
+
+
+def test_counting_leaves_the_network_as_it_was() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    count_macs(network, 8)
+    assert network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    network.eval()
+    count_macs(network, 8)
+    assert not network.training
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_throughput_is_positive_and_one_per_folder(
+    exported: Exported, runtime: RuntimeName
+) -> None:
+    rates = measure_throughputs([exported.folder] * 2, runtime=runtime, batch_size=2)
+    assert len(rates) == 2
+    assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_the_cost_names_device_batch_and_threads(exported: Exported) -> None:
+    with single_thread():
+        cost = measure_cost(exported.network, exported.folder)
+    assert cost.parameters == 4 * 28 + 4 * (BOX // 4) ** 3 * 2 + 2
+    assert cost.macs == BOX**3 * 27 * 4 + 4 * (BOX // 4) ** 3 * 2
+    assert cost.subtomograms_per_s > 0
+    assert (cost.device, cost.batch_size, cost.threads) == ("cpu", 16, 1)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_onnxruntime_gets_the_threads_that_the_cost_names(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    asked = []
+    session = onnxruntime.InferenceSession
+
+    def spy(path: str, options: onnxruntime.SessionOptions, **rest: object) -> object:
+        asked.append(options.intra_op_num_threads)
+        return session(path, options, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    with single_thread():
+        measure_cost(exported.network, exported.folder)
+    assert asked == [1]

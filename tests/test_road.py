@@ -1,0 +1,233 @@
+"""The long walks: every entry point through ``mlflow run``, and every command of the pages.
+
+One store, one folder, one road of the recipe ``tiny``; what is promoted there serves the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cectflow.cli import main
+from cectflow.dataset import check_dataset, open_dataset
+from cectflow.flows.simulation import write_tomogram
+from cectflow.particles import read_particles
+from cectflow.recipe import load_recipe
+from cectflow.volume import read_volume
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("structures", "simulation", "datasets", "training", "registry", "prediction")
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Road:
+    """What the tiny road left behind."""
+
+    folder: Path
+    output: str
+    environment: dict[str, str]
+
+    def mlflow_run(self, entry_point: str, *, code: int = 0, **parameters: str) -> str:
+        """Run an entry point as a user would; returns stdout and stderr."""
+        command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry_point]
+        command += ["--env-manager", "local"]
+        for name, value in parameters.items():
+            command += ["-P", f"{name}={value}"]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True,
+            timeout=600,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
+    folder = tmp_path_factory.mktemp("road")
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "CECTFLOW_CACHE": str(folder / "cache"),
+    }
+    environment.pop("MLFLOW_RUN_ID", None)
+    walk = Road(folder, "", environment)
+    output = walk.mlflow_run("main", recipe="tiny", out=str(folder / "tour"), device="cpu")
+    return Road(folder, output, environment)
+
+
+@pytest.fixture
+def by_hand(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process work in the road's folder and store."""
+    monkeypatch.chdir(road.folder)
+    for name in ("MLFLOW_TRACKING_URI", "CECTFLOW_CACHE"):
+        monkeypatch.setenv(name, road.environment[name])
+
+
+def test_main_ends_with_a_table_and_promoted_versions(road: Road) -> None:
+    for line in ("segmenter, foreground IoU", "measured speed-up", "mlflow ui --backend-store-uri"):
+        assert line in road.output
+    for role in ("segmenter", "teacher", "student"):
+        assert f"cectflow-{role} v1 promoted to production" in road.output
+    rows = read_particles(road.folder / "tour/predictions/classes.star").rows
+    assert set(rows["cectflowModel"]) == {"cectflow-student/1"}
+    labels = read_volume(road.folder / "tour/predictions/labels.mrc").data
+    assert labels.max() <= len(rows)
+    assert (road.folder / "tour/predictions/field.png").stat().st_size > 1000
+
+
+def test_the_run_holds_recipe_pictures_and_lineage(road: Road) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(road.environment["MLFLOW_TRACKING_URI"])
+    runs = {run.info.run_name: run for run in client.search_runs(["1"], max_results=100)}
+    parent = next(run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.info.status == "FINISHED"
+    distilled = runs["distill"]
+    assert distilled.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert distilled.inputs.model_inputs, "no lineage from student to teacher"
+    assert distilled.data.metrics["labels_only_accuracy"] > 0
+    figures = {file.path for file in client.list_artifacts(distilled.info.run_id, "figures")}
+    assert figures >= {f"figures/{name}.png" for name in ("learning_curves", "confusion", "slices")}
+    assert "recipe.yaml" in {file.path for file in client.list_artifacts(distilled.info.run_id)}
+
+
+def test_the_production_student_loads_without_cectflow_and_without_pickle(road: Road) -> None:
+    script = (
+        "import sys, numpy as np, mlflow\n"
+        "net = mlflow.pyfunc.load_model('models:/cectflow-student@production')\n"
+        "cubes = np.load('cubes.npy')\n"
+        "np.save('logits.npy', np.concatenate([net.predict(cubes[:1]), net.predict(cubes[1:])]))\n"
+        "sys.exit('cectflow was imported' if 'cectflow' in sys.modules else 0)"
+    )
+    split = open_dataset(road.folder / "tour/dataset").split("test")
+    cubes = next(split.batches(7)).subtomograms.numpy()
+    np.save(road.folder / "cubes.npy", cubes)
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd=road.folder,
+        env=road.environment | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+    )  # fmt: skip
+    from cectflow.runtime import load_runtime
+
+    expected = load_runtime(road.folder / "tour/student/model")(cubes)
+    np.testing.assert_allclose(np.load(road.folder / "logits.npy"), expected, atol=1e-4)
+
+
+def test_simulate_alone(road: Road) -> None:
+    road.mlflow_run("simulate", recipe="tiny", out=str(road.folder / "alone"))
+    assert check_dataset(road.folder / "alone") == ()
+    digests = [
+        open_dataset(road.folder / name).manifest.content_digest()
+        for name in ("alone", "tour/dataset")
+    ]
+    assert digests[0] == digests[1], "the same recipe gave other bytes"
+
+
+@pytest.mark.parametrize("entry_point", ["train_segmenter", "train_teacher", "distill"])
+def test_each_training_works_alone(road: Road, entry_point: str) -> None:
+    output = road.mlflow_run(
+        entry_point,
+        recipe="tiny",
+        device="auto",
+        dataset="tour/dataset",
+        out=f"alone-{entry_point}",
+    )
+    assert "v2: models:/cectflow-" in output
+
+
+def test_evaluate_promote_and_predict_alone(road: Road) -> None:
+    assert "accuracy" in road.mlflow_run("evaluate")
+    # A second version of the same recipe is as good as the first: a tie passes.
+    output = road.mlflow_run("promote", role="teacher")
+    assert "is in staging" in output
+    stack = road.folder / "tour/dataset/test/00000.mrcs"
+    road.mlflow_run("predict", subtomograms=str(stack), out=str(road.folder / "alone.star"))
+    assert "cectflowClassName" in read_particles(road.folder / "alone.star").rows
+
+
+def test_a_refused_promotion_fails_the_run_and_changes_nothing(road: Road) -> None:
+    policy = road.folder / "strict.yaml"
+    policy.write_text(
+        "role: teacher\nscore: accuracy\nrules:\n"
+        "  - {figure: accuracy, at_least: 1.1, why: nobody is that good}\n"
+    )
+    output = road.mlflow_run(
+        "promote", code=1, model="cectflow-teacher/1", stage="production", policy=str(policy)
+    )
+    assert "stays where it is: teacher refused: accuracy is" in output
+
+
+@pytest.mark.parametrize(
+    ("entry_point", "parameters", "message"),
+    [
+        ("simulate", {"recipe": "nosuch"}, "unknown recipe 'nosuch'"),
+        ("train_teacher", {"recipe": "tiny", "seed": "x"}, "seed is 'x': expected a whole number"),
+        ("main", {"recipe": "tiny", "stages": "champion"}, "expected some of staging, production"),
+    ],
+)
+def test_bad_parameters_end_with_a_clear_line(
+    road: Road, entry_point: str, parameters: dict[str, str], message: str
+) -> None:
+    output = road.mlflow_run(entry_point, code=1, **parameters)
+    assert f"error: {message}" in output or message in output
+    assert "Traceback" not in output.partition("error: ")[2].partition("\n")[0]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A local stand-in for the PDB archive that serves any two entries."""
+    folder = tmp_path_factory.mktemp("archive")
+    for name in ("1KP8", "3J9I"):
+        with gzip.open(folder / f"{name}.cif.gz", "wb") as file:
+            file.write(f"data_{name}\n#\n".encode())
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.usefixtures("by_hand")
+def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> None:
+    if not (road.folder / "tomogram.mrc").is_file():
+        written = write_tomogram(load_recipe("tiny").simulation, road.folder / "example")
+        shutil.copy(written.tomogram, road.folder)
+        shutil.copy(written.particles, road.folder)
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    commands = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+        if line.strip()
+    ]
+    assert commands
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "cectflow"
+        if arguments[:2] == ["structures", "fetch"]:
+            arguments += ["--base-url", archive]
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert not stop.value.code, command

@@ -1,0 +1,87 @@
+"""A model folder becomes a function, or says what is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import BOX, Exported
+
+from cectflow.runtime import RUNTIMES, RuntimeName, choose_device, load_program, load_runtime
+
+pytest_plugins = ("exported",)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "file"), [("torch", r"model\.pt2"), ("onnxruntime", r"model\.onnx")]
+)
+def test_a_missing_file_is_named(runtime: RuntimeName, file: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"holds no {file}: expected a model folder"):
+        load_runtime(tmp_path, runtime)
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown device 'tpu': expected one of auto, cpu, cuda"):
+        choose_device("tpu")
+
+
+def test_a_gpu_that_is_not_there_is_refused_and_auto_does_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"sees no CUDA device: use --device cpu or auto"):
+        choose_device("cuda")
+    assert choose_device("auto") == "cpu"
+    assert choose_device("cpu") == "cpu"
+
+
+def test_auto_takes_a_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == "cuda"
+    assert choose_device("cuda") == "cuda"
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_cubes_may_be_read_only_or_strided_and_are_not_changed(
+    exported: Exported, runtime: RuntimeName
+) -> None:
+    infer = load_runtime(exported.folder, runtime)
+    cubes = np.random.default_rng(0).normal(size=(2, 1, BOX, BOX, BOX)).astype(np.float32)
+    before = cubes.copy()
+    expected = infer(cubes)
+    np.testing.assert_array_equal(cubes, before)
+    cubes.flags.writeable = False  # as of a memory map
+    np.testing.assert_array_equal(infer(cubes), expected)
+    flipped = np.flip(np.ascontiguousarray(np.flip(cubes, 2)), 2)
+    np.testing.assert_array_equal(infer(flipped), expected)
+
+
+def test_the_program_takes_tensors(exported: Exported) -> None:
+    program = load_program(exported.folder)
+    cubes = torch.randn(3, 1, BOX, BOX, BOX, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = exported.network.eval()(cubes)
+        torch.testing.assert_close(program(cubes), expected)
+
+
+def test_onnxruntime_gives_the_same_logits_on_any_number_of_threads(exported: Exported) -> None:
+    cubes = np.random.default_rng(1).normal(size=(2, 1, BOX, BOX, BOX)).astype(np.float32)
+    one, two = (load_runtime(exported.folder, threads=n)(cubes) for n in (1, 2))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_onnxruntime_on_the_cpu_does_without_torch(exported: Exported) -> None:
+    program = (
+        "import sys, pathlib, numpy\n"
+        "from cectflow.runtime import choose_device, load_runtime\n"
+        "infer = load_runtime(pathlib.Path(sys.argv[1]), device=choose_device('cpu'))\n"
+        "infer(numpy.zeros((1, 1, int(sys.argv[2])) + 2 * (int(sys.argv[2]),), 'float32'))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(exported.folder), str(BOX)], check=True, timeout=120
+    )
