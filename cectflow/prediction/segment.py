@@ -159,7 +159,8 @@ def _paste(
     """Enter a particle's probabilities into the maps; what lies outside the tomogram is dropped."""
     corner = centre - np.array(cube.shape) // 2
     low = np.maximum(corner, 0)
-    high = np.minimum(corner + cube.shape, best.shape)
+    # A cube that lies outside altogether has nothing to paste: high must not fall below low.
+    high = np.maximum(np.minimum(corner + cube.shape, best.shape), low)
     inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     local = cube[tuple(slice(a, b) for a, b in zip(low - corner, high - corner, strict=True))]
     more = local > best[inside]

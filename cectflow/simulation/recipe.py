@@ -81,7 +81,8 @@ class SimulationRecipe(Config):
     blur: float = Field(gt=0)
     """Gaussian sigma in Å of the specimen's density."""
     jitter: float = Field(0.0, ge=0)
-    """Largest offset in Å of a target from the box centre along each axis."""
+    """Largest offset in Å of a target from the box centre along each axis; the half voxel by which
+    cubes are cut to whole voxels comes on top."""
     label_volume: float = Field(1.5, gt=0)
     """Labelled volume over the molecular volume; 1.5 includes the hydration shell."""
     snr: tuple[float, float] | None
@@ -96,7 +97,7 @@ class SimulationRecipe(Config):
         if self.snr is not None and not 0 < self.snr[0] <= self.snr[1]:
             msg = f"snr is {self.snr}: expected 0 < lowest <= highest, or null for noise-free"
             raise ValueError(msg)
-        if self.blur < MIN_BLUR * self.voxel_size:
+        if self.blur / self.voxel_size < MIN_BLUR - 1e-9:  # 0.68 * 10 is not 6.8
             msg = (
                 f"blur is {self.blur:g} Å: expected at least {MIN_BLUR} voxel, "
                 f"{MIN_BLUR * self.voxel_size:.2f} Å at {self.voxel_size:g} Å per voxel"
@@ -325,11 +326,12 @@ def _cut_targets(specimen: Specimen, field: SimulatedField, seed: int) -> Subtom
 
 def _renumber(owners: NDArray[Any], target: int) -> NDArray[np.int16]:
     """Instances of one cube: 1 the target, 2… its neighbours in the order of their numbers."""
-    neighbours = np.setdiff1d(owners, [0, target])
-    instances = np.searchsorted(neighbours, owners) + 2
-    instances[owners == target] = 1
-    instances[owners == 0] = 0
-    return instances.astype(np.int16)
+    present = np.bincount(owners.ravel(), minlength=target + 1) > 0
+    present[[0, target]] = False
+    number_of_owner = (np.cumsum(present) + 1).astype(np.int16)
+    number_of_owner[[0, target]] = 0, 1
+    renumbered: NDArray[np.int16] = number_of_owner[owners]
+    return renumbered
 
 
 def _start_manifest(

@@ -53,6 +53,22 @@ def place_beads(
     return np.concatenate(placed), np.repeat(np.arange(len(scene)), [len(p) for p in placed])
 
 
+def test_single_beads_pack_as_close_as_half_a_cell_and_no_closer() -> None:
+    dot = Beads("dot", np.zeros((1, 3), np.float32), np.ones(1, np.float32), 1.0, CELL**3)
+    nearest = []
+    for seed in range(40):
+        scene = pack_scene(
+            (dot,),
+            shape=(10, 9, 8),
+            voxel_size=CELL,
+            occupancy=0.08,
+            generator=np.random.default_rng(seed),
+        )
+        tree = cKDTree(scene.positions_zyx, boxsize=(10, 9, 8))
+        nearest.append(tree.query(scene.positions_zyx, k=2, p=np.inf)[0][:, 1].min())
+    assert 0.5 < min(nearest) < 0.65
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_beads_of_two_particles_stay_half_a_cell_apart(beads: tuple[Beads, ...], seed: int) -> None:
     # A particle takes the cells floor(u) and floor(u) + 1 along each axis about its beads u. A
