@@ -425,7 +425,7 @@ def models_promote(
     from cectflow.tracking.runs import connect
 
     connect(tracking_uri)
-    promotion = promote(model, to, policy=policy, dataset=dataset)
+    (promotion,) = promote(model, to, policy=policy, dataset=dataset)
     _print_table(("figure", "value", "rule", "outcome"), promotion.verdict.table())
     if promotion.note:
         typer.echo(promotion.note)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from cectflow.flows.training import distill
-from cectflow.tracking.runs import connect
-from entrypoints.door import Parameters, walk
-from entrypoints.training_request import TRAINING_PARAMETERS, read_request
+from entrypoints.door import TRAINING_PARAMETERS, Parameters, walk
 
 
 def story(given: Parameters) -> None:
     """Distil and register a student of a teacher."""
+    from cectflow.flows.training import distill
+    from cectflow.tracking.runs import connect
+    from entrypoints.training_request import read_request
+
     request = read_request(given)
     recipe, folder = request.prepare("student")
     connect()

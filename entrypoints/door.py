@@ -1,4 +1,8 @@
-"""What every entry point does first and last: read its parameters, and end with a clear line."""
+"""What every entry point does first and last: read its parameters, and end with a clear line.
+
+Entry points import the flows inside their stories: a worker process that simulates imports the
+main module anew, and has no use for torch's training half.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,21 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 
-from cectflow.exit_codes import BAD_INPUT
+from cectflow.exit_codes import BAD_INPUT, INTERRUPTED
 
-__all__ = ["Parameters", "chosen", "integer", "walk"]
+__all__ = ["TRAINING_PARAMETERS", "Parameters", "chosen", "integer", "walk"]
 
 Parameters = Mapping[str, str | None]
+
+TRAINING_PARAMETERS = (
+    "recipe",
+    "structures",
+    "dataset",
+    "out",
+    "device",
+    "precision",
+    "seed",
+)
 
 
 def walk(name: str, parameters: tuple[str, ...], story: Callable[[Parameters], int | None]) -> None:
@@ -32,13 +46,12 @@ def walk(name: str, parameters: tuple[str, ...], story: Callable[[Parameters], i
     given = {key: value or None for key, value in vars(parser.parse_args()).items()}
     try:
         sys.exit(story(given) or 0)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError) as error:
-        sys.exit(_refuse(error))
-
-
-def _refuse(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return BAD_INPUT
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 def integer(parameters: Parameters, name: str) -> int | None:

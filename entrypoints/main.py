@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from cectflow.flows.promotion import Target
-from cectflow.flows.road import RoadReport, walk_road
-from cectflow.tracking.runs import connect
-from entrypoints.door import Parameters, walk
-from entrypoints.training_request import TRAINING_PARAMETERS, read_request
+from entrypoints.door import TRAINING_PARAMETERS, Parameters, walk
+
+if TYPE_CHECKING:
+    from cectflow.flows.road import RoadReport
 
 STAGES = ("staging", "production")
 PARAMETERS = (*(p for p in TRAINING_PARAMETERS if p != "dataset"), "stages", "workers")
@@ -19,6 +18,10 @@ PARAMETERS = (*(p for p in TRAINING_PARAMETERS if p != "dataset"), "stages", "wo
 
 def story(given: Parameters) -> None:
     """Walk the road and print its table."""
+    from cectflow.flows.road import walk_road
+    from cectflow.tracking.runs import connect
+    from entrypoints.training_request import read_request
+
     stages = tuple(part.strip() for part in (given["stages"] or ",".join(STAGES)).split(","))
     if not set(stages) <= set(STAGES):
         msg = f"stages is {given['stages']!r}: expected some of {', '.join(STAGES)}"
@@ -26,9 +29,7 @@ def story(given: Parameters) -> None:
     request = read_request(given)
     recipe, folder = request.prepare(request.recipe)
     uri = connect()
-    report = walk_road(
-        recipe, folder, request.hardware, stages=cast("tuple[Target, ...]", stages), report=tell
-    )
+    report = walk_road(recipe, folder, request.hardware, stages=cast("Any", stages), report=tell)
     print_report(report, str(folder), uri)
 
 

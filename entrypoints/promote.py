@@ -15,7 +15,7 @@ def story(given: Parameters) -> int:
     """Promote, print the verdict, and exit with 3 when it is a refusal."""
     stage = chosen(given, "stage", ("staging", "production"))
     connect()
-    promotion = promote(
+    (promotion,) = promote(
         given["model"] or newest_of_role(given["role"] or "student"),
         cast("Target", stage),
         policy=given["policy"],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cectflow.flows.simulation import choose_recipe, new_folder, simulate
-from cectflow.tracking.runs import connect
 from entrypoints.door import Parameters, integer, walk
 
 
 def story(given: Parameters) -> None:
     """Simulate, and print where the dataset lies."""
+    from cectflow.flows.simulation import choose_recipe, new_folder, simulate
+    from cectflow.tracking.runs import connect
+
     recipe = choose_recipe(
         given["recipe"] or "demo", structures=given["structures"], seed=integer(given, "seed")
     )

@@ -1,4 +1,4 @@
-"""The parameters that all training entry points share."""
+"""What all training entry points are asked for."""
 
 from __future__ import annotations
 
@@ -9,17 +9,7 @@ from cectflow.flows.training import Hardware, TrainingRequest
 from cectflow.learning.fit import Device, Precision
 from entrypoints.door import Parameters, chosen, integer
 
-__all__ = ["TRAINING_PARAMETERS", "read_request"]
-
-TRAINING_PARAMETERS = (
-    "recipe",
-    "structures",
-    "dataset",
-    "out",
-    "device",
-    "precision",
-    "seed",
-)
+__all__ = ["read_request"]
 
 
 def read_request(given: Parameters) -> TrainingRequest:

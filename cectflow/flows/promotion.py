@@ -19,10 +19,10 @@ from cectflow.learning.scores import (
 )
 from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.model_card import ModelCard, Score
-from cectflow.tracking.policy import Verdict, judge, load_policy
+from cectflow.tracking.policy import Policy, Verdict, judge, load_policy
 from cectflow.tracking.promotion import record_refusal, set_stage
 from cectflow.tracking.registry import resolve_model
-from cectflow.tracking.runs import start_run
+from cectflow.tracking.runs import Run, start_run
 from cectflow.tracking.versions import (
     RegisteredVersion,
     find_version,
@@ -80,52 +80,71 @@ def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) ->
 
 def promote(
     model: str,
-    stage: Target,
-    *,
+    *stages: Target,
     policy: str | None = None,
     dataset: Path | None = None,
     nested: bool = False,
-) -> Promotion:
-    """Promotion of a version to a stage, if its role's policy says it has earned it.
+) -> tuple[Promotion, ...]:
+    """Promotion of a version to a stage, or through several, if its role's policy allows it.
 
     Every figure is measured here and now on one frozen test split: the candidate's, its
-    teacher's, and that of the version now in the stage. A refused version stays where it is; the
-    verdict becomes tags of the version either way.
+    teacher's, and that of the version now in the stage. A refused version stays where it is, and
+    no later stage is tried; the verdict becomes tags of the version either way.
 
     Parameters
     ----------
     model
         NAME/VERSION or a ``models:/`` URI; a bare NAME means its newest version.
-    stage
-        ``staging`` or ``production``.
+    stages
+        ``staging``, ``production`` or both, in order.
     policy
         Name or path; by default that of the role.
     dataset
         Folder; by default the one that the version was trained on, found by its tag and digest.
     nested
         Inside an open run.
+
+    Returns
+    -------
+    tuple of Promotion
+        One for each stage that was tried.
     """
     version = find_version(model) if _names_a_version(model) else newest_version(model)
     folder, _ = resolve_model(version.uri)
     card = ModelCard.from_folder(folder)
     data = _frozen_dataset(version, dataset)
     rules = load_policy(policy or card.role)
+    promotions = []
     with start_run(f"promote_{card.role}", tags={"role": card.role}, nested=nested) as run:
         run.log_input_model(version)
-        evaluation = evaluate_folder(folder, data)
-        figures = _measure(card, folder, data, evaluation)
-        incumbent, note = _incumbent_figures(version, stage, data)
-        verdict = judge(rules, figures, incumbent=incumbent)
+        figures = _measure(card, folder, data, evaluate_folder(folder, data))
         run.log(figures)
-        run.log_json(
-            {"stage": stage, "version": version.uri, "passed": verdict.passed,
-             "findings": verdict.table(), "note": note}, "verdict.json",
-        )  # fmt: skip
-        if verdict.passed:
-            set_stage(version, stage, verdict=verdict, reason=note)
-        else:
-            record_refusal(version, stage, verdict)
-        run.set_tags({"verdict": "passed" if verdict.passed else verdict.refusal})
+        for stage in stages:
+            promotion = _decide(run, version, stage, rules, figures, data)
+            promotions.append(promotion)
+            if not promotion.verdict.passed:
+                break
+    return tuple(promotions)
+
+
+def _decide(
+    run: Run,
+    version: RegisteredVersion,
+    stage: Target,
+    policy: Policy,
+    figures: Mapping[str, float],
+    data: Dataset,
+) -> Promotion:
+    """Judge for one stage, and write down what was decided."""
+    incumbent, note = _incumbent_figures(version, stage, data)
+    verdict = judge(policy, figures, incumbent=incumbent)
+    content = {"version": version.uri, "passed": verdict.passed, "note": note}
+    run.log_json({**content, "findings": verdict.table()}, f"verdict-{stage}.json")
+    if verdict.passed:
+        set_stage(version, stage, verdict=verdict, reason=note)
+    else:
+        record_refusal(version, stage, verdict)
+    run.set_tags({f"verdict.{stage}": verdict.refusal or "passed"})
     return Promotion(find_version(version.uri), stage, verdict, figures, note)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cectflow.config import Config
 from cectflow.dataset import Dataset
-from cectflow.figures import draw_field, draw_slices
+from cectflow.figures import draw_slices
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation.recipe import (
+    SimulatedField,
     SimulationRecipe,
     prepare_specimen,
     simulate_dataset,
@@ -32,11 +33,21 @@ __all__ = [
 ]
 
 
-class SimulatedTomogram(Config):
-    """Where a simulated tomogram and its truth were written."""
+@dataclass(frozen=True, eq=False)
+class SimulatedTomogram:
+    """A simulated tomogram, where it and its particles were written, and its truth.
+
+    Attributes
+    ----------
+    tomogram, particles
+        MRC volume, and STAR with the column ``cectflowTrueClass``.
+    field
+        With density and owners of every voxel.
+    """
 
     tomogram: Path
     particles: Path
+    field: SimulatedField
 
 
 def choose_recipe(
@@ -115,35 +126,26 @@ def simulate(recipe: Recipe, folder: Path, *, workers: int = 1, nested: bool = F
 
 
 def write_tomogram(recipe: SimulationRecipe, folder: Path) -> SimulatedTomogram:
-    """One more field of a recipe, in no split, as tomogram and particle STAR with the truth.
+    """One more field of a recipe, in no split, as a tomogram with its particles.
 
     Parameters
     ----------
     recipe
         Of the simulation.
     folder
-        Receives ``tomogram.mrc``, ``particles.star`` and ``field.png``.
+        Receives ``tomogram.mrc`` and ``particles.star``.
     """
     specimen = prepare_specimen(recipe, load_structures(recipe))
     field = simulate_field(specimen, "prediction", 0)
     folder.mkdir(parents=True, exist_ok=True)
-    written = SimulatedTomogram(
-        tomogram=folder / "tomogram.mrc", particles=folder / "particles.star"
-    )
-    write_volume(written.tomogram, Volume(field.tomogram, recipe.voxel_size))
+    tomogram, particles = folder / "tomogram.mrc", folder / "particles.star"
+    write_volume(tomogram, Volume(field.tomogram, recipe.voxel_size))
     rows = make_particle_rows(
         field.scene.positions_zyx, angles=field.scene.angles, tomogram="tomogram"
     )
     rows["cectflowTrueClass"] = [specimen.classes[i - 1] for i in field.scene.class_ids]
-    particles_from(rows).write(written.particles)
-    class_of_owner = np.concatenate([[0], field.scene.class_ids])
-    panels = (
-        ("density", field.density, "grey"),
-        ("tomogram", field.tomogram, "grey"),
-        ("voxel labels", class_of_owner[field.owners], "labels"),
-    )
-    draw_field(panels, voxel_size=recipe.voxel_size).savefig(folder / "field.png", dpi=110)
-    return written
+    particles_from(rows).write(particles)
+    return SimulatedTomogram(tomogram, particles, field)
 
 
 def _log_measured(run: Run, dataset: Dataset) -> None:

@@ -101,7 +101,7 @@ class TrainingRequest:
                     box=recipe.simulation.box,
                     **fit_recipe.arguments,
                 )
-        return recipe, self.out or new_folder(name)
+        return recipe, self.out or new_folder(Path(name).stem)
 
 
 def train_segmenter(

@@ -62,6 +62,7 @@ class FitResult:
 
     best_epoch: int
     best_score: float
+    best_loss: float
     history: list[dict[str, float]] = field(default_factory=list)
     """One row per epoch: loss terms of training, scores of validation, learning rate, seconds."""
 
@@ -167,8 +168,11 @@ def fit(
         row["epoch_seconds"] = time.monotonic() - began
         result.history.append(row)
         score = row[f"validation_{objective.monitor}"]
-        if score > result.best_score:
-            result.best_score, result.best_epoch = score, epoch
+        # A small validation split saturates: of equal scores the lower loss is the better epoch.
+        rank = (score, -row["validation_loss"])
+        if rank > (result.best_score, -result.best_loss):
+            result.best_score, result.best_loss = score, row["validation_loss"]
+            result.best_epoch = epoch
             _save({"network": network.state_dict()}, folder / BEST_FILE)
         _save(
             {
@@ -178,6 +182,7 @@ def fit(
                 "epoch": epoch,
                 "best_epoch": result.best_epoch,
                 "best_score": result.best_score,
+                "best_loss": result.best_loss,
                 "history": result.history,
                 "origin": origin,
             },
@@ -298,7 +303,7 @@ def _resume(
     """Epochs already done, and their result; network and optimiser take up the checkpoint."""
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
-        return 0, FitResult(0, -math.inf)
+        return 0, FitResult(0, -math.inf, math.inf)
     state = torch.load(path, map_location="cpu", weights_only=True)
     found: dict[str, str] = state["origin"]
     others = [n for n in sorted(found.keys() | origin.keys()) if found.get(n) != origin.get(n)]
@@ -312,7 +317,8 @@ def _resume(
     optimiser.load_state_dict(state["optimiser"])
     if state["precision"]:  # of float16 only
         fabric.strategy.precision.load_state_dict(state["precision"])
-    return state["epoch"], FitResult(state["best_epoch"], state["best_score"], state["history"])
+    best = (state["best_epoch"], state["best_score"], state["best_loss"])
+    return state["epoch"], FitResult(*best, state["history"])
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
