@@ -32,6 +32,7 @@ from cectflow.volume import read_stack, write_stack
 
 __all__ = [
     "SPLITS",
+    "VIEWS_PER_CUBE",
     "Batch",
     "BatchSource",
     "Dataset",
@@ -50,6 +51,8 @@ __all__ = [
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+VIEWS_PER_CUBE = 4
+"""The identity and three half turns: more views of a cube augmentation does not make."""
 MANIFEST_FILE = "manifest.json"
 STACK_KINDS = ("", "_labels", "_instances")
 
@@ -182,6 +185,10 @@ class Batch:
         From 1.
     fields
         Index of each cube's field within its split.
+    views
+        Number of each cube's view: the same number means the same voxels, whichever pass they are
+        read in. Multiples of :data:`VIEWS_PER_CUBE`, to which augmentation adds the turn; None
+        where cubes do not come twice.
     """
 
     subtomograms: Float[Tensor, "n 1 z y x"]
@@ -189,6 +196,7 @@ class Batch:
     instances: Int[Tensor, "n z y x"] | None
     class_ids: Int[Tensor, " n"]
     fields: Int[Tensor, " n"]
+    views: Int[Tensor, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -201,6 +209,7 @@ class Batch:
             None if self.instances is None else self.instances.to(device),
             self.class_ids.to(device),
             self.fields.to(device),
+            self.views,
         )
 
 
@@ -296,6 +305,7 @@ class Split:
             torch.from_numpy(self._gather("_instances", indices)) if labelled else None,
             torch.from_numpy(self.class_ids[indices]),
             torch.from_numpy(self.fields[indices]),
+            torch.from_numpy((SPLITS.index(self.name) << 40) + indices * VIEWS_PER_CUBE),
         )
 
     def _gather(self, kind: str, indices: NDArray[np.int64]) -> NDArray[Any]:

@@ -13,8 +13,9 @@ import torch
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.figures import draw_confusion, draw_learning_curves, draw_slices
 from cectflow.flows.simulation import choose_recipe, new_folder, simulate
+from cectflow.learning.augmentation import allowed_turns
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
-from cectflow.learning.objective import Classify, Distill, Objective, Segment
+from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
 from cectflow.learning.scores import Evaluation, bootstrap_ratio
 from cectflow.learning.training import (
     TrainedNetwork,
@@ -153,9 +154,19 @@ def distill(
         check_matches(ModelCard.from_folder(teacher_folder), data)
         labels = Classify(len(data.manifest.classes))
         device = open_fabric(hardware.device, hardware.precision).device
+        program = load_program(teacher_folder, device.type)
+        student = recipe.student.fit
+        turns = allowed_turns(data.manifest.tilt_range) if student.augment else ("identity",)
+        known = KnownLogits(
+            program,
+            ((data.split("train"), turns), (data.split("validation"), ("identity",))),
+            batch_size=student.batch_size,
+            device=device,
+        )
         objective = Distill(
             labels,
-            load_program(teacher_folder, device.type),
+            program,
+            known=known,
             method=recipe.student.method,
             weight=recipe.student.weight,
             temperature=recipe.student.temperature,
@@ -165,9 +176,9 @@ def distill(
             teacher=teacher_uri,
         )  # fmt: skip
         reference = evaluate_folder(teacher_folder, data)
-        student = registered.trained.evaluation
+        judged = registered.trained.evaluation
         retention = bootstrap_ratio(
-            student.scores["accuracy"], reference.scores["accuracy"], student.fields
+            judged.scores["accuracy"], reference.scores["accuracy"], judged.fields
         )
         metrics = {
             "teacher_accuracy": float(reference.scores["accuracy"].mean()),

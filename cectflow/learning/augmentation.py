@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from cectflow.dataset import Batch
 
-__all__ = ["HALF_TURNS", "allowed_turns", "augment", "turn"]
+__all__ = ["HALF_TURNS", "allowed_turns", "augment", "turn", "turned_batch"]
 
 HALF_TURNS: dict[str, tuple[int, ...]] = {
     "identity": (),
@@ -61,4 +61,15 @@ def augment(batch: Batch, turns: tuple[str, ...], generator: torch.Generator) ->
         turned(batch.instances),
         batch.class_ids,
         batch.fields,
+        None if batch.views is None else batch.views + _view_numbers(turns)[choice],
     )
+
+
+def turned_batch(batch: Batch, axis: str) -> Batch:
+    """The batch with every cube, and its labels, turned alike."""
+    return augment(batch, (axis,), torch.Generator())
+
+
+def _view_numbers(turns: tuple[str, ...]) -> Int[Tensor, " turn"]:
+    """Number of each turn among all half turns: the same whichever are allowed."""
+    return torch.tensor([list(HALF_TURNS).index(axis) for axis in turns])

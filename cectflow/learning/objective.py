@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from cectflow.dataset import Batch
+from cectflow.dataset import Batch, BatchSource
+from cectflow.execution import track
+from cectflow.learning.augmentation import turned_batch
 from cectflow.learning.losses import soft_dice_loss, softened_kl, voxel_cross_entropy
 from cectflow.learning.scores import SubtomogramIou, target_mask
 from cectflow.model_card import Task
 
-__all__ = ["Classify", "Distill", "DistillMethod", "Objective", "Segment"]
+__all__ = ["Classify", "Distill", "DistillMethod", "KnownLogits", "Objective", "Segment"]
 
 DistillMethod = Literal["mse", "kl"]
 
@@ -108,6 +111,48 @@ class Segment:
         )
 
 
+class KnownLogits:
+    """A teacher's logits of every view of a few sources, computed once.
+
+    A turned cube is one of at most four views, so a training of many epochs would ask the teacher
+    the same questions over and over.
+
+    Parameters
+    ----------
+    teacher
+        Cubes → logits ``(n, class)``.
+    sources
+        Each with the turns in which its cubes will be shown.
+    batch_size, device
+        How the teacher is asked; always in the same order, so that the answers are the same.
+    """
+
+    def __init__(
+        self,
+        teacher: Callable[[Tensor], Tensor],
+        sources: Sequence[tuple[BatchSource, tuple[str, ...]]],
+        *,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        views, logits = [], []
+        passes = [(source, axis) for source, turns in sources for axis in turns]
+        for source, axis in track(passes, total=len(passes), title="asking the teacher"):
+            for batch in source.batches(batch_size):
+                shown = turned_batch(batch, axis)
+                assert shown.views is not None
+                with torch.no_grad():
+                    logits.append(teacher(shown.subtomograms.to(device)).float().cpu())
+                views.append(shown.views)
+        numbers, order = torch.cat(views).sort()
+        self._views = numbers
+        self._logits = torch.cat(logits)[order]
+
+    def __call__(self, views: Int[Tensor, " n"]) -> Float[Tensor, "n class"]:
+        """Logits of these views, on the CPU."""
+        return self._logits[torch.searchsorted(self._views, views)]
+
+
 class Distill:
     """Another objective, learned from a teacher's logits as well.
 
@@ -126,6 +171,8 @@ class Distill:
         Of the soft term, 0 to 1.
     temperature
         Of ``kl``.
+    known
+        The teacher's logits of views that come again and again, instead of asking it anew.
     """
 
     def __init__(
@@ -133,12 +180,14 @@ class Distill:
         objective: Objective,
         teacher: Callable[[Tensor], Tensor],
         *,
+        known: KnownLogits | None = None,
         method: DistillMethod = "mse",
         weight: float = 1.0,
         temperature: float = 2.0,
     ) -> None:
         self.objective = objective
         self.teacher = teacher
+        self.known = known
         self.method = method
         self.weight = weight
         self.temperature = temperature
@@ -162,8 +211,11 @@ class Distill:
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss, logits, and the two terms ``soft`` and ``hard``."""
         hard = self.objective(network, batch)
-        with torch.no_grad():
-            teacher_logits = self.teacher(batch.subtomograms)
+        if self.known is not None and batch.views is not None:
+            teacher_logits = self.known(batch.views).to(batch.subtomograms.device)
+        else:
+            with torch.no_grad():
+                teacher_logits = self.teacher(batch.subtomograms)
         logits = hard["output"]
         if self.method == "mse":
             soft = F.mse_loss(logits, teacher_logits.to(logits.dtype))

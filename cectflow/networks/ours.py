@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cectflow.networks.blocks import initialise_weights, normed_convolution
 from cectflow.networks.catalogue import register_network
 
-__all__ = ["StridedClassifier", "StridedSegmenter", "strided_ed", "strided_micro"]
+__all__ = ["StridedClassifier", "StridedSegmenter", "strided_ed", "strided_micro", "strided_small"]
 
 PAPER = "cectflow, unpublished"
 
@@ -179,3 +179,17 @@ def strided_ed(num_outputs: int, box: int) -> nn.Module:
         Edge of the input cube in voxels; it fixes the distance channel, not the weights.
     """
     return StridedSegmenter(num_outputs, box, widths=(8, 24, 48))
+
+
+@register_network(task="classify", stride=1, min_box=12, paper=PAPER)
+def strided_small(num_outputs: int, box: int) -> nn.Module:
+    """Student of ours for the last points of accuracy; 24, 64, 96 channels.
+
+    Parameters
+    ----------
+    num_outputs
+        Number of classes.
+    box
+        Edge of the input cube in voxels; the weights serve any box.
+    """
+    return StridedClassifier(num_outputs, widths=(24, 64, 96))
