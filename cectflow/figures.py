@@ -21,6 +21,8 @@ __all__ = ["draw_confusion", "draw_field", "draw_learning_curves", "draw_slices"
 
 LABEL_COLOUR = "#ff7f0e"
 PREDICTION_COLOUR = "#17becf"
+LOG_SPAN = 30.0
+"""Ratio of the largest to the smallest loss above which the axis is logarithmic."""
 SCALE_BAR_FRACTION = 0.3
 NUM_LABEL_COLOURS = 20
 TITLE_CHARACTERS = 21
@@ -50,6 +52,9 @@ def draw_learning_curves(history: Sequence[Mapping[str, float]], title: str) -> 
         # A single epoch is a dot: a line through one point would not be seen.
         axes.plot(epochs, [row[name] for row in history], ".-" if len(epochs) < 15 else "-",
                   label=label)  # fmt: skip
+    drawn = np.concatenate([line.get_ydata() for line in losses.get_lines()] or [np.ones(1)])
+    if drawn.min() > 0 and drawn.max() > LOG_SPAN * drawn.min():
+        losses.set_yscale("log")
     losses.set(xlabel="epoch", ylabel="loss")
     scores.set(xlabel="epoch", ylabel="score", ylim=(0, 1.02))
     for axes in (losses, scores):

@@ -83,6 +83,7 @@ def test_structures_are_listed_as_a_table_and_as_json(run: Run) -> None:
         (("simulate", "dataset", "--recipe", "typo.yaml", "--out", "d"), "occupency"),
         (("simulate", "dataset", "--recipe", "small.yaml", "--out", "d"), "use a box of"),
         (("train", "teacher", "--recipe", "network.yaml"), "known"),
+        (("train", "teacher", "--recipe", "box.yaml"), "27"),
         (("train", "teacher", "--dataset", "nowhere", "--recipe", "tiny"), "no dataset folder"),
         (("train", "teacher", "--recipe", "tiny", "--device", "cuda"), "no CUDA device"),
         (("dataset", "info", "nowhere"), "no dataset folder"),
@@ -112,6 +113,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
         ("typo", "occupancy:", "occupency:"),
         ("small", "box: 16", "box: 12"),
         ("network", "network: dsrf3d_v2_bn", "network: resnet50"),
+        ("box", "network: strided_micro", "network: student_3"),
     ):
         assert old in tiny
         (tmp_path / f"{name}.yaml").write_text(tiny.replace(old, new))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import MemorySource, TinyClassifier, TinySegmenter
+from builders import MemorySource, TinyClassifier, TinySegmenter, write_dataset
 from torch import Tensor, nn
 
+from cectflow.learning.augmentation import HALF_TURNS, augment
 from cectflow.learning.losses import soft_dice_loss, softened_kl, voxel_cross_entropy
-from cectflow.learning.objective import Classify, Distill, Objective, Segment
+from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
 from cectflow.learning.scores import target_mask
 
 
@@ -152,3 +155,29 @@ def test_an_objective_is_named_by_what_it_learns_and_not_by_where_it_lies(
     first, again = (Distill(Classify(2), teacher, method="kl") for _ in range(2))
     assert repr(first) == repr(again)
     assert repr(first) != repr(Distill(Classify(2), teacher, method="mse"))
+
+
+def test_known_logits_are_what_the_teacher_says_of_each_turned_cube(
+    teacher: nn.Module, tmp_path: Path
+) -> None:
+    dataset = write_dataset(tmp_path / "data")
+    turns = tuple(HALF_TURNS)
+    sources = [(dataset.split("train"), turns), (dataset.split("validation"), ("identity",))]
+    known = KnownLogits(teacher, sources, batch_size=5, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    for source, allowed in sources:
+        for batch in source.batches(4, generator):
+            shown = augment(batch, allowed, generator)
+            assert shown.views is not None
+            torch.testing.assert_close(known(shown.views), teacher(shown.subtomograms))
+
+
+def test_distillation_with_known_logits_has_the_same_loss(
+    student: nn.Module, teacher: nn.Module, tmp_path: Path
+) -> None:
+    split = write_dataset(tmp_path / "data").split("train")
+    known = KnownLogits(teacher, [(split, ("identity",))], batch_size=5, device=torch.device("cpu"))
+    batch = next(split.batches(6))
+    asked = Distill(Classify(2), teacher)(student, batch)
+    looked_up = Distill(Classify(2), teacher, known=known)(student, batch)
+    torch.testing.assert_close(looked_up["loss"], asked["loss"])
