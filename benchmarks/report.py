@@ -32,7 +32,10 @@ def parse_options(description: str) -> argparse.Namespace:
 
 
 def write_report(path: Path, figures: Mapping[str, float], *, quick: bool) -> None:
-    """Write metric → number, with command, commit, hardware and whether it was quick."""
+    """Write metric → number, with command, commit, hardware and whether it was quick.
+
+    A full run also writes the same as a Markdown table beside it.
+    """
     content = {
         **figures,
         "command": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
@@ -41,6 +44,22 @@ def write_report(path: Path, figures: Mapping[str, float], *, quick: bool) -> No
         "quick": quick,
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if not quick:
+        path.with_suffix(".md").write_text(_tabulate(content), encoding="utf-8")
+
+
+def _tabulate(content: Mapping[str, object]) -> str:
+    """Markdown: a row per metric with its lowest and highest, then how it was measured."""
+    lines = ["| metric | mean | lowest | highest |", "|---|---|---|---|"]
+    for name, value in content.items():
+        if isinstance(value, float) and not name.endswith(("_low", "_high")):
+            ends = (content.get(f"{name}_{end}", value) for end in ("low", "high"))
+            lines.append(f"| {name} | {value:.4g} | " + " | ".join(f"{e:.4g}" for e in ends) + " |")
+    lines.append("")
+    for name in ("seeds", "command", "commit", "hardware"):
+        if name in content:
+            lines.append(f"- {name}: {content[name]}")
+    return "\n".join(lines) + "\n"
 
 
 def _module_name() -> str:

@@ -565,7 +565,9 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header, show_header=any(header), box=None, pad_edge=False)
+    table = Table(show_header=any(header), box=None, pad_edge=False)
+    for title in header:
+        table.add_column(title, overflow="fold")  # a digest is of no use with an ellipsis
     for row in rows:
         table.add_row(*row)
     console = Console()
