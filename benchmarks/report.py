@@ -56,9 +56,8 @@ def _tabulate(content: Mapping[str, object]) -> str:
             ends = (content.get(f"{name}_{end}", value) for end in ("low", "high"))
             lines.append(f"| {name} | {value:.4g} | " + " | ".join(f"{e:.4g}" for e in ends) + " |")
     lines.append("")
-    for name in ("seeds", "command", "commit", "hardware"):
-        if name in content:
-            lines.append(f"- {name}: {content[name]}")
+    told = ("seeds", "command", "commit", "hardware")
+    lines += [f"- {name}: {content[name]}" for name in told if name in content]
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cectflow import __version__
-from cectflow.exit_codes import BAD_INPUT, INTERRUPTED, REFUSED
+from cectflow.exit_codes import BAD_INPUT, REFUSED, is_foreseen
 
 __all__ = ["main"]
 
@@ -108,15 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         app(args=arguments, standalone_mode=True)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what was finished is kept", err=True)
-        sys.exit(INTERRUPTED)
-    except (ValueError, OSError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(BAD_INPUT)
-    except Exception as error:
-        # MLflow's own errors, recognised without importing it.
-        if type(error).__module__.partition(".")[0] != "mlflow":
+    except Exception as error:  # typer itself turns Ctrl-C into exit code 130
+        if not is_foreseen(error):
             raise
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(BAD_INPUT)

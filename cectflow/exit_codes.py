@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BAD_INPUT", "INTERRUPTED", "REFUSED"]
+__all__ = ["BAD_INPUT", "INTERRUPTED", "REFUSED", "is_foreseen"]
 
 BAD_INPUT = 2
 """What the user gave cannot be used; the message says what to give instead."""
@@ -10,3 +10,12 @@ REFUSED = 3
 """The work was done and its answer is no: a promotion refused, a dataset found faulty."""
 INTERRUPTED = 130
 """Ctrl-C; what was finished is kept."""
+
+
+def is_foreseen(error: Exception) -> bool:
+    """Whether an error is the user's to mend, so that its message is enough.
+
+    ``ValueError`` and ``OSError`` are raised for what was given; MLflow's own errors are known by
+    their module, without importing it. Anything else is our mistake and keeps its traceback.
+    """
+    return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("mlflow.")

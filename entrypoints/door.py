@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 
-from cectflow.exit_codes import BAD_INPUT, INTERRUPTED
+from cectflow.exit_codes import BAD_INPUT, INTERRUPTED, is_foreseen
 
 __all__ = ["TRAINING_PARAMETERS", "Parameters", "chosen", "integer", "walk"]
 
@@ -49,7 +49,9 @@ def walk(name: str, parameters: tuple[str, ...], story: Callable[[Parameters], i
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not is_foreseen(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
 

@@ -146,12 +146,16 @@ def distill(
         NAME, NAME@stage, NAME/VERSION, a ``models:/`` URI or a model folder.
     """
     teacher_folder, teacher_version = resolve_model(teacher)
+    teacher_card = ModelCard.from_folder(teacher_folder)
+    if teacher_card.task != "classify":
+        msg = f"{teacher} is a {teacher_card.role}: expected a classifier as the teacher"
+        raise ValueError(msg)
     teacher_uri = str(teacher_folder.resolve()) if teacher_version is None else teacher_version.uri
     with start_run("distill", tags={"role": "student"}, nested=nested) as run:
         if teacher_version is not None:
             run.log_input_model(teacher_version)
         data = _open_or_simulate(recipe, folder, hardware, dataset)
-        check_matches(ModelCard.from_folder(teacher_folder), data)
+        check_matches(teacher_card, data)
         labels = Classify(len(data.manifest.classes))
         device = open_fabric(hardware.device, hardware.precision).device
         program = load_program(teacher_folder, device.type)
