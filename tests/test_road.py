@@ -95,7 +95,8 @@ def test_the_run_holds_recipe_pictures_and_lineage(road: Road) -> None:
     import mlflow
 
     client = mlflow.MlflowClient(road.environment["MLFLOW_TRACKING_URI"])
-    runs = {run.info.run_name: run for run in client.search_runs(["1"], max_results=100)}
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = {run.info.run_name: run for run in client.search_runs(experiments, max_results=100)}
     parent = next(run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
     assert parent.info.status == "FINISHED"
     distilled = runs["distill"]
@@ -144,8 +145,8 @@ def test_each_training_works_alone(road: Road, entry_point: str) -> None:
         entry_point,
         recipe="tiny",
         device="auto",
-        dataset="tour/dataset",
-        out=f"alone-{entry_point}",
+        dataset=str(road.folder / "tour/dataset"),
+        out=str(road.folder / f"alone-{entry_point}"),
     )
     assert "v2: models:/cectflow-" in output
 
