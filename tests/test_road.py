@@ -96,12 +96,19 @@ def test_the_run_holds_recipe_pictures_and_lineage(road: Road) -> None:
 
     client = mlflow.MlflowClient(road.environment["MLFLOW_TRACKING_URI"])
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = {run.info.run_name: run for run in client.search_runs(experiments, max_results=100)}
-    parent = next(run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
+    found = client.search_runs(experiments, max_results=100)
+    distilled = next(run for run in reversed(found) if run.info.run_name == "distill")
+    distilled = client.get_run(distilled.info.run_id)  # a search leaves the inputs out
+    parent = client.get_run(distilled.data.tags["mlflow.parentRunId"])
     assert parent.info.status == "FINISHED"
-    distilled = runs["distill"]
-    assert distilled.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    children = {
+        run.info.run_name
+        for run in found
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    assert children >= {"simulate", "train_segmenter", "train_teacher", "promote_student"}
     assert distilled.inputs.model_inputs, "no lineage from student to teacher"
+    assert distilled.outputs.model_outputs, "the student is not an output of its run"
     assert distilled.data.metrics["labels_only_accuracy"] > 0
     figures = {file.path for file in client.list_artifacts(distilled.info.run_id, "figures")}
     assert figures >= {f"figures/{name}.png" for name in ("learning_curves", "confusion", "slices")}
