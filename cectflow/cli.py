@@ -236,7 +236,7 @@ def dataset_import(
     ] = "none",
 ) -> None:
     """Bring one's own subtomograms with known classes into a dataset folder."""
-    from cectflow.exchange import ImportOptions, import_subtomograms
+    from cectflow.importing import ImportOptions, import_subtomograms
     from cectflow.tracking.runs import cectflow_commit
 
     options = ImportOptions(
@@ -460,15 +460,13 @@ def predict_classify(
 ) -> None:
     """Name the structure of each subtomogram, or of each pick in a tomogram."""
     from cectflow.flows.prediction import predict_classes
+    from cectflow.prediction.contract import InputOptions
+    from cectflow.prediction.source import InputFiles
 
-    options = _input_options(
-        model, tracking_uri, voxel_size, contrast, rescale, device, batch_size, overwrite
-    )
-    predict_classes(
-        model, out, options, typer.echo,
-        subtomograms=subtomograms, tomogram=tomogram, particles=particles,
-        coords_voxel_size=coords_voxel_size,
-    )  # fmt: skip
+    files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
+    options = InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
+    _connect_for(model, tracking_uri)
+    predict_classes(model, files, out, options, typer.echo)
 
 
 @predict_app.command("segment")
@@ -492,15 +490,13 @@ def predict_segment(
 ) -> None:
     """Outline the particle at the centre of each subtomogram, or at each pick of a tomogram."""
     from cectflow.flows.prediction import predict_segments
+    from cectflow.prediction.contract import InputOptions
+    from cectflow.prediction.source import InputFiles
 
-    options = _input_options(
-        model, tracking_uri, voxel_size, contrast, rescale, device, batch_size, overwrite
-    )
-    predict_segments(
-        model, out, probabilities, options, typer.echo,
-        subtomograms=subtomograms, tomogram=tomogram, particles=particles,
-        coords_voxel_size=coords_voxel_size,
-    )  # fmt: skip
+    files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
+    options = InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
+    _connect_for(model, tracking_uri)
+    predict_segments(model, files, out, probabilities, options, typer.echo)
 
 
 @app.command("doctor")
@@ -518,23 +514,12 @@ def doctor(tracking_uri: TrackingOption = None, json: JsonOption = False) -> Non
         raise typer.Exit(REFUSED)
 
 
-def _input_options(
-    model: str,
-    tracking_uri: str | None,
-    voxel_size: float | None,
-    contrast: Contrast,
-    rescale: bool,
-    device: Device,
-    batch_size: int,
-    overwrite: bool,
-) -> Any:  # InputOptions, which is not imported for --help
-    from cectflow.prediction.contract import InputOptions
-
+def _connect_for(model: str, tracking_uri: str | None) -> None:
+    """Connect to the registry, which a model folder has no need of."""
     if not Path(model).is_dir():
         from cectflow.tracking.runs import connect
 
         connect(tracking_uri)
-    return InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
 
 
 def _tell_registered(registered: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cectflow.config import Config
+from cectflow.files import sha256_of
 from cectflow.model_card import Contrast, CtfCorrection
 from cectflow.particles import particles_from, read_particles
 from cectflow.volume import read_stack, write_stack
@@ -45,7 +45,6 @@ __all__ = [
     "check_dataset",
     "open_dataset",
     "read_manifest",
-    "sha256_of",
     "write_shard",
 ]
 
@@ -397,8 +396,8 @@ def write_shard(
     stacks: Mapping[str, NDArray[Any] | None] = dict(
         zip(STACK_KINDS, (content.cubes, content.voxel_labels, content.instances), strict=True)
     )
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        temporary = Path(scratch)
         for kind, stack in stacks.items():
             if stack is not None:
                 write_stack(temporary / f"{target.name}{kind}.mrcs", stack, voxel_size)
@@ -406,15 +405,7 @@ def write_shard(
         digests = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
         for file_name in digests:
             (temporary / file_name).replace(target.parent / file_name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return ShardRecord(name=name, count=len(content.rows), fields=fields, sha256=digests)
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_dataset(folder: Path) -> tuple[str, ...]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cectflow.files import appearing, refuse_existing_folder
 from cectflow.model_card import CARD_FILE, ModelCard
 from cectflow.runtime import ONNX_FILE, PT2_FILE, load_runtime
 
@@ -32,22 +31,18 @@ def export_network(network: nn.Module, card: ModelCard, folder: Path) -> ModelCa
     card
         Without parity.
     folder
-        Must not exist; it appears when complete.
+        Absent or empty; it appears when complete.
 
     Raises
     ------
     FileExistsError
-        If the folder exists.
+        If the folder exists and is not empty.
     """
-    if folder.exists():
-        msg = f"{folder} exists: give another folder, or remove it first"
-        raise FileExistsError(msg)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    refuse_existing_folder(folder)
     network = network.cpu().eval()
     # A batch of two: torch.export takes a dimension of one for a constant.
     example = torch.zeros(2, 1, card.box, card.box, card.box)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with appearing(folder) as temporary:
         program = torch.export.export(
             network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
         )
@@ -56,10 +51,6 @@ def export_network(network: nn.Module, card: ModelCard, folder: Path) -> ModelCa
         (temporary / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
         finished = card.model_copy(update={"parity": measure_parity(temporary)})
         (temporary / CARD_FILE).write_text(finished.to_json(), encoding="utf-8")
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return finished
 
 

@@ -21,9 +21,11 @@ from jaxtyping import Float, Num
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from cectflow.volume import replacing
+from cectflow.files import replacing
 
 __all__ = [
+    "PIXEL_SIZES",
+    "PLACEMENT_COLUMNS",
     "CoordinateConvention",
     "ParticleTable",
     "coordinate_columns",
@@ -43,6 +45,13 @@ ORIGIN = tuple(f"rlnOrigin{axis}Angst" for axis in "XYZ")
 ORIGIN_PIXELS = tuple(f"rlnOrigin{axis}" for axis in "XYZ")
 SUBTOMOGRAM_ANGLES = ("rlnTomoSubtomogramRot", "rlnTomoSubtomogramTilt", "rlnTomoSubtomogramPsi")
 TOMOGRAM_NAMES = ("rlnTomoName", "rlnMicrographName", "wrpSourceName")
+PIXEL_SIZES = ("rlnTomoTiltSeriesPixelSize", "rlnPixelSize", "rlnImagePixelSize")
+"""Columns that say what coordinates are counted in."""
+PLACEMENT_COLUMNS = re.compile(
+    r"rln(Centered)?Coordinate[XYZ](Angst)?|rlnOrigin[XYZ](Angst)?|wrpCoordinate[XYZ]1|"
+    r"rln(Angle|TomoSubtomogram)(Rot|Tilt|Psi)|" + "|".join(PIXEL_SIZES)
+)
+"""Columns of position and orientation, and of the units of positions."""
 
 _starfile: Any = starfile  # whose annotations are older than its behaviour
 # Names and paths that look like numbers ("001", the PDB entry 1e10) stay as they are.

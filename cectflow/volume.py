@@ -4,7 +4,7 @@ Reads and writes volumes (:func:`read_volume`, :func:`write_volume`) and volume 
 (:func:`find_stacks`, :func:`read_stack`, :func:`write_stack`), and writes outputs larger than
 memory piece by piece (:func:`create_volume`). Voxel sizes are in angstrom, arrays are
 ``(z, y, x)``. Whatever is written appears under its name only when it is complete
-(:func:`replacing`).
+(:func:`cectflow.files.replacing`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
-import os
-import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +25,8 @@ import numpy as np
 from mrcfile.dtypes import HEADER_DTYPE
 from numpy.typing import DTypeLike, NDArray
 
+from cectflow.files import replacing
+
 __all__ = [
     "STACK_SUFFIXES",
     "Volume",
@@ -35,7 +35,6 @@ __all__ = [
     "read_labels",
     "read_stack",
     "read_volume",
-    "replacing",
     "write_stack",
     "write_volume",
 ]
@@ -291,34 +290,6 @@ def create_volume(
     ):
         _describe(mrc, voxel_size, labels)
         yield mrc.data
-
-
-@contextmanager
-def replacing(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Temporary path beside the given one that takes its place at a clean exit.
-
-    On an error the temporary file is removed and the given path stays as it was, so no reader ever
-    sees half a file.
-
-    Raises
-    ------
-    FileExistsError
-        If the path exists and is not to be overwritten; the message names ``--overwrite``.
-    FileNotFoundError
-        If the folder does not exist.
-    """
-    if path.exists() and not overwrite:
-        msg = f"{path} exists: choose another name, or replace it with --overwrite"
-        raise FileExistsError(msg)
-    if not path.parent.is_dir():
-        msg = f"{path} cannot be written: there is no folder {path.parent}"
-        raise FileNotFoundError(msg)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(

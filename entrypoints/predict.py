@@ -9,6 +9,7 @@ from cectflow.flows.prediction import predict_classes, predict_segments
 from cectflow.flows.simulation import new_folder
 from cectflow.model_card import Contrast
 from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.source import InputFiles
 from cectflow.tracking.runs import connect, start_run
 from entrypoints.door import Parameters, chosen, walk
 
@@ -27,26 +28,25 @@ def story(given: Parameters) -> None:
         rescale=chosen(given, "rescale", ("false", "true")) == "true",
         device=chosen(given, "device", ("auto", "cpu", "cuda")),
     )
-    tomogram = Path(given["tomogram"]) if given["tomogram"] else None
-    particles = Path(given["particles"]) if given["particles"] else None
-    suffix = "star" if task == "classify" else ("mrc" if tomogram else "mrcs")
+    files = InputFiles(
+        given["subtomograms"],
+        Path(given["tomogram"]) if given["tomogram"] else None,
+        Path(given["particles"]) if given["particles"] else None,
+    )
+    suffix = "star" if task == "classify" else ("mrc" if files.tomogram else "mrcs")
     out = Path(given["out"]) if given["out"] else new_folder("predict") / f"{task}.{suffix}"
     if not given["out"]:
         out.parent.mkdir(parents=True)
     connect()
     with start_run(f"predict_{task}") as run:
         if task == "classify":
-            outcome = predict_classes(
-                given["model"] or "cectflow-student@production", out, options, print,
-                subtomograms=given["subtomograms"], tomogram=tomogram, particles=particles,
-            )  # fmt: skip
+            model = given["model"] or "cectflow-student@production"
+            outcome = predict_classes(model, files, out, options, print)
             run.log({f"count/{name}": count for name, count in outcome.counts.items()})
             run.log({"particles": len(outcome.table), "probability": outcome.mean_probability})
         else:
-            segmented = predict_segments(
-                given["model"] or "cectflow-segmenter@production", out, None, options, print,
-                subtomograms=given["subtomograms"], tomogram=tomogram, particles=particles,
-            )  # fmt: skip
+            model = given["model"] or "cectflow-segmenter@production"
+            segmented = predict_segments(model, files, out, None, options, print)
             run.log({"particles": segmented.num_particles, "voxels": segmented.mean_voxels})
         run.log_files(out)
 

@@ -1,4 +1,4 @@
-"""Entry point ``train_segmenter``: train and register a segmenter."""
+"""Entry point ``train_segmenter``: train and register a segmenter of the task ``target``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from entrypoints.door import TRAINING_PARAMETERS, Parameters, walk
 
 def story(given: Parameters) -> None:
     """Train and register a segmenter of the task ``target``."""
-    from cectflow.flows.training import train_segmenter
-    from cectflow.tracking.runs import connect
-    from entrypoints.training_request import read_request
+    from entrypoints.training_request import train_role
 
-    request = read_request(given)
-    recipe, folder = request.prepare("segmenter")
-    connect()
-    registered = train_segmenter(recipe, folder, request.hardware, dataset=request.dataset)
-    print(f"{registered.version.label}: {registered.version.uri}")
+    train_role("segmenter", given)
 
 
 if __name__ == "__main__":

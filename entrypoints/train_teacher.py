@@ -1,4 +1,4 @@
-"""Entry point ``train_teacher``: train and register a teacher."""
+"""Entry point ``train_teacher``: train and register a teacher classifier."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from entrypoints.door import TRAINING_PARAMETERS, Parameters, walk
 
 def story(given: Parameters) -> None:
     """Train and register a teacher classifier."""
-    from cectflow.flows.training import train_teacher
-    from cectflow.tracking.runs import connect
-    from entrypoints.training_request import read_request
+    from entrypoints.training_request import train_role
 
-    request = read_request(given)
-    recipe, folder = request.prepare("teacher")
-    connect()
-    registered = train_teacher(recipe, folder, request.hardware, dataset=request.dataset)
-    print(f"{registered.version.label}: {registered.version.uri}")
+    train_role("teacher", given)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""What all training entry points are asked for."""
+"""What all training entry points are asked for, and the story that two of them share."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
-from cectflow.flows.training import Hardware, TrainingRequest
+from cectflow.flows.training import Hardware, TrainingRequest, train_segmenter, train_teacher
 from cectflow.learning.fit import Device, Precision
+from cectflow.tracking.runs import connect
 from entrypoints.door import Parameters, chosen, integer
 
-__all__ = ["read_request"]
+__all__ = ["read_request", "train_role"]
 
 
 def read_request(given: Parameters) -> TrainingRequest:
@@ -32,3 +33,13 @@ def read_request(given: Parameters) -> TrainingRequest:
         seed=integer(given, "seed"),
         hardware=Hardware(cast("Device", device), cast("Precision", precision), workers or 1),
     )
+
+
+def train_role(role: Literal["segmenter", "teacher"], given: Parameters) -> None:
+    """Train and register a segmenter or a teacher as an entry point's parameters say."""
+    request = read_request(given)
+    recipe, folder = request.prepare(role)
+    connect()
+    train = train_segmenter if role == "segmenter" else train_teacher
+    registered = train(recipe, folder, request.hardware, dataset=request.dataset)
+    print(f"{registered.version.label}: {registered.version.uri}")

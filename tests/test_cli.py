@@ -170,7 +170,7 @@ def test_warnings_are_one_line_on_stderr(shared_data: Path, tmp_path: Path) -> N
     command = [sys.executable, "-m", "cectflow", "structures", "list", str(path)]
     shutil.copy(path, tmp_path / "rec3D.mrc")
     command[-1] = str(tmp_path / "rec3D.mrc")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     lines = done.stderr.strip().splitlines()
     assert sum(line.startswith("warning: ") for line in lines) >= 1
     assert "Traceback" not in done.stderr

@@ -23,9 +23,9 @@ from cectflow.dataset import (
     check_dataset,
     open_dataset,
     read_manifest,
-    sha256_of,
     write_shard,
 )
+from cectflow.files import sha256_of
 from cectflow.simulation.microscope import TiltScheme
 from cectflow.simulation.recipe import SimulationRecipe, simulate_dataset
 from cectflow.simulation.structure import Structure, find_structures, load_structure

@@ -13,12 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from cectflow.dataset import Dataset, check_dataset, open_dataset, read_manifest
-from cectflow.exchange import (
-    ImportOptions,
-    describe_dataset,
-    export_relion,
-    import_subtomograms,
-)
+from cectflow.exchange import describe_dataset, export_relion
+from cectflow.importing import ImportOptions, import_subtomograms
 from cectflow.particles import (
     ParticleTable,
     coordinates_zyx,
@@ -418,7 +414,7 @@ def test_a_failure_while_writing_leaves_nothing(
         msg = "no space left"
         raise OSError(msg)
 
-    monkeypatch.setattr("cectflow.exchange.write_shard", fail)
+    monkeypatch.setattr("cectflow.importing.write_shard", fail)
     with pytest.raises(OSError, match="no space left"):
         import_subtomograms(stack, labels, tmp_path / "out", TRAIN)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.csv", "stack.mrcs"]

@@ -32,6 +32,8 @@ from cectflow.volume import read_volume
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("structures", "simulation", "datasets", "training", "registry", "prediction")
 
+ROLES = ("segmenter", "teacher", "student")
+
 pytestmark = pytest.mark.slow
 
 
@@ -83,13 +85,30 @@ def by_hand(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_main_ends_with_a_table_and_promoted_versions(road: Road) -> None:
     for line in ("segmenter, foreground IoU", "measured speed-up", "mlflow ui --backend-store-uri"):
         assert line in road.output
-    for role in ("segmenter", "teacher", "student"):
+    for role in ROLES:
         assert f"cectflow-{role} v1 promoted to production" in road.output
     rows = read_particles(road.folder / "tour/predictions/classes.star").rows
     assert set(rows["cectflowModel"]) == {"cectflow-student/1"}
     labels = read_volume(road.folder / "tour/predictions/labels.mrc").data
     assert labels.max() <= len(rows)
     assert (road.folder / "tour/predictions/field.png").stat().st_size > 1000
+
+
+def test_a_second_call_for_the_same_folder_takes_up_what_is_finished(road: Road) -> None:
+    models = {role: road.folder / "tour" / role / "model/card.json" for role in ROLES}
+    before = {role: path.stat().st_mtime_ns for role, path in models.items()}
+    output = road.mlflow_run("main", recipe="tiny", out=str(road.folder / "tour"), device="cpu")
+    assert {role: path.stat().st_mtime_ns for role, path in models.items()} == before
+    for role in ROLES:
+        assert f"cectflow-{role} v1 promoted to production" in output
+        assert f"cectflow-{role} v2" not in output
+
+
+def test_a_folder_of_another_road_is_refused(road: Road) -> None:
+    output = road.mlflow_run(
+        "main", recipe="tiny", out=str(road.folder / "tour"), device="cpu", seed="7", code=1
+    )
+    assert "holds another dataset: give another folder, or remove it first" in output
 
 
 def test_the_run_holds_recipe_pictures_and_lineage(road: Road) -> None:

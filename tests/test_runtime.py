@@ -83,5 +83,5 @@ def test_onnxruntime_on_the_cpu_does_without_torch(exported: Exported) -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run(
-        [sys.executable, "-c", program, str(exported.folder), str(BOX)], check=True, timeout=120
+        [sys.executable, "-c", program, str(exported.folder), str(BOX)], check=True, timeout=600
     )

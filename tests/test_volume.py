@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from cectflow.files import replacing
 from cectflow.volume import (
     Volume,
     create_volume,
     read_labels,
     read_stack,
     read_volume,
-    replacing,
     write_stack,
     write_volume,
 )

@@ -9,7 +9,7 @@ from cectflow.model_card import CARD_FILE
 from cectflow.prediction.classify import Classification, classify_particles, refuse_existing
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
-from cectflow.prediction.source import CubeSource, TomogramSource, open_stacks
+from cectflow.prediction.source import InputFiles, TomogramSource
 
 __all__ = ["predict_classes", "predict_segments"]
 
@@ -17,15 +17,7 @@ Report = Callable[[str], None]
 
 
 def predict_classes(
-    model: str,
-    out: Path,
-    options: InputOptions,
-    report: Report,
-    *,
-    subtomograms: str | None = None,
-    tomogram: Path | None = None,
-    particles: Path | None = None,
-    coords_voxel_size: float | None = None,
+    model: str, files: InputFiles, out: Path, options: InputOptions, report: Report
 ) -> Classification:
     """Classes of particles, written as a STAR file with every row and column of the input.
 
@@ -33,24 +25,18 @@ def predict_classes(
     ----------
     model
         Registered model (NAME, NAME@stage, NAME/VERSION, ``models:/`` URI) or model folder.
+    files
+        Where the particles are.
     out
         STAR file.
     options
         What the user says of the input.
     report
         Told what is done to the input and what came out.
-    subtomograms
-        Stack, folder or glob; or
-    tomogram, particles
-        a volume and its picks.
-    coords_voxel_size
-        Å per unit of the picks' coordinates, where they are of another binning.
     """
-    _require_one_input(subtomograms, tomogram, particles)
     refuse_existing((out,), overwrite=options.overwrite)
     network = _load(model, ("classify",), options.device)
-    source = _open(network, options, report, subtomograms, tomogram, particles, coords_voxel_size)
-    outcome = classify_particles(network, source)
+    outcome = classify_particles(network, files.open(network.card, options, report))
     outcome.table.write(out, overwrite=options.overwrite)
     counts = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
     report(
@@ -62,40 +48,30 @@ def predict_classes(
 
 def predict_segments(
     model: str,
+    files: InputFiles,
     out: Path,
     probabilities: Path | None,
     options: InputOptions,
     report: Report,
-    *,
-    subtomograms: str | None = None,
-    tomogram: Path | None = None,
-    particles: Path | None = None,
-    coords_voxel_size: float | None = None,
 ) -> Segmentation:
     """Label map of a tomogram's particles, or label stack of subtomograms.
 
     Parameters
     ----------
-    model, options, report, subtomograms, tomogram, particles, coords_voxel_size
+    model, files, options, report
         As for :func:`predict_classes`, with a target segmenter.
     out
         Label map (int16: row number of the particle) or label stack (int8: 1 is the target).
     probabilities
         Of the foreground, float32; None: not written.
     """
-    _require_one_input(subtomograms, tomogram, particles)
     refuse_existing((out, probabilities), overwrite=options.overwrite)
     network = _load(model, ("target",), options.device)
-    if tomogram is not None and particles is not None:
-        source = TomogramSource(
-            tomogram, particles, network.card, options,
-            coords_voxel_size=coords_voxel_size, report=report,
-        )  # fmt: skip
+    source = files.open(network.card, options, report)
+    if isinstance(source, TomogramSource):
         outcome = segment_tomogram(network, source, out, probabilities, overwrite=options.overwrite)
     else:
-        assert subtomograms is not None
-        stacks = open_stacks(subtomograms, network.card, options, report)
-        outcome = segment_stack(network, stacks, out, probabilities, overwrite=options.overwrite)
+        outcome = segment_stack(network, source, out, probabilities, overwrite=options.overwrite)
     report(
         f"{outcome.num_particles} particles by {network.label}: {outcome.mean_voxels:.0f} voxels "
         f"on average, {outcome.num_empty} without any; written to {out}"
@@ -113,32 +89,3 @@ def _load(model: str, tasks: tuple[str, ...], device: str) -> LoadedNetwork:
     resolved, version = resolve_model(model)
     label = f"{version.name}/{version.version}" if version else resolved.name
     return load_network(resolved, tasks=tasks, label=label, device=device)
-
-
-def _open(
-    network: LoadedNetwork,
-    options: InputOptions,
-    report: Report,
-    subtomograms: str | None,
-    tomogram: Path | None,
-    particles: Path | None,
-    coords_voxel_size: float | None,
-) -> CubeSource:
-    if subtomograms is not None:
-        return open_stacks(subtomograms, network.card, options, report)
-    assert tomogram is not None
-    assert particles is not None
-    return TomogramSource(
-        tomogram, particles, network.card, options,
-        coords_voxel_size=coords_voxel_size, report=report,
-    )  # fmt: skip
-
-
-def _require_one_input(
-    subtomograms: str | None, tomogram: Path | None, particles: Path | None
-) -> None:
-    from_stack = subtomograms is not None and tomogram is None and particles is None
-    from_tomogram = subtomograms is None and tomogram is not None and particles is not None
-    if not (from_stack or from_tomogram):
-        msg = "expected either --subtomograms, or --tomogram together with --particles"
-        raise ValueError(msg)

@@ -15,6 +15,7 @@ from cectflow.flows.promotion import Promotion, Target, promote
 from cectflow.flows.simulation import SimulatedTomogram, simulate, write_tomogram
 from cectflow.flows.training import Hardware, Registered, distill, train_segmenter, train_teacher
 from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.source import InputFiles
 from cectflow.recipe import Recipe
 from cectflow.tracking.runs import start_run
 from cectflow.tracking.versions import stage_holder
@@ -60,7 +61,9 @@ def walk_road(
     recipe
         Complete.
     folder
-        Receives dataset, checkpoints, model folders and predictions.
+        Receives dataset, checkpoints, model folders and predictions. That of a road which was
+        broken off is taken up where it stands: what was finished is kept, predictions are made
+        anew.
     hardware
         Device, precision and number of worker processes.
     stages
@@ -78,7 +81,8 @@ def walk_road(
         segmenter = train_segmenter(recipe, folder, hardware, dataset=data, nested=True)
         report(f"training the teacher {recipe.teacher.network}")
         teacher = train_teacher(recipe, folder, hardware, dataset=data, nested=True)
-        report(f"distilling the student {recipe.student.fit.network}, and its control")
+        control = ", and its control from labels alone" if recipe.student.control else ""
+        report(f"distilling the student {recipe.student.fit.network}{control}")
         student = distill(
             recipe, folder, hardware, teacher=teacher.version.uri, dataset=data, nested=True
         )
@@ -86,12 +90,17 @@ def walk_road(
         promotions = [
             promotion
             for registered in (segmenter, teacher, student)
-            for promotion in promote(registered.version.uri, *stages, dataset=data, nested=True)
+            for promotion in promote(
+                registered.version.uri,
+                *_stages_ahead(registered, stages),
+                dataset=data,
+                nested=True,
+            )
         ]
         for promotion in promotions:
             report(_tell(promotion))
         figures = _collect(segmenter, teacher, student, promotions)
-        tomogram = write_tomogram(recipe.simulation, folder / "predictions")
+        tomogram = write_tomogram(recipe.simulation, folder / "predictions", overwrite=True)
         names = (student.version.name, segmenter.version.name)
         promoted = [name for name in names if stage_holder(name, stages[-1])]
         if len(promoted) == len(names):
@@ -107,6 +116,13 @@ def walk_road(
           if p is _last_of(promotions, p.version.name)),
     )  # fmt: skip
     return RoadReport(figures, rows, tuple(promotions))
+
+
+def _stages_ahead(registered: Registered, stages: Sequence[Target]) -> Sequence[Target]:
+    """Stages without staging for a version that an earlier walk brought to production."""
+    if "production" in registered.version.stages:
+        return [stage for stage in stages if stage != "staging"] or stages
+    return stages
 
 
 def _collect(
@@ -146,14 +162,12 @@ def _predict(
 ) -> dict[str, float]:
     """Predictions of the promoted versions on a tomogram of their own, beside the truth."""
     folder = written.tomogram.parent
-    options = InputOptions()
-    outcome = predict_classes(
-        f"{student}@{stage}", folder / "classes.star", options, report,
-        tomogram=written.tomogram, particles=written.particles,
-    )  # fmt: skip
+    options = InputOptions(overwrite=True)
+    files = InputFiles(tomogram=written.tomogram, particles=written.particles)
+    outcome = predict_classes(f"{student}@{stage}", files, folder / "classes.star", options, report)
     predict_segments(
-        f"{segmenter}@{stage}", folder / "labels.mrc", folder / "probabilities.mrc", options,
-        report, tomogram=written.tomogram, particles=written.particles,
+        f"{segmenter}@{stage}", files, folder / "labels.mrc", folder / "probabilities.mrc",
+        options, report,
     )  # fmt: skip
     rows = outcome.table.rows
     number = {name: i for i, name in enumerate(dict.fromkeys(rows["cectflowTrueClass"]), 1)}

@@ -125,7 +125,9 @@ def simulate(recipe: Recipe, folder: Path, *, workers: int = 1, nested: bool = F
     return dataset
 
 
-def write_tomogram(recipe: SimulationRecipe, folder: Path) -> SimulatedTomogram:
+def write_tomogram(
+    recipe: SimulationRecipe, folder: Path, *, overwrite: bool = False
+) -> SimulatedTomogram:
     """One more field of a recipe, in no split, as a tomogram with its particles.
 
     Parameters
@@ -134,17 +136,19 @@ def write_tomogram(recipe: SimulationRecipe, folder: Path) -> SimulatedTomogram:
         Of the simulation.
     folder
         Receives ``tomogram.mrc`` and ``particles.star``.
+    overwrite
+        Replace them if they exist.
     """
     specimen = prepare_specimen(recipe, load_structures(recipe))
     field = simulate_field(specimen, "prediction", 0)
     folder.mkdir(parents=True, exist_ok=True)
     tomogram, particles = folder / "tomogram.mrc", folder / "particles.star"
-    write_volume(tomogram, Volume(field.tomogram, recipe.voxel_size))
+    write_volume(tomogram, Volume(field.tomogram, recipe.voxel_size), overwrite=overwrite)
     rows = make_particle_rows(
         field.scene.positions_zyx, angles=field.scene.angles, tomogram="tomogram"
     )
     rows["cectflowTrueClass"] = [specimen.classes[i - 1] for i in field.scene.class_ids]
-    particles_from(rows).write(particles)
+    particles_from(rows).write(particles, overwrite=overwrite)
     return SimulatedTomogram(tomogram, particles, field)
 
 

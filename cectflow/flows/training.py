@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from cectflow.model_card import ModelCard, Role
 from cectflow.networks import create_network
 from cectflow.recipe import Recipe
 from cectflow.runtime import load_program, load_runtime
-from cectflow.tracking.registry import register_model, resolve_model
+from cectflow.tracking.registry import find_registered, register_model, resolve_model
 from cectflow.tracking.runs import Run, cectflow_commit, start_run
 from cectflow.tracking.versions import RegisteredVersion, registered_name
 
@@ -191,7 +190,8 @@ def distill(
             "retention_high": retention.high,
         }
         if recipe.student.control:
-            metrics["labels_only_accuracy"] = _train_control(recipe, labels, data, hardware)
+            control = _train_control(recipe, labels, data, folder, hardware)
+            metrics["labels_only_accuracy"] = control
         run.log(metrics)
     return replace(registered, figures=metrics)
 
@@ -252,26 +252,24 @@ def _train(
     )
     log_evaluation(run, trained.folder, card, data, trained.evaluation)
     run.log(_card_metrics(card))
-    version = register_model(
-        run,
-        trained.folder,
-        name=registered_name(role, card.task),
-        tags={DATASET_TAG: str(data.folder.resolve())},
+    name = registered_name(role, card.task)
+    # A model that an earlier call finished and registered keeps its version.
+    version = find_registered(trained.folder, name) or register_model(
+        run, trained.folder, name=name, tags={DATASET_TAG: str(data.folder.resolve())}
     )
     return Registered(trained, version)
 
 
-def _train_control(recipe: Recipe, labels: Classify, data: Dataset, hardware: Hardware) -> float:
+def _train_control(
+    recipe: Recipe, labels: Classify, data: Dataset, folder: Path, hardware: Hardware
+) -> float:
     """Test accuracy of the student trained from labels alone: same data, seed and budget."""
-    with (
-        start_run("labels_only", tags={"role": "control"}, nested=True) as run,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
+    with start_run("labels_only", tags={"role": "control"}, nested=True) as run:
         trained = train_network(
             "student", labels, data, recipe.student.fit,
             recipe_digest=recipe.digest(),
             fabric=open_fabric(hardware.device, hardware.precision),
-            folder=Path(scratch),
+            folder=folder / "labels_only",
             log=run.log,
         )  # fmt: skip
         run.log({"test_accuracy": trained.card.scores["accuracy"].value})

@@ -132,7 +132,8 @@ def fit(
     folder
         For ``last.pt`` and ``best.pt``.
     log
-        Called once per epoch with metrics and the epoch, from 1.
+        Called once per epoch with metrics and the epoch, from 1; for those of the checkpoint at
+        once, so that whoever listens has them all.
     provenance
         What else the weights come from, such as the teacher: name → identity.
 
@@ -153,6 +154,9 @@ def fit(
     wrapped, wrapped_optimiser = fabric.setup(network, optimiser)
     start, result = _resume(folder, network, optimiser, fabric, origin)
     setup = _Setup(wrapped, wrapped_optimiser, objective, recipe, fabric)
+
+    for epoch, row in enumerate(result.history, start=1):
+        log(row, epoch)
 
     def status() -> str:
         return f"({objective.monitor} {result.best_score:.3f} at epoch {result.best_epoch})"

@@ -74,6 +74,9 @@ def train_network(
 ) -> TrainedNetwork:
     """Fit a network, export it, and judge the exported network on the test split.
 
+    A second call with the same folder and arguments goes on where the first one was broken off;
+    a model that is complete is taken up as it is.
+
     Parameters
     ----------
     role, objective
@@ -96,15 +99,17 @@ def train_network(
     Raises
     ------
     FileExistsError
-        If there is a model folder already.
+        If there is a model of another recipe, dataset or teacher in the folder.
     ValueError
         If the network is of another task, the box does not suit it, or a split is missing.
     """
+    manifest = dataset.manifest
     model_folder = folder / "model"
     if model_folder.exists():
-        msg = f"{model_folder} exists: give another folder, or remove it first"
-        raise FileExistsError(msg)
-    manifest = dataset.manifest
+        _refuse_other(
+            model_folder, role=role, network=recipe.network, teacher=teacher,
+            recipe_digest=recipe_digest, dataset_digest=manifest.content_digest(),
+        )  # fmt: skip
     train, validation, test = (dataset.split(name) for name in ("train", "validation", "test"))
     network = _make_network(recipe, objective.task, manifest)
     result = fit(
@@ -112,6 +117,9 @@ def train_network(
         fabric=fabric, folder=folder / "checkpoints", log=log,
         provenance={"teacher": teacher or "none"},
     )  # fmt: skip
+    if model_folder.exists():  # finished by an earlier call
+        card = ModelCard.from_folder(model_folder)
+        return TrainedNetwork(model_folder, card, result, evaluate_folder(model_folder, dataset))
     network.to("cpu")
     # The model folder takes its name when all of it is there, its scores included.
     unfinished = folder / ".model"
@@ -176,6 +184,18 @@ def check_matches(card: ModelCard, dataset: Dataset) -> None:
         if given != expected:
             msg = f"{dataset.folder}: {name} is {given}, this {card.role} expects {expected}"
             raise ValueError(msg)
+
+
+def _refuse_other(model_folder: Path, **identity: str | None) -> None:
+    """Refuse a finished model that is not the one that a call would train."""
+    card = ModelCard.from_folder(model_folder)
+    others = [name for name, wanted in identity.items() if getattr(card, name) != wanted]
+    if not (model_folder.parent / "checkpoints").is_dir():
+        others.append("origin, its checkpoints are gone")
+    if others:
+        named = " and ".join(name.replace("_digest", "") for name in others)
+        msg = f"{model_folder} is of another {named}: give another folder, or remove it first"
+        raise FileExistsError(msg)
 
 
 def _make_network(recipe: FitRecipe, task: Task, manifest: Manifest) -> nn.Module:

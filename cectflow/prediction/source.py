@@ -18,7 +18,7 @@ from cectflow.prediction.contract import InputOptions, bring_to_card, report_cha
 from cectflow.subtomogram import cut
 from cectflow.volume import Volume, find_stacks, read_stack, read_volume
 
-__all__ = ["CubeSource", "StackSource", "TomogramSource", "open_stacks"]
+__all__ = ["CubeSource", "InputFiles", "StackSource", "TomogramSource"]
 
 
 @runtime_checkable
@@ -131,7 +131,50 @@ class TomogramSource:
             yield bring_to_card(cubes, self.volume.voxel_size, self.card, self.options)
 
 
-def open_stacks(
+@dataclass(frozen=True)
+class InputFiles:
+    """Where the particles are: in stacks, or in a tomogram with its picks.
+
+    Attributes
+    ----------
+    subtomograms
+        Stack, folder or glob; or
+    tomogram, particles
+        a volume and its picks, STAR or CSV.
+    coords_voxel_size
+        Å per unit of the picks' coordinates, where they are of another binning.
+
+    Raises
+    ------
+    ValueError
+        If it is neither stacks nor a tomogram with picks, or both.
+    """
+
+    subtomograms: str | None = None
+    tomogram: Path | None = None
+    particles: Path | None = None
+    coords_voxel_size: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.subtomograms is not None, self.tomogram is not None, self.particles is not None
+        if given not in {(True, False, False), (False, True, True)}:
+            msg = "expected either --subtomograms, or --tomogram together with --particles"
+            raise ValueError(msg)
+
+    def open(
+        self, card: ModelCard, options: InputOptions, report: Callable[[str], None]
+    ) -> StackSource | TomogramSource:
+        """Source of the subtomograms; what cannot be brought to the card is refused here."""
+        if self.tomogram is not None and self.particles is not None:
+            return TomogramSource(
+                self.tomogram, self.particles, card, options,
+                coords_voxel_size=self.coords_voxel_size, report=report,
+            )  # fmt: skip
+        assert self.subtomograms is not None
+        return _open_stacks(self.subtomograms, card, options, report)
+
+
+def _open_stacks(
     pattern: str, card: ModelCard, options: InputOptions, report: Callable[[str], None]
 ) -> StackSource:
     """Source over a stack, a folder or a glob; every file's header is checked before work starts.

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cectflow.volume import replacing
+from cectflow.files import replacing
 
 __all__ = ["fetch_structures"]
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from cectflow.files import sha256_of
 from cectflow.simulation.phantoms import build_phantom, list_phantoms
 from cectflow.volume import read_volume
 
@@ -366,8 +366,7 @@ def _digest(path: Path) -> str:
     if not path.is_file():
         msg = f"there is no file {path}"
         raise FileNotFoundError(msg)
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
+from cectflow.files import sha256_of
 from cectflow.model_card import CARD_FILE, ModelCard
 from cectflow.runtime import PT2_FILE
 from cectflow.tracking import model_layout
@@ -36,6 +37,7 @@ from cectflow.tracking.versions import (
 __all__ = [
     "ROLE_NAMES",
     "RegisteredVersion",
+    "find_registered",
     "find_version",
     "list_versions",
     "newest_version",
@@ -76,7 +78,7 @@ def register_model(
     """
     check_name(name)
     card = ModelCard.from_folder(folder)
-    digests = {DIGEST_TAG + file: _sha256(folder / file) for file in FILE_PLACES}
+    digests = _digests(folder)
     facts = _facts(card)
     logged = Model.log(
         artifact_path=None,
@@ -103,6 +105,23 @@ def register_model(
     link = json.dumps([{"name": name, "version": version}])
     client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": link})
     return find_version(f"{name}/{version}")
+
+
+def find_registered(folder: Path, name: str) -> RegisteredVersion | None:
+    """Newest version of a registered model that was made of just these files; None: there is none.
+
+    Parameters
+    ----------
+    folder
+        Model folder.
+    name
+        Registered name; it need not exist.
+    """
+    digests = _digests(folder)
+    if not mlflow.MlflowClient().search_registered_models(f"name = '{check_name(name)}'"):
+        return None
+    same = [version for version in list_versions(name) if digests.items() <= version.tags.items()]
+    return same[-1] if same else None
 
 
 def resolve_model(
@@ -174,14 +193,13 @@ def _registered_digests(version: RegisteredVersion) -> dict[str, str]:
 
 def _download(version: RegisteredVersion, digests: Mapping[str, str], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".download-", dir=folder.parent))
-    try:
-        flat = scratch / "model"
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
+        flat = Path(scratch) / "model"
         flat.mkdir()
         for file, place in FILE_PLACES.items():
             try:
                 fetched = mlflow.artifacts.download_artifacts(
-                    artifact_uri=f"{version.uri}/{place}", dst_path=str(scratch)
+                    artifact_uri=f"{version.uri}/{place}", dst_path=scratch
                 )
             except (MlflowException, OSError) as error:
                 raise FileNotFoundError(_gone(version, place, error)) from None
@@ -191,15 +209,13 @@ def _download(version: RegisteredVersion, digests: Mapping[str, str], folder: Pa
             flat.replace(folder)
         except OSError:  # another process was faster
             _verify(folder, digests, version, f"remove {folder} to download it again")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _verify(
     folder: Path, digests: Mapping[str, str], version: RegisteredVersion, remedy: str
 ) -> None:
     for file, expected in digests.items():
-        got = _sha256(folder / file)
+        got = _digest(folder / file)
         if got != expected:
             msg = (
                 f"{file} of {version.label} is not what was registered: expected sha256 "
@@ -273,10 +289,14 @@ def _description(card: ModelCard) -> str:
     return "\n".join(rows)
 
 
-def _sha256(path: Path) -> str:
+def _digests(folder: Path) -> dict[str, str]:
+    """Tags of a version that name its files."""
+    return {DIGEST_TAG + file: _digest(folder / file) for file in FILE_PLACES}
+
+
+def _digest(path: Path) -> str:
     if not path.is_file():
         files = ", ".join(FILE_PLACES)
         msg = f"{path.parent} lacks {path.name}: expected a model folder with {files}"
         raise FileNotFoundError(msg)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)

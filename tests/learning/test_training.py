@@ -117,10 +117,48 @@ def test_the_folder_holds_the_model_and_the_checkpoints_and_nothing_else(
     }  # fmt: skip
 
 
-def test_a_trained_network_is_not_trained_over(trained: TrainedNetwork, dataset: Dataset) -> None:
+def test_a_trained_network_is_taken_up_as_it_is(trained: TrainedNetwork, dataset: Dataset) -> None:
     objective = Segment() if trained.card.task == "target" else Classify(2)
-    with pytest.raises(FileExistsError, match=r"model exists: give another folder, or remove it"):
-        train(objective, dataset, trained.folder.parent, trained.card.network)
+    before = {path: path.stat().st_mtime_ns for path in trained.folder.iterdir()}
+    again = train(objective, dataset, trained.folder.parent, trained.card.network)
+    assert again.card == trained.card
+    assert again.result.history == trained.result.history
+    for name, scores in trained.evaluation.scores.items():
+        np.testing.assert_array_equal(again.evaluation.scores[name], scores)
+    assert {path: path.stat().st_mtime_ns for path in trained.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": "strided_micro"}, r"model is of another network: give another folder"),
+        ({"recipe_digest": "f" * 64, "teacher": "models:/t/1"}, "another teacher and recipe: "),
+    ],
+)
+def test_a_model_of_something_else_is_not_trained_over(
+    changes: dict[str, str], message: str, dataset: Dataset, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    content = {"network": "strided_small", "dataset_digest": dataset.manifest.content_digest()}
+    (tmp_path / "model" / "card.json").write_text(make_card(**content).to_json())
+    given = {"network": "strided_small", "recipe_digest": "e" * 64, "teacher": None} | changes
+    fit_recipe = FitRecipe(network=given.pop("network"), **RECIPE)
+    with pytest.raises(FileExistsError, match=message):
+        train_network(
+            "teacher", Classify(2), dataset, fit_recipe, fabric=open_fabric("cpu"),
+            folder=tmp_path, log=lambda row, epoch: None, **given,
+        )  # fmt: skip
+
+
+def test_a_model_without_its_checkpoints_is_not_trained_over(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    content = {"network": "strided_micro", "dataset_digest": dataset.manifest.content_digest()}
+    (tmp_path / "model" / "card.json").write_text(make_card(**content).to_json())
+    with pytest.raises(FileExistsError, match="its checkpoints are gone"):
+        train(Classify(2), dataset, tmp_path, "strided_micro")
 
 
 def test_nothing_called_model_is_left_by_a_training_that_failed_at_its_end(

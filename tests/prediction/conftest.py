@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from builders import make_card
 
 from cectflow.export import export_network
-from cectflow.model_card import ModelCard, Role
+from cectflow.model_card import Role
 from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.particles import make_particle_rows, particles_from
@@ -26,25 +27,10 @@ def make_model_folder(
 ) -> Path:
     """Export an untrained network with a card of this module's box, voxel size and classes."""
     num_outputs = len(CLASSES) if task == "classify" else 2
-    card = ModelCard(
-        role=role,
-        task=task,
-        network=network,
-        num_outputs=num_outputs,
-        classes=CLASSES,
-        box=BOX,
+    card = make_card(
+        role=role, task=task, network=network, num_outputs=num_outputs, classes=CLASSES, box=BOX,
         voxel_size=VOXEL_SIZE,
-        ctf_correction="none",
-        tilt_range=(-60.0, 60.0),
-        snr_stage="reconstruction",
-        snr=(0.1, 0.1),
-        noise_spectrum="white",
-        occupancy=0.1,
-        jitter=0.0,
-        dataset_digest="d" * 64,
-        recipe_digest="e" * 64,
-        commit="unknown",
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     net = NormalisePerCube(create_network(network, num_outputs=num_outputs, box=BOX))
     export_network(net, card, folder)

@@ -6,7 +6,9 @@ import gzip
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mrcfile
 import numpy as np
@@ -17,8 +19,10 @@ from hypothesis import strategies as st
 
 from cectflow.flows.prediction import predict_classes, predict_segments
 from cectflow.particles import read_particles
+from cectflow.prediction.classify import Classification
 from cectflow.prediction.contract import InputOptions
-from cectflow.prediction.segment import _paste
+from cectflow.prediction.segment import Segmentation, _paste
+from cectflow.prediction.source import InputFiles
 from cectflow.runtime import load_runtime
 from cectflow.volume import read_labels, read_stack, read_volume, write_stack
 
@@ -30,11 +34,28 @@ def silent(_: str) -> None:
     pass
 
 
+def classify(
+    model: Path, out: Path, options: InputOptions, report: Callable[[str], None], **files: Any
+) -> Classification:
+    return predict_classes(str(model), InputFiles(**files), out, options, report)
+
+
+def segment(
+    model: Path,
+    out: Path,
+    probabilities: Path | None,
+    options: InputOptions,
+    report: Callable[[str], None],
+    **files: Any,
+) -> Segmentation:
+    return predict_segments(str(model), InputFiles(**files), out, probabilities, options, report)
+
+
 def test_classes_of_a_stack_are_the_networks_own(
     classifier: Path, stack: Path, cubes: np.ndarray, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.star"
-    outcome = predict_classes(str(classifier), out, OPTIONS, silent, subtomograms=str(stack))
+    outcome = classify(classifier, out, OPTIONS, silent, subtomograms=str(stack))
     logits = load_runtime(classifier)(cubes[:, None])
     rows = read_particles(out).rows
     assert rows["cectflowClassNumber"].tolist() == (logits.argmax(axis=1) + 1).tolist()
@@ -50,7 +71,7 @@ def test_batches_do_not_change_the_answer(classifier: Path, stack: Path, tmp_pat
     for size in (1, 3, 64):
         out = tmp_path / f"{size}.star"
         options = InputOptions(batch_size=size)
-        predict_classes(str(classifier), out, options, silent, subtomograms=str(stack))
+        classify(classifier, out, options, silent, subtomograms=str(stack))
         tables.append(read_particles(out).rows)
     for table in tables[1:]:
         np.testing.assert_allclose(
@@ -62,7 +83,7 @@ def test_every_row_and_column_of_the_picks_is_kept_in_order(
     classifier: Path, tomogram: Path, picks: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.star"
-    predict_classes(str(classifier), out, OPTIONS, silent, tomogram=tomogram, particles=picks)
+    classify(classifier, out, OPTIONS, silent, tomogram=tomogram, particles=picks)
     before, after = read_particles(picks).rows, read_particles(out).rows
     pd.testing.assert_frame_equal(after[before.columns], before)
     assert {"cectflowClassName", "cectflowProbability", "cectflowModel"} <= set(after.columns)
@@ -80,7 +101,7 @@ def test_cubes_of_a_tomogram_and_the_same_cubes_in_a_stack_are_classified_alike(
         ("a", {"tomogram": tomogram, "particles": picks}),
         ("b", {"subtomograms": str(tmp_path / "cut.mrcs")}),
     ):
-        predict_classes(str(classifier), tmp_path / f"{name}.star", OPTIONS, silent, **source)
+        classify(classifier, tmp_path / f"{name}.star", OPTIONS, silent, **source)
     a = read_particles(tmp_path / "a.star").rows["cectflowProbability"].to_numpy()[inside]
     b = read_particles(tmp_path / "b.star").rows["cectflowProbability"].to_numpy()
     np.testing.assert_allclose(a, b, atol=1e-5)
@@ -91,9 +112,8 @@ def test_light_contrast_is_flipped_and_said(
 ) -> None:
     write_stack(tmp_path / "light.mrcs", -cubes, VOXEL_SIZE)
     told: list[str] = []
-    predict_classes(str(classifier), tmp_path / "a.star", OPTIONS, silent, subtomograms=str(stack))
-    predict_classes(
-        str(classifier), tmp_path / "b.star", InputOptions(contrast="light"), told.append,
+    classify(classifier, tmp_path / "a.star", OPTIONS, silent, subtomograms=str(stack))
+    classify(classifier, tmp_path / "b.star", InputOptions(contrast="light"), told.append,
         subtomograms=str(tmp_path / "light.mrcs"),
     )  # fmt: skip
     a, b = (read_particles(tmp_path / f"{name}.star").rows for name in "ab")
@@ -108,12 +128,10 @@ def test_a_larger_box_is_cropped_only_when_asked(
     write_stack(tmp_path / "large.mrcs", large, VOXEL_SIZE)
     pattern = str(tmp_path / "large.mrcs")
     with pytest.raises(ValueError, match=r"24³: expected 16³; give --rescale"):
-        predict_classes(str(classifier), tmp_path / "o.star", OPTIONS, silent, subtomograms=pattern)
+        classify(classifier, tmp_path / "o.star", OPTIONS, silent, subtomograms=pattern)
     told: list[str] = []
     options = InputOptions(rescale=True)
-    predict_classes(
-        str(classifier), tmp_path / "o.star", options, told.append, subtomograms=pattern
-    )
+    classify(classifier, tmp_path / "o.star", options, told.append, subtomograms=pattern)
     assert any("rescale: 24³ at 12 Å" in line and "cropped to 16³" in line for line in told)
 
 
@@ -131,9 +149,7 @@ def test_input_that_breaks_the_contract_is_refused_with_the_remedy(
     write_stack(tmp_path / "s.mrcs", np.zeros((2, box, box, box), np.float32), voxel_size)
     out = tmp_path / "out.star"
     with pytest.raises(ValueError, match=message):
-        predict_classes(
-            str(classifier), out, OPTIONS, silent, subtomograms=str(tmp_path / "s.mrcs")
-        )
+        classify(classifier, out, OPTIONS, silent, subtomograms=str(tmp_path / "s.mrcs"))
     assert not out.exists()
 
 
@@ -142,8 +158,7 @@ def test_rescaled_tomogram_is_cut_larger_and_segmented_on_its_own_grid(
 ) -> None:
     told: list[str] = []
     options = InputOptions(rescale=True, voxel_size=10.0)
-    predict_segments(
-        str(segmenter), tmp_path / "l.mrc", None, options, told.append,
+    segment(segmenter, tmp_path / "l.mrc", None, options, told.append,
         tomogram=tomogram, particles=picks,
     )  # fmt: skip
     assert any("cutting 21³ at 10 Å" in line for line in told)
@@ -154,8 +169,8 @@ def test_label_map_names_the_particle_of_each_voxel(
     segmenter: Path, tomogram: Path, picks: Path, tmp_path: Path
 ) -> None:
     out, probabilities = tmp_path / "labels.mrc", tmp_path / "p.mrc"
-    outcome = predict_segments(
-        str(segmenter), out, probabilities, OPTIONS, silent, tomogram=tomogram, particles=picks
+    outcome = segment(
+        segmenter, out, probabilities, OPTIONS, silent, tomogram=tomogram, particles=picks
     )
     labels, foreground = read_volume(out), read_volume(probabilities)
     assert labels.data.dtype == np.int16
@@ -168,8 +183,7 @@ def test_label_map_names_the_particle_of_each_voxel(
 
 
 def test_label_stack_marks_the_target(segmenter: Path, stack: Path, tmp_path: Path) -> None:
-    predict_segments(
-        str(segmenter), tmp_path / "l.mrcs", tmp_path / "p.mrcs", OPTIONS, silent,
+    segment(segmenter, tmp_path / "l.mrcs", tmp_path / "p.mrcs", OPTIONS, silent,
         subtomograms=str(stack),
     )  # fmt: skip
     labels, voxel_size = read_stack(tmp_path / "l.mrcs")
@@ -212,7 +226,7 @@ def test_folder_and_glob_are_read_in_the_order_of_their_names(
     (folder / "notes.txt").write_text("not a volume")
     for name, pattern in (("folder", str(folder)), ("glob", str(folder / "*.mrc*"))):
         out = tmp_path / f"{name}.star"
-        predict_classes(str(classifier), out, OPTIONS, silent, subtomograms=pattern)
+        classify(classifier, out, OPTIONS, silent, subtomograms=pattern)
         names = read_particles(out).rows["rlnImageName"].tolist()
         assert [name.rpartition("/")[2] for name in names] == [
             "0.mrc.gz", "1.mrc", "2.mrc", "3.mrc", "4.mrc",
@@ -225,10 +239,10 @@ def test_output_is_refused_before_work_and_kept(
     out = tmp_path / "out.star"
     out.write_text("mine")
     with pytest.raises(FileExistsError, match="give another --out, or --overwrite"):
-        predict_classes(str(classifier), out, OPTIONS, silent, subtomograms=str(stack))
+        classify(classifier, out, OPTIONS, silent, subtomograms=str(stack))
     assert out.read_text() == "mine"
     options = InputOptions(overwrite=True)
-    predict_classes(str(classifier), out, options, silent, subtomograms=str(stack))
+    classify(classifier, out, options, silent, subtomograms=str(stack))
     assert "cectflowClassName" in out.read_text()
 
 
@@ -236,13 +250,9 @@ def test_wrong_task_names_the_command_that_fits(
     classifier: Path, segmenter: Path, stack: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="use `cectflow predict segment`"):
-        predict_classes(
-            str(segmenter), tmp_path / "o.star", OPTIONS, silent, subtomograms=str(stack)
-        )
+        classify(segmenter, tmp_path / "o.star", OPTIONS, silent, subtomograms=str(stack))
     with pytest.raises(ValueError, match="use `cectflow predict classify`"):
-        predict_segments(
-            str(classifier), tmp_path / "o.mrcs", None, OPTIONS, silent, subtomograms=str(stack)
-        )
+        segment(classifier, tmp_path / "o.mrcs", None, OPTIONS, silent, subtomograms=str(stack))
 
 
 def test_a_damaged_file_is_refused_before_any_output(
@@ -250,19 +260,15 @@ def test_a_damaged_file_is_refused_before_any_output(
 ) -> None:
     stack.write_bytes(stack.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"truncated|bytes"):
-        predict_classes(
-            str(classifier), tmp_path / "o.star", OPTIONS, silent, subtomograms=str(stack)
-        )
+        classify(classifier, tmp_path / "o.star", OPTIONS, silent, subtomograms=str(stack))
     assert not (tmp_path / "o.star").exists()
 
 
 def test_missing_input_says_what_was_expected(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no subtomograms at .*expected a file, a folder"):
-        predict_classes(
-            str(classifier), tmp_path / "o.star", OPTIONS, silent, subtomograms="nothing/*.mrc"
-        )
+        classify(classifier, tmp_path / "o.star", OPTIONS, silent, subtomograms="nothing/*.mrc")
     with pytest.raises(ValueError, match="either --subtomograms, or --tomogram together"):
-        predict_classes(str(classifier), tmp_path / "o.star", OPTIONS, silent)
+        classify(classifier, tmp_path / "o.star", OPTIONS, silent)
 
 
 def test_real_ribosomes_are_read_as_they_are(
@@ -272,7 +278,7 @@ def test_real_ribosomes_are_read_as_they_are(
     told: list[str] = []
     options = InputOptions(rescale=True, contrast="light")
     out = tmp_path / "real.star"
-    predict_classes(str(classifier), out, options, told.append, subtomograms=str(path))
+    classify(classifier, out, options, told.append, subtomograms=str(path))
     assert len(read_particles(out).rows) == 20
     assert any("32³ at 12 Å" in line for line in told)
 
@@ -284,19 +290,19 @@ def test_prediction_imports_no_training_library(
         "import sys; from pathlib import Path\n"
         "from cectflow.flows.prediction import predict_classes\n"
         "from cectflow.prediction.contract import InputOptions\n"
-        f"predict_classes({str(classifier)!r}, Path({str(tmp_path / 'o.star')!r}),"
-        f" InputOptions(device='cpu'), print, subtomograms={str(stack)!r})\n"
+        "from cectflow.prediction.source import InputFiles\n"
+        f"predict_classes({str(classifier)!r}, InputFiles({str(stack)!r}),"
+        f" Path({str(tmp_path / 'o.star')!r}), InputOptions(device='cpu'), print)\n"
         "heavy = {'lightning_fabric', 'torchmetrics', 'mlflow', 'torch'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)
 
 
 def test_labels_open_in_mrcfile_without_complaint(
     segmenter: Path, tomogram: Path, picks: Path, tmp_path: Path
 ) -> None:
-    predict_segments(
-        str(segmenter), tmp_path / "l.mrc", None, OPTIONS, silent,
+    segment(segmenter, tmp_path / "l.mrc", None, OPTIONS, silent,
         tomogram=tomogram, particles=picks,
     )  # fmt: skip
     assert mrcfile.validate(tmp_path / "l.mrc")

@@ -13,6 +13,7 @@ import mlflow
 import mlflow.tracking.fluent
 import pytest
 import torch
+from builders import make_card
 from torch import Tensor, nn
 
 from cectflow.model_card import Cost, ModelCard, Score
@@ -35,31 +36,13 @@ class TinyNetwork(nn.Module):
 
 @pytest.fixture(scope="session")
 def card() -> ModelCard:
-    return ModelCard(
-        role="student",
-        task="classify",
-        network="tiny",
-        num_outputs=3,
-        classes=("ribosome", "proteasome", "apoferritin"),
-        box=BOX,
-        voxel_size=13.6,
-        ctf_correction="none",
-        tilt_range=(-60.0, 60.0),
-        snr_stage="reconstruction",
-        snr=(0.05, 0.1),
-        noise_spectrum="white",
-        occupancy=0.1,
-        jitter=10.0,
-        dataset_digest="d" * 64,
-        recipe_digest="e" * 64,
-        commit="unknown",
-        scores={"accuracy": Score(value=0.9, low=0.85, high=0.94)},
-        cost=Cost(
-            parameters=127, macs=1000, subtomograms_per_s=1e3, batch_size=8, device="cpu", threads=1
-        ),
-        parity=1e-6,
-        teacher="models:/cectflow-teacher/1",
-    )
+    return make_card(
+        role="student", num_outputs=3, classes=("ribosome", "proteasome", "apoferritin"), box=BOX,
+        voxel_size=13.6, scores={"accuracy": Score(value=0.9, low=0.85, high=0.94)},
+        cost=Cost(parameters=127, macs=1000, subtomograms_per_s=1e3, batch_size=8, device="cpu",
+                  threads=1),
+        parity=1e-6, teacher="models:/cectflow-teacher/1",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

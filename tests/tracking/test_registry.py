@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from hashlib import sha256
@@ -16,6 +17,7 @@ from cectflow.model_card import ModelCard
 from cectflow.tracking.promotion import set_stage
 from cectflow.tracking.registry import (
     ROLE_NAMES,
+    find_registered,
     find_version,
     list_versions,
     newest_version,
@@ -70,6 +72,19 @@ def test_registering_keeps_the_very_files_and_tells_their_digests(
         assert version.tags[f"sha256.{name}"] == sha256((root / place).read_bytes()).hexdigest()
 
 
+def test_a_folder_finds_the_newest_version_made_of_its_files(
+    registry: str, model_folder: Path, lab: Path
+) -> None:
+    found = find_registered(model_folder, NAME)
+    assert found is not None
+    assert found.uri == f"models:/{NAME}/3"
+    assert find_registered(model_folder, "other") is None
+    changed = lab / "changed"
+    shutil.copytree(model_folder, changed)
+    (changed / "model.onnx").write_bytes(b"another network")
+    assert find_registered(changed, NAME) is None
+
+
 def test_the_facts_of_the_card_are_tags_and_a_page(registry: str, card: ModelCard) -> None:
     tags = find_version(f"{NAME}/1").tags
     expected = {"role": "student", "network": "tiny", "classes": "3", "box": "8"}
@@ -122,7 +137,7 @@ def test_pyfunc_predicts_any_batch_where_cectflow_is_never_imported(
     np.save("cubes.npy", cubes)
     environment = os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
     command = [sys.executable, "-c", PREDICT, f"models:/{NAME}@production"]
-    subprocess.run(command, check=True, env=environment, timeout=100)
+    subprocess.run(command, check=True, env=environment, timeout=600)
     network = torch.export.load(model_folder / "model.pt2").module()
     for n in (1, 2, 5):
         expected = network(torch.from_numpy(cubes[:n])).detach().numpy()

@@ -89,7 +89,7 @@ def test_two_processes_may_start_on_a_new_store_at_once(lab: Path) -> None:
     uri = f"sqlite:///{lab / 'new' / 'mlflow.db'}"
     command = [sys.executable, "-c", CONNECT, uri]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=100)[1] for process in both]
+    errors = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     connect(uri)
     assert len(mlflow.search_runs(output_format="list")) == 2

@@ -1,0 +1,88 @@
+"""Files and folders that appear under their names when they are complete, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["appearing", "refuse_existing_folder", "replacing", "sha256_of"]
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Temporary path beside the given one that takes its place at a clean exit.
+
+    On an error the temporary file is removed and the given path stays as it was, so no reader ever
+    sees half a file.
+
+    Raises
+    ------
+    FileExistsError
+        If the path exists and is not to be overwritten; the message names ``--overwrite``.
+    FileNotFoundError
+        If the folder does not exist.
+    """
+    if path.exists() and not overwrite:
+        msg = f"{path} exists: choose another name, or replace it with --overwrite"
+        raise FileExistsError(msg)
+    if not path.parent.is_dir():
+        msg = f"{path} cannot be written: there is no folder {path.parent}"
+        raise FileNotFoundError(msg)
+    temporary = _beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Temporary folder that takes the place of an absent or empty one at a clean exit.
+
+    On an error it is removed with all that was written into it.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder exists and is not empty.
+    """
+    refuse_existing_folder(folder)
+    target = folder.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing_folder(folder: Path) -> None:
+    """Refuse an output folder that holds something, before any work is done.
+
+    Raises
+    ------
+    FileExistsError
+        If it exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        msg = f"{folder} exists and is not empty: give another folder, or remove it first"
+        raise FileExistsError(msg)
+
+
+def _beside(path: Path) -> Path:
+    """Hidden name on the same file system, which no other process chooses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
