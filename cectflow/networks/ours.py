@@ -55,18 +55,26 @@ class ResidualBlock(nn.Module):
 class StridedClassifier(nn.Module):
     """Classifier that halves the grid at every step and averages over what is left.
 
+    It sees how far each voxel is from the box centre (:func:`distance_from_centre`): in a crowded
+    cube an average over all places would otherwise count the neighbours as much as the target.
+
     Parameters
     ----------
     num_outputs
         Number of classes.
+    box
+        Edge of the input cube in voxels.
     widths
         Channels of the stem and of each residual block; each halves the size.
     """
 
-    def __init__(self, num_outputs: int, *, widths: tuple[int, ...]) -> None:
+    distance: Tensor
+
+    def __init__(self, num_outputs: int, box: int, *, widths: tuple[int, ...]) -> None:
         super().__init__()
+        self.register_buffer("distance", distance_from_centre(box)[None, None], persistent=False)
         self.stem = nn.Sequential(
-            normed_convolution(1, widths[0], kernel=5, stride=2),
+            normed_convolution(2, widths[0], kernel=5, stride=2),
             nn.ReLU(inplace=True),
         )
         self.blocks = nn.Sequential(
@@ -77,7 +85,8 @@ class StridedClassifier(nn.Module):
 
     def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs"]:
         """Logits of normalised cubes."""
-        features = self.blocks(self.stem(subtomograms))
+        distance = self.distance.expand(subtomograms.shape[0], -1, -1, -1, -1)
+        features = self.blocks(self.stem(torch.cat([subtomograms, distance], dim=1)))
         logits: Tensor = self.score(features.mean(dim=(2, 3, 4)))
         return logits
 
@@ -162,9 +171,9 @@ def strided_micro(num_outputs: int, box: int) -> nn.Module:
     num_outputs
         Number of classes.
     box
-        Edge of the input cube in voxels; the weights serve any box.
+        Edge of the input cube in voxels; it fixes the distance channel, not the weights.
     """
-    return StridedClassifier(num_outputs, widths=(16, 32, 40))
+    return StridedClassifier(num_outputs, box, widths=(16, 32, 40))
 
 
 @register_network(task="segment", stride=4, min_box=8, paper=PAPER)
@@ -190,6 +199,6 @@ def strided_small(num_outputs: int, box: int) -> nn.Module:
     num_outputs
         Number of classes.
     box
-        Edge of the input cube in voxels; the weights serve any box.
+        Edge of the input cube in voxels; it fixes the distance channel, not the weights.
     """
-    return StridedClassifier(num_outputs, widths=(24, 64, 96))
+    return StridedClassifier(num_outputs, box, widths=(24, 64, 96))

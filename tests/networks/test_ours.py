@@ -22,19 +22,21 @@ def test_distance_is_zero_at_the_centre_voxel_and_one_half_a_box_away(box: int) 
     assert distance[0, 0, 0] == pytest.approx(math.sqrt(3) * centre / (box / 2))
 
 
-def test_the_segmenter_sees_the_distance_and_keeps_it_out_of_its_weights() -> None:
-    network = create_network("strided_ed", num_outputs=2, box=8).eval()
+@pytest.mark.parametrize("name", ["strided_ed", "strided_micro", "strided_small"])
+def test_the_network_sees_the_distance_and_keeps_it_out_of_its_weights(name: str) -> None:
+    network = create_network(name, num_outputs=2, box=12).eval()
     assert "distance" not in network.state_dict()
-    cubes = torch.zeros(1, 1, 8, 8, 8)
+    cubes = torch.zeros(1, 1, 12, 12, 12)
     with torch.no_grad():
         before = network(cubes)
         network.get_buffer("distance").zero_()
         assert not torch.allclose(network(cubes), before)
 
 
-def test_weights_of_one_box_load_into_another() -> None:
-    small = create_network("strided_ed", num_outputs=2, box=8)
-    large = create_network("strided_ed", num_outputs=2, box=12)
+@pytest.mark.parametrize("name", ["strided_ed", "strided_micro"])
+def test_weights_of_one_box_load_into_another(name: str) -> None:
+    small = create_network(name, num_outputs=2, box=12)
+    large = create_network(name, num_outputs=2, box=16)
     large.load_state_dict(small.state_dict())
 
 

@@ -136,8 +136,9 @@ def test_an_unknown_id_is_named_and_those_finished_are_kept(server: Server, tmp_
     [
         (b"<html>captive portal</html>", "is not a whole gzip file"),
         (MMCIF[:-6], "is not a whole gzip file"),
-        (gzip.compress(b"<html>"), r"begins with b'<html>': expected mmCIF"),
+        (gzip.compress(b"<html>", mtime=0), r"begins with b'<html>': expected mmCIF"),
     ],
+    ids=["a portal page", "a broken download", "a zipped page"],
 )
 def test_what_is_not_whole_gzipped_mmcif_leaves_nothing(
     content: bytes, message: str, server: Server, tmp_path: Path
