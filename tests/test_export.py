@@ -82,7 +82,9 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"model exists: give another folder, or remove it"):
+    with pytest.raises(
+        FileExistsError, match="exists and is not empty: give another folder, or remove"
+    ):
         export_network(nn.Conv3d(1, 2, 1), make_card(), folder)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
