@@ -228,10 +228,9 @@ def _build_optics(
             image = image * (_phase(kx * offsets[0]) * _phase(ky * offsets[1]))
         sums = [(signal, image), (squared_noise, (weights * noise) ** 2 * spectrum)]
         if per_image:
-            sums += [
-                (snr_signal, weights * (transfer * seen) ** 2),
-                (snr_noise, weights * spectrum * torch.ones_like(k_squared)),
-            ]
+            # The corners of a volume hold frequencies that no image has.
+            held = weights * (kx.abs() <= nyquist) * torch.ones_like(k_squared)
+            sums += [(snr_signal, held * (transfer * seen) ** 2), (snr_noise, held * spectrum)]
         for tilt in group:
             # Within a tilt each cell occurs once: the sums have one order, on a GPU too.
             first, last = slabs.bounds[tilt], slabs.bounds[tilt + 1]
