@@ -389,16 +389,14 @@ def test_optics_and_image_stay_on_their_device(
     assert not moved
     assert tomogram.device == density.device
     assert measured is not None
-    meta = Optics(*(tensor.to("meta") for tensor in vars(optics).values()))
     on_meta = density.to("meta")
     assert power_spectrum(on_meta).device.type == "meta"
-    assert (torch.fft.rfftn(on_meta) * meta.signal).device.type == "meta"
 
 
 def test_optics_are_made_once_per_draw_and_kept_within_a_budget() -> None:
     first = make_optics(shape=(64, 64, 64))
     assert make_optics(shape=(64, 64, 64)) is first
-    each = sum(tensor.nbytes for tensor in vars(first).values())
+    each = sum(tensor.nbytes for tensor in (first.signal, first.noise)) * 2
     for index in range(CACHED_BYTES // each + 1):
         make_optics(shape=(64, 64, 64), defocus_um=2.0 + index / 100)
     assert make_optics(shape=(64, 64, 64)) is not first
