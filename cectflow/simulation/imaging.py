@@ -420,9 +420,11 @@ def image_field(
         Source of the noise; density and optics must be on its device.
     """
     shape = density.shape
-    signal = torch.fft.rfftn(density).mul_(optics.signal)
+    signal = torch.fft.irfftn(torch.fft.rfftn(density).mul_(optics.signal), s=shape)
+    if noise_factor == 0:
+        return signal, torch.zeros_like(signal)
     noise = _draw_white(density.shape, generator).mul_(optics.noise * noise_factor)
-    return torch.fft.irfftn(signal, s=shape), torch.fft.irfftn(noise, s=shape)
+    return signal, torch.fft.irfftn(noise, s=shape)
 
 
 def image_and_measure(

@@ -332,7 +332,7 @@ def test_no_more_targets_than_asked_for(specimen: Specimen) -> None:
 def test_the_measured_snr_is_on_average_the_one_asked_for(
     phantom: Phantom, make_recipe: MakeRecipe, snr_stage: str
 ) -> None:
-    recipe = make_recipe(snr=(0.5, 0.5), snr_stage=snr_stage)
+    recipe = make_recipe(snr=(0.5, 0.5), snr_stage=snr_stage, field_shape=(24, 24, 24))
     specimen = prepare_specimen(recipe, [phantom("ring"), phantom("rod")])
     fields = [simulate_field(specimen, "train", index) for index in range(50)]
     in_reconstruction = np.array([field.record.snr_reconstruction for field in fields])
