@@ -7,7 +7,7 @@ from typing import no_type_check
 
 import numba
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
@@ -19,8 +19,11 @@ CELL = 10.0
 """Edge in Å, rounded so that cells fill the field, of the cells in which overlap is looked up.
 
 The beads of two particles stay more than half a cell apart along at least one axis."""
-POSITIONS_PER_ORIENTATION = 512
-ORIENTATIONS_PER_PARTICLE = 60
+POSITIONS_PER_ORIENTATION = 128
+RANDOM_ORIENTATIONS = 4
+"""Orientations that are tried at random positions; cheap while the field is sparse."""
+SEARCHED_ORIENTATIONS = 60
+"""Orientations that are then tried at every cell of the field."""
 SHORTFALL = 0.8
 """Fraction of the drawn particles' volume below which a scene is refused as too crowded."""
 
@@ -57,6 +60,7 @@ def pack_scene(
     voxel_size: float,
     occupancy: float,
     generator: np.random.Generator,
+    keep_out: float = 0.0,
 ) -> Scene:
     """Scene of randomly placed and turned particles that fill a fraction of a periodic field.
 
@@ -102,19 +106,33 @@ def pack_scene(
             raise ValueError(msg)
     classes = _draw_classes(beads, occupancy * field_volume, generator)
     cells = np.maximum(np.round(edges / CELL), 1).astype(np.int64)
+    cell = edges / cells
     taken = np.zeros(tuple(cells), np.bool_)
+    bits: NDArray[np.uint64] | None = None
     state = np.array([generator.integers(1, 2**63 - 1)], np.uint64)
     kept, positions, quaternions, volume = [], [], [], 0.0
+    full: set[int] = set()
     for class_index in classes:
-        grains = beads[class_index]
-        centre, quaternion, placed = _place_particle(
-            grains.positions_zyx.astype(np.float64), edges / cells, taken, state
-        )
-        if placed:
-            kept.append(class_index + 1)
-            positions.append(centre / voxel_size)
-            quaternions.append(quaternion)
-            volume += grains.molecular_volume
+        if class_index in full:
+            continue
+        points = beads[class_index].positions_zyx
+        placed, centre, quaternion, turned = _place_at_random(points, cell, taken, state)
+        if not placed:
+            if bits is None:
+                bits = _pack_bits(taken)
+            placed, centre, quaternion, turned = _place_by_search(
+                points, cell, bits, taken.shape[2], state
+            )
+        if not placed:
+            full.add(class_index)
+            continue
+        _take_cells(turned, centre, cell, keep_out, taken)
+        if bits is not None:
+            _update_bits(turned, centre, int(np.ceil(keep_out / cell.min())), taken, bits)
+        kept.append(class_index + 1)
+        positions.append(centre * cell / voxel_size)
+        quaternions.append(quaternion)
+        volume += beads[class_index].molecular_volume
     reached = volume / field_volume
     # Against what was drawn: that falls short of the request by up to one particle by itself.
     if volume < SHORTFALL * sum(beads[index].molecular_volume for index in classes):
@@ -144,6 +162,15 @@ def _draw_classes(
         if total >= volume:
             break
     return sorted(drawn, key=lambda index: -beads[index].molecular_volume)
+
+
+def _pack_bits(taken: Bool[NDArray[np.bool_], "z y x"]) -> NDArray[np.uint64]:
+    """Rows along x as bits, continued periodically so that 64 can be read from any cell."""
+    width = taken.shape[2]
+    words = (width + 127) // 64
+    continued = np.take(taken, np.arange(words * 64) % width, axis=2)
+    packed = np.packbits(continued, axis=2, bitorder="little")
+    return packed.view("<u8").astype(np.uint64)
 
 
 @numba.njit(cache=True)
@@ -188,48 +215,218 @@ def _rotate_zyx(
 
 @numba.njit(cache=True)
 @no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
-def _place_particle(
-    positions: NDArray[np.float64],
+def _turn_into_cells(
+    positions: NDArray[np.float32], quaternion: NDArray[np.float64], cell: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Positions turned and measured in cells."""
+    turned = _rotate_zyx(positions.astype(np.float64), quaternion)
+    for i in range(turned.shape[0]):
+        for axis in range(3):
+            turned[i, axis] /= cell[axis]
+    return turned
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _wrap(index: int, number: int) -> int:
+    """Index in a periodic row, of one that is outside by less than a period."""
+    if index < 0:
+        return index + number
+    return index - number if index >= number else index
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _take_cells(
+    turned: NDArray[np.float64],
+    centre: NDArray[np.float64],
+    cell: NDArray[np.float64],
+    keep_out: float,
+    taken: NDArray[np.bool_],
+) -> None:
+    """Mark the cells about each bead u: those c where |c - u| < 1 along every axis.
+
+    With a keep-out distance, those from which that cube is nearer than it.
+    """
+    depth, height, width = taken.shape
+    if keep_out == 0:  # the general case below, some times faster
+        for i in range(turned.shape[0]):
+            z0 = _wrap(int(np.floor(turned[i, 0] + centre[0])), depth)
+            y0 = _wrap(int(np.floor(turned[i, 1] + centre[1])), height)
+            x0 = _wrap(int(np.floor(turned[i, 2] + centre[2])), width)
+            z1, y1, x1 = _wrap(z0 + 1, depth), _wrap(y0 + 1, height), _wrap(x0 + 1, width)
+            taken[z0, y0, x0] = taken[z0, y0, x1] = True
+            taken[z0, y1, x0] = taken[z0, y1, x1] = True
+            taken[z1, y0, x0] = taken[z1, y0, x1] = True
+            taken[z1, y1, x0] = taken[z1, y1, x1] = True
+        return
+    reach_z, reach_y = 1 + keep_out / cell[0], 1 + keep_out / cell[1]
+    for i in range(turned.shape[0]):
+        uz, uy, ux = turned[i, 0] + centre[0], turned[i, 1] + centre[1], turned[i, 2] + centre[2]
+        for cz in range(int(np.floor(uz - reach_z)) + 1, int(np.ceil(uz + reach_z))):
+            away_z = max(abs(cz - uz) - 1, 0.0) * cell[0]
+            z = _wrap(cz, depth)
+            for cy in range(int(np.floor(uy - reach_y)) + 1, int(np.ceil(uy + reach_y))):
+                away_y = max(abs(cy - uy) - 1, 0.0) * cell[1]
+                left = keep_out * keep_out - away_z * away_z - away_y * away_y
+                if left < 0:
+                    continue
+                reach_x = 1 + np.sqrt(left) / cell[2]
+                y = _wrap(cy, height)
+                for cx in range(int(np.floor(ux - reach_x)) + 1, int(np.ceil(ux + reach_x))):
+                    taken[z, y, _wrap(cx, width)] = True
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _fits(
+    turned: NDArray[np.float64],
+    centre: NDArray[np.float64],
+    taken: NDArray[np.bool_],
+) -> bool:
+    """Whether the cell nearest to each bead is free."""
+    depth, height, width = taken.shape
+    for i in range(turned.shape[0]):
+        z = _wrap(int(np.floor(turned[i, 0] + centre[0] + 0.5)), depth)
+        y = _wrap(int(np.floor(turned[i, 1] + centre[1] + 0.5)), height)
+        x = _wrap(int(np.floor(turned[i, 2] + centre[2] + 0.5)), width)
+        if taken[z, y, x]:
+            return False
+    return True
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _update_bits(
+    turned: NDArray[np.float64],
+    centre: NDArray[np.float64],
+    margin: int,
+    taken: NDArray[np.bool_],
+    bits: NDArray[np.uint64],
+) -> None:
+    """Bits of the rows in which a particle, and a margin of cells about it, takes cells."""
+    depth, height, width = taken.shape
+    lowest_z = int(np.floor(turned[:, 0].min() + centre[0])) - margin
+    lowest_y = int(np.floor(turned[:, 1].min() + centre[1])) - margin
+    highest_z = int(np.floor(turned[:, 0].max() + centre[0])) + 1 + margin
+    highest_y = int(np.floor(turned[:, 1].max() + centre[1])) + 1 + margin
+    for row_z in range(lowest_z, min(highest_z + 1, lowest_z + depth)):
+        z = row_z % depth
+        for row_y in range(lowest_y, min(highest_y + 1, lowest_y + height)):
+            y, x = row_y % height, 0
+            for word in range(bits.shape[2]):
+                packed = np.uint64(0)
+                for bit in range(64):
+                    packed |= np.uint64(taken[z, y, x]) << np.uint64(bit)
+                    x = x + 1 if x + 1 < width else 0
+                bits[z, y, word] = packed
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _search_everywhere(
+    turned: NDArray[np.float64],
+    centre: NDArray[np.float64],
+    bits: NDArray[np.uint64],
+    width: int,
+    state: NDArray[np.uint64],
+) -> bool:
+    """Whether an orientation fits anywhere on a randomly shifted grid of cells; sets the centre.
+
+    Rows of 64 positions are tried at once, as the bits of a word, in a random order.
+    """
+    depth, height, _ = bits.shape
+    shift = np.array([_uniform(state), _uniform(state), _uniform(state)])
+    nearest = np.empty(turned.shape, np.int64)
+    for i in range(turned.shape[0]):
+        nearest[i, 0] = int(np.floor(turned[i, 0] + shift[0] + 0.5)) % depth
+        nearest[i, 1] = int(np.floor(turned[i, 1] + shift[1] + 0.5)) % height
+        nearest[i, 2] = int(np.floor(turned[i, 2] + shift[2] + 0.5)) % width
+    blocks = (width + 63) // 64
+    number = depth * height * blocks
+    place = int(_uniform(state) * number)
+    # Steps near the golden section of the rows, without a common divisor, spread over the field.
+    stride = int(0.6180339887 * number) | 1
+    while _common_divisor(stride, number) > 1:
+        stride += 2
+    for _ in range(number):
+        place = (place + stride) % number
+        block, row = place % blocks, place // blocks
+        z0, y0, x0 = row // height, row % height, block * 64
+        free = ~np.uint64(0)
+        if width - x0 < 64:
+            free = (np.uint64(1) << np.uint64(width - x0)) - np.uint64(1)
+        for i in range(nearest.shape[0]):
+            z = _wrap(z0 + nearest[i, 0], depth)
+            y = _wrap(y0 + nearest[i, 1], height)
+            x = _wrap(x0 + nearest[i, 2], width)
+            word, bit = x >> 6, np.uint64(x & 63)
+            window = bits[z, y, word] >> bit
+            if bit:
+                window |= bits[z, y, word + 1] << (np.uint64(64) - bit)
+            free &= ~window
+            if free == 0:
+                break
+        if free:
+            count = 0
+            for i in range(64):
+                count += int((free >> np.uint64(i)) & np.uint64(1))
+            chosen = int(_uniform(state) * count)
+            for i in range(64):
+                if (free >> np.uint64(i)) & np.uint64(1):
+                    if chosen == 0:
+                        centre[0], centre[1], centre[2] = z0, y0, x0 + i
+                        centre += shift
+                        return True
+                    chosen -= 1
+    return False
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _common_divisor(a: int, b: int) -> int:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _place_at_random(
+    positions: NDArray[np.float32],
     cell: NDArray[np.float64],
     taken: NDArray[np.bool_],
     state: NDArray[np.uint64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
-    """Centre (Å), quaternion and success of one particle; its cells are marked as taken."""
+) -> tuple[bool, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Whether a place was found; its centre in cells, the quaternion and the turned beads."""
     depth, height, width = taken.shape
-    centre = np.zeros(3)
-    quaternion = np.zeros(4)
-    for _ in range(ORIENTATIONS_PER_PARTICLE):
+    centre, quaternion, turned = np.zeros(3), np.zeros(4), np.zeros((0, 3))
+    for _ in range(RANDOM_ORIENTATIONS):
         quaternion = _random_quaternion(state)
-        turned = _rotate_zyx(positions, quaternion)
-        for i in range(turned.shape[0]):
-            for axis in range(3):
-                turned[i, axis] /= cell[axis]
+        turned = _turn_into_cells(positions, quaternion, cell)
         for _ in range(POSITIONS_PER_ORIENTATION):
-            oz, oy, ox = (
-                _uniform(state) * depth,
-                _uniform(state) * height,
-                _uniform(state) * width,
-            )
-            free = True
-            for i in range(turned.shape[0]):
-                # A bead's nearest cell; taken cells are the eight around each bead, so two
-                # particles' beads stay more than half a cell apart along some axis.
-                z = int(np.floor(turned[i, 0] + oz + 0.5)) % depth
-                y = int(np.floor(turned[i, 1] + oy + 0.5)) % height
-                x = int(np.floor(turned[i, 2] + ox + 0.5)) % width
-                if taken[z, y, x]:
-                    free = False
-                    break
-            if free:
-                for i in range(turned.shape[0]):
-                    z0 = int(np.floor(turned[i, 0] + oz))
-                    y0 = int(np.floor(turned[i, 1] + oy))
-                    x0 = int(np.floor(turned[i, 2] + ox))
-                    for dz in range(2):
-                        for dy in range(2):
-                            for dx in range(2):
-                                z, y, x = (z0 + dz) % depth, (y0 + dy) % height, (x0 + dx) % width
-                                taken[z, y, x] = True
-                centre[0], centre[1], centre[2] = oz * cell[0], oy * cell[1], ox * cell[2]
-                return centre, quaternion, True
-    return centre, quaternion, False
+            centre[0] = _uniform(state) * depth
+            centre[1] = _uniform(state) * height
+            centre[2] = _uniform(state) * width
+            if _fits(turned, centre, taken):
+                return True, centre, quaternion, turned
+    return False, centre, quaternion, turned
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _place_by_search(
+    positions: NDArray[np.float32],
+    cell: NDArray[np.float64],
+    bits: NDArray[np.uint64],
+    width: int,
+    state: NDArray[np.uint64],
+) -> tuple[bool, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """As :func:`_place_at_random`, but every cell of the field is tried."""
+    centre, quaternion, turned = np.zeros(3), np.zeros(4), np.zeros((0, 3))
+    for _ in range(SEARCHED_ORIENTATIONS):
+        quaternion = _random_quaternion(state)
+        turned = _turn_into_cells(positions, quaternion, cell)
+        if _search_everywhere(turned, centre, bits, width, state):
+            return True, centre, quaternion, turned
+    return False, centre, quaternion, turned
