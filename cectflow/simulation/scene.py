@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cectflow.simulation.beads import Beads
+from cectflow.simulation.distractors import Distractor, Distractors, draw_distractors
 
 __all__ = ["Scene", "pack_scene"]
 
@@ -22,10 +23,12 @@ The beads of two particles stay more than half a cell apart along at least one a
 POSITIONS_PER_ORIENTATION = 128
 RANDOM_ORIENTATIONS = 4
 """Orientations that are tried at random positions; cheap while the field is sparse."""
-SEARCHED_ORIENTATIONS = 60
+SEARCHED_ORIENTATIONS = 200
 """Orientations that are then tried at every cell of the field."""
 SHORTFALL = 0.8
 """Fraction of the drawn particles' volume below which a scene is refused as too crowded."""
+
+NO_DISTRACTORS = Distractors()
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +45,15 @@ class Scene:
         RELION ZYZ (rot, tilt, psi) in degrees.
     occupancy
         Molecular volume over the field's volume.
+    distractors
+        What else the field holds.
     """
 
     class_ids: Int[NDArray[np.int64], " particle"]
     positions_zyx: Float[NDArray[np.float64], "particle 3"]
     angles: Float[NDArray[np.float64], "particle 3"]
     occupancy: float
+    distractors: tuple[Distractor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -60,13 +66,17 @@ def pack_scene(
     voxel_size: float,
     occupancy: float,
     generator: np.random.Generator,
+    abundances: Float[NDArray[np.float64], " class"] | None = None,
     keep_out: float = 0.0,
+    distractors: Distractors = NO_DISTRACTORS,
+    target_offset: Float[NDArray[np.float64], "3"] | None = None,
 ) -> Scene:
     """Scene of randomly placed and turned particles that fill a fraction of a periodic field.
 
-    Classes are drawn with equal probability until their molecular volume reaches the request;
-    the largest particles are placed first. Each is tried at random positions and orientations
-    against the cells that are taken: a few far-apart beads reject most trials, all beads decide.
+    Classes are drawn until their molecular volume reaches the request; the largest particles are
+    placed first. Each is tried at random positions and orientations against the cells that are
+    taken: a few far-apart beads reject most trials, all beads decide. Where that finds no place,
+    further orientations are tried at every cell of the field.
 
     Parameters
     ----------
@@ -80,6 +90,16 @@ def pack_scene(
         Requested molecular volume over the field's volume.
     generator
         Source of all randomness.
+    abundances
+        Relative numbers of particles of each class; None: equal.
+    keep_out
+        Distance in Å that is left free between particles, and between them and distractors,
+        beyond the half cell that two particles' beads stay apart in any case.
+    distractors
+        Placed before the particles, which leave them free.
+    target_offset
+        Of a target from the field's centre in voxels (z, y, x). With it the first particle of the
+        scene is placed there before all else, in a random orientation; None: no such particle.
 
     Raises
     ------
@@ -89,7 +109,10 @@ def pack_scene(
     """
     edges = np.array(shape) * voxel_size
     field_volume = float(edges.prod())
-    for grains in beads:
+    shares = np.ones(len(beads)) if abundances is None else abundances
+    for grains, share in zip(beads, shares, strict=True):
+        if share == 0:
+            continue
         if grains.diameter > edges.min():
             msg = (
                 f"{grains.name} is {grains.diameter:.0f} Å across, the field only "
@@ -104,15 +127,28 @@ def pack_scene(
                 f"or a larger field"
             )
             raise ValueError(msg)
-    classes = _draw_classes(beads, occupancy * field_volume, generator)
+    drawn = _draw_classes(beads, shares, occupancy * field_volume, generator)
     cells = np.maximum(np.round(edges / CELL), 1).astype(np.int64)
     cell = edges / cells
     taken = np.zeros(tuple(cells), np.bool_)
     bits: NDArray[np.uint64] | None = None
     state = np.array([generator.integers(1, 2**63 - 1)], np.uint64)
     kept, positions, quaternions, volume = [], [], [], 0.0
+    if target_offset is not None:
+        target = drawn.pop(0)
+        quaternion = _random_quaternion(state)
+        centre = np.mod((np.array(shape) // 2 + target_offset) * voxel_size, edges) / cell
+        turned = _turn_into_cells(beads[target].positions_zyx, quaternion, cell)
+        _take_cells(turned, centre, cell, keep_out, taken)
+        kept.append(target + 1)
+        positions.append(centre * cell / voxel_size)
+        quaternions.append(quaternion)
+        volume += beads[target].molecular_volume
+    placed_distractors = draw_distractors(
+        distractors, taken, cell, keep_out=keep_out, generator=generator
+    )
     full: set[int] = set()
-    for class_index in classes:
+    for class_index in sorted(drawn, key=lambda index: -beads[index].molecular_volume):
         if class_index in full:
             continue
         points = beads[class_index].positions_zyx
@@ -135,33 +171,44 @@ def pack_scene(
         volume += beads[class_index].molecular_volume
     reached = volume / field_volume
     # Against what was drawn: that falls short of the request by up to one particle by itself.
-    if volume < SHORTFALL * sum(beads[index].molecular_volume for index in classes):
+    drawn_volume = sum(beads[index].molecular_volume for index in drawn)
+    if target_offset is not None:
+        drawn_volume += beads[kept[0] - 1].molecular_volume
+    if volume < SHORTFALL * drawn_volume:
         msg = (
             f"occupancy {occupancy:g} was requested, {reached:.3f} could be packed into "
-            f"{shape} voxels of {voxel_size:g} Å: lower the occupancy or enlarge the field"
+            f"{shape} voxels of {voxel_size:g} Å: lower the occupancy"
+            f"{', the keep-out distance' if keep_out else ''}"
+            f"{' or the number of distractors' if placed_distractors else ''}"
+            f" or enlarge the field"
         )
         raise ValueError(msg)
     angles = Rotation.from_quat(np.array(quaternions)).as_euler("ZYZ", degrees=True)
-    return Scene(np.array(kept, np.int64), np.array(positions), angles, reached)
+    return Scene(
+        np.array(kept, np.int64), np.array(positions), angles, reached, placed_distractors
+    )
 
 
 def _draw_classes(
-    beads: tuple[Beads, ...], volume: float, generator: np.random.Generator
+    beads: tuple[Beads, ...],
+    abundances: NDArray[np.float64],
+    volume: float,
+    generator: np.random.Generator,
 ) -> list[int]:
-    """Class indices, largest first, whose volumes add up to about the request."""
+    """Class indices whose volumes add up to the request on average, in the order of the draw."""
+    limits = np.cumsum(abundances / abundances.sum())
     drawn: list[int] = []
     total = 0.0
     while True:
-        index = int(generator.integers(len(beads)))
+        index = int(np.searchsorted(limits, generator.random() * limits[-1], side="right"))
         # The last particle goes in with the probability that makes the expectation exact.
         missing = (volume - total) / beads[index].molecular_volume
         if missing < 1.0 and generator.random() > missing:
-            break
+            return drawn
         drawn.append(index)
         total += beads[index].molecular_volume
         if total >= volume:
-            break
-    return sorted(drawn, key=lambda index: -beads[index].molecular_volume)
+            return drawn
 
 
 def _pack_bits(taken: Bool[NDArray[np.bool_], "z y x"]) -> NDArray[np.uint64]:
