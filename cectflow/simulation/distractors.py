@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import TypeAlias, no_type_check
+from typing import Any, Literal, TypeAlias, no_type_check
 
 import numba
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from scipy.ndimage import maximum_filter
 from scipy.special import erf
 
 from cectflow.config import Config
@@ -27,8 +28,10 @@ __all__ = [
     "Distractor",
     "Distractors",
     "GoldBead",
+    "Junk",
     "Sheet",
     "Vesicle",
+    "choose_junk",
     "draw_distractors",
     "render_distractors",
 ]
@@ -65,6 +68,7 @@ TABLE_STEP = 0.5
 REACH = 4.0
 """Sigmas after which a blurred edge is taken to have ended."""
 Vector: TypeAlias = tuple[float, float, float]
+JunkKind: TypeAlias = Literal["membrane", "gold", "empty"]
 
 
 class Distractors(Config):
@@ -106,6 +110,26 @@ class Distractors(Config):
         """Diameter in Å of the largest vesicle or bead that can be drawn."""
         vesicle = 2 * (self.vesicle_radius[1] + HALF_MEMBRANE) if self.vesicles else 0.0
         return max(vesicle, self.gold_diameter[1] if self.gold else 0.0)
+
+
+class Junk(Config):
+    """Subtomograms of the last class, ``junk``, from which a classifier learns to refuse.
+
+    Each share is the number of such subtomograms for one of a particle; a field that has fewer
+    such places gives fewer.
+    """
+
+    membrane: float = Field(0.05, ge=0, le=10)
+    """Centred on a random place in a membrane."""
+    gold: float = Field(0.02, ge=0, le=10)
+    """Centred on a gold bead, each at most once."""
+    empty: float = Field(0.05, ge=0, le=10)
+    """Neither particle nor distractor within the central quarter of the box along each axis."""
+
+    @property
+    def shares(self) -> dict[JunkKind, float]:
+        """Kind → share."""
+        return {"membrane": self.membrane, "gold": self.gold, "empty": self.empty}
 
 
 @dataclass(frozen=True)
@@ -257,6 +281,52 @@ def render_distractors(
             inner, outer, GOLD if is_gold else MEMBRANE, density, kinds,
         )  # fmt: skip
     return density, kinds
+
+
+def choose_junk(
+    kind: JunkKind,
+    number: int,
+    *,
+    owners: Int[NDArray[Any], "z y x"],
+    kinds: Int[NDArray[np.int8], "z y x"],
+    distractors: tuple[Distractor, ...],
+    voxel_size: float,
+    box: int,
+    generator: np.random.Generator,
+) -> Float[NDArray[np.float64], "n 3"]:
+    """Centres in voxels of at most ``number`` places for subtomograms of the class junk.
+
+    Parameters
+    ----------
+    kind
+        See :class:`Junk`.
+    number
+        How many are wanted; fewer are given where there are fewer.
+    owners
+        Of the field's voxels, 0 where there is no particle.
+    kinds
+        As :func:`render_distractors` gives them.
+    distractors
+        Of the field.
+    voxel_size
+        In Å.
+    box
+        Edge of a subtomogram in voxels.
+    generator
+        Chooses among the places.
+    """
+    if kind == "gold":
+        beads = [bead.centre_zyx for bead in distractors if isinstance(bead, GoldBead)]
+        places = np.array(beads, np.float64).reshape(-1, 3) / voxel_size
+    elif kind == "membrane":
+        places = np.argwhere(kinds == MEMBRANE).astype(np.float64)
+    else:
+        matter = (owners > 0) | (kinds > 0)
+        central = maximum_filter(matter, size=2 * (box // 8) + 1, mode="wrap")
+        places = np.argwhere(~central).astype(np.float64)
+    chosen = generator.permutation(len(places))[:number]
+    found: NDArray[np.float64] = places[chosen]
+    return found
 
 
 def _radial_profile(
