@@ -365,9 +365,7 @@ def _blurred_ball(radii: NDArray[np.float64], radius: float, sigma: float) -> ND
     return np.asarray(edge - rest, np.float64)
 
 
-def _blurred_shell(
-    radii: NDArray[np.float64], radius: float, sigma: float
-) -> NDArray[np.float64]:
+def _blurred_shell(radii: NDArray[np.float64], radius: float, sigma: float) -> NDArray[np.float64]:
     """Sphere of unit surface density, convolved with a three-dimensional Gaussian."""
     r = np.maximum(radii, 1e-3 * sigma)
     waves = np.exp(-(((radius - r) / sigma) ** 2) / 2) - np.exp(-(((radius + r) / sigma) ** 2) / 2)

@@ -184,9 +184,7 @@ def pack_scene(
         )
         raise ValueError(msg)
     angles = Rotation.from_quat(np.array(quaternions)).as_euler("ZYZ", degrees=True)
-    return Scene(
-        np.array(kept, np.int64), np.array(positions), angles, reached, placed_distractors
-    )
+    return Scene(np.array(kept, np.int64), np.array(positions), angles, reached, placed_distractors)
 
 
 def _draw_classes(
