@@ -210,12 +210,12 @@ def _draw_classes(
 
 
 def _pack_bits(taken: Bool[NDArray[np.bool_], "z y x"]) -> NDArray[np.uint64]:
-    """Rows along x as bits, continued periodically so that 64 can be read from any cell."""
+    """Rows along x as words (z, word, y), continued so that 64 bits can be read from any cell."""
     width = taken.shape[2]
     words = (width + 127) // 64
     continued = np.take(taken, np.arange(words * 64) % width, axis=2)
-    packed = np.packbits(continued, axis=2, bitorder="little")
-    return packed.view("<u8").astype(np.uint64)
+    packed = np.packbits(continued, axis=2, bitorder="little").view("<u8").astype(np.uint64)
+    return np.ascontiguousarray(packed.transpose(0, 2, 1))
 
 
 @numba.njit(cache=True)
@@ -359,12 +359,12 @@ def _update_bits(
         z = row_z % depth
         for row_y in range(lowest_y, min(highest_y + 1, lowest_y + height)):
             y, x = row_y % height, 0
-            for word in range(bits.shape[2]):
+            for word in range(bits.shape[1]):
                 packed = np.uint64(0)
                 for bit in range(64):
                     packed |= np.uint64(taken[z, y, x]) << np.uint64(bit)
                     x = x + 1 if x + 1 < width else 0
-                bits[z, y, word] = packed
+                bits[z, word, y] = packed
 
 
 @numba.njit(cache=True)
@@ -378,9 +378,10 @@ def _search_everywhere(
 ) -> bool:
     """Whether an orientation fits anywhere on a randomly shifted grid of cells; sets the centre.
 
-    Rows of 64 positions are tried at once, as the bits of a word, in a random order.
+    Planes of the field are tried from a random one on, all places of a plane at once, as the bits
+    of words; one of those that are left is chosen at random.
     """
-    depth, height, _ = bits.shape
+    depth, _, height = bits.shape
     shift = np.array([_uniform(state), _uniform(state), _uniform(state)])
     nearest = np.empty(turned.shape, np.int64)
     for i in range(turned.shape[0]):
@@ -388,51 +389,63 @@ def _search_everywhere(
         nearest[i, 1] = int(np.floor(turned[i, 1] + shift[1] + 0.5)) % height
         nearest[i, 2] = int(np.floor(turned[i, 2] + shift[2] + 0.5)) % width
     blocks = (width + 63) // 64
-    number = depth * height * blocks
-    place = int(_uniform(state) * number)
-    # Steps near the golden section of the rows, without a common divisor, spread over the field.
-    stride = int(0.6180339887 * number) | 1
-    while _common_divisor(stride, number) > 1:
-        stride += 2
-    for _ in range(number):
-        place = (place + stride) % number
-        block, row = place % blocks, place // blocks
-        z0, y0, x0 = row // height, row % height, block * 64
-        free = ~np.uint64(0)
-        if width - x0 < 64:
-            free = (np.uint64(1) << np.uint64(width - x0)) - np.uint64(1)
+    free = np.empty((blocks, height), np.uint64)
+    first = int(_uniform(state) * depth)
+    for step in range(depth):
+        z0 = (first + step) % depth
+        free[:] = ~np.uint64(0)
+        if width % 64:
+            free[blocks - 1] = (np.uint64(1) << np.uint64(width % 64)) - np.uint64(1)
+        left = np.uint64(1)
         for i in range(nearest.shape[0]):
-            z = _wrap(z0 + nearest[i, 0], depth)
-            y = _wrap(y0 + nearest[i, 1], height)
-            x = _wrap(x0 + nearest[i, 2], width)
-            word, bit = x >> 6, np.uint64(x & 63)
-            window = bits[z, y, word] >> bit
-            if bit:
-                window |= bits[z, y, word + 1] << (np.uint64(64) - bit)
-            free &= ~window
-            if free == 0:
+            z, dy = _wrap(z0 + nearest[i, 0], depth), nearest[i, 1]
+            left = np.uint64(0)
+            for block in range(blocks):
+                x = _wrap(block * 64 + nearest[i, 2], width)
+                word, bit = x >> 6, np.uint64(x & 63)
+                row, low, high = free[block], bits[z, word], bits[z, word + 1]
+                left |= _strike(row[: height - dy], low[dy:], high[dy:], bit)
+                left |= _strike(row[height - dy :], low[:dy], high[:dy], bit)
+            if left == 0:
                 break
-        if free:
-            count = 0
-            for i in range(64):
-                count += int((free >> np.uint64(i)) & np.uint64(1))
-            chosen = int(_uniform(state) * count)
-            for i in range(64):
-                if (free >> np.uint64(i)) & np.uint64(1):
-                    if chosen == 0:
-                        centre[0], centre[1], centre[2] = z0, y0, x0 + i
-                        centre += shift
-                        return True
-                    chosen -= 1
+        if left:
+            _choose_place(free, centre, state)
+            centre[0] = z0
+            centre += shift
+            return True
     return False
 
 
 @numba.njit(cache=True)
 @no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
-def _common_divisor(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
+def _strike(
+    free: NDArray[np.uint64], low: NDArray[np.uint64], high: NDArray[np.uint64], bit: np.uint64
+) -> np.uint64:
+    """Clear in each row what is taken in the 64 cells from a bit on; what is left of any row."""
+    left = np.uint64(0)
+    rest = np.uint64(63) - bit  # shifts of 64 bits are undefined
+    for y in range(free.shape[0]):
+        free[y] &= ~((low[y] >> bit) | ((high[y] << np.uint64(1)) << rest))
+        left |= free[y]
+    return left
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _choose_place(
+    free: NDArray[np.uint64], centre: NDArray[np.float64], state: NDArray[np.uint64]
+) -> None:
+    """Set y and x of the centre to one of the bits that are set, each with equal probability."""
+    seen = 0
+    for block in range(free.shape[0]):
+        for y in range(free.shape[1]):
+            if free[block, y] == 0:
+                continue
+            for bit in range(64):
+                if (free[block, y] >> np.uint64(bit)) & np.uint64(1):
+                    seen += 1
+                    if _uniform(state) * seen < 1:  # keeps each of n with probability 1/n
+                        centre[1], centre[2] = y, block * 64 + bit
 
 
 @numba.njit(cache=True)
