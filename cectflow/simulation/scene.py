@@ -21,7 +21,7 @@ CELL = 10.0
 
 The beads of two particles stay more than half a cell apart along at least one axis."""
 POSITIONS_PER_ORIENTATION = 128
-RANDOM_ORIENTATIONS = 4
+RANDOM_ORIENTATIONS = 8
 """Orientations that are tried at random positions; cheap while the field is sparse."""
 SEARCHED_ORIENTATIONS = 200
 """Orientations that are then tried at every cell of the field."""
@@ -213,7 +213,8 @@ def _pack_bits(taken: Bool[NDArray[np.bool_], "z y x"]) -> NDArray[np.uint64]:
     """Rows along x as words (z, word, y), continued so that 64 bits can be read from any cell."""
     width = taken.shape[2]
     words = (width + 127) // 64
-    continued = np.take(taken, np.arange(words * 64) % width, axis=2)
+    copies = -(-words * 64 // width)
+    continued = np.concatenate([taken] * copies, axis=2)[:, :, : words * 64]
     packed = np.packbits(continued, axis=2, bitorder="little").view("<u8").astype(np.uint64)
     return np.ascontiguousarray(packed.transpose(0, 2, 1))
 
