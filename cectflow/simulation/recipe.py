@@ -233,7 +233,7 @@ class SimulatedField:
     owners: NDArray[np.int32]
     """0 background, else 1 + index of the particle in the scene."""
     density: NDArray[np.float32]
-    distractors: NDArray[np.int8]
+    distractor_kinds: NDArray[np.int8]
     """Kind of distractor of each voxel, 0 none; see :func:`render_distractors`."""
     record: FieldRecord
 
@@ -479,7 +479,7 @@ def _choose_junk_of(
             kind,
             number,
             owners=field.owners,
-            kinds=field.distractors,
+            kinds=field.distractor_kinds,
             distractors=field.scene.distractors,
             voxel_size=recipe.voxel_size,
             box=recipe.box,

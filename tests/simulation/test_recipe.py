@@ -503,7 +503,7 @@ def test_distractors_are_in_the_density_but_not_in_the_labels(foreign: Specimen)
     seen = set()
     for index in range(4):
         field = simulate_field(foreign, "train", index)
-        scene, kinds = field.scene, field.distractors
+        scene, kinds = field.scene, field.distractor_kinds
         seen |= set(np.unique(kinds).tolist())
         particles, owners = render_field(
             foreign.beads,
@@ -557,7 +557,7 @@ def test_junk_is_the_last_class_and_has_no_target(foreign: Specimen) -> None:
         assert content.voxel_labels.max() <= 2
         # In the middle of a cube of junk there is a distractor, or nothing.
         kinds = cut(
-            field.distractors,
+            field.distractor_kinds,
             content.rows[[f"cectflowCentre{axis}" for axis in "ZYX"]].to_numpy(),
             16,
             periodic=True,
