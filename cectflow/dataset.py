@@ -31,6 +31,7 @@ from cectflow.particles import particles_from, read_particles
 from cectflow.volume import read_stack, write_stack
 
 __all__ = [
+    "JUNK_CLASS",
     "SPLITS",
     "VIEWS_PER_CUBE",
     "Batch",
@@ -50,6 +51,8 @@ __all__ = [
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+JUNK_CLASS = "junk"
+"""Last class of a dataset that has it: cubes about no particle, which need no target."""
 VIEWS_PER_CUBE = 4
 """The identity and three half turns: more views of a cube augmentation does not make."""
 MANIFEST_FILE = "manifest.json"
@@ -479,12 +482,14 @@ def _check_voxel_labels(dataset: Dataset, shard: ShardRecord, class_ids: NDArray
         shapes = f"{labels.shape} and {instances.shape}"
         return [f"{shard.name}: voxel labels and instances have the shapes {shapes}"]
     faults = []
+    has_junk = dataset.manifest.classes[-1] == JUNK_CLASS
     if labels.min() < 0 or labels.max() > num_classes:
         faults.append(f"{shard.name}: voxel labels outside 0..{num_classes}")
     if ((labels == 0) != (instances == 0)).any():
         faults.append(f"{shard.name}: voxel labels and instances disagree on background")
     for index in range(shard.count):
         target = labels[index][instances[index] == 1]
-        if target.size == 0 or (target != class_ids[index]).any():
+        is_junk = has_junk and class_ids[index] == num_classes
+        if (target.size == 0 and not is_junk) or (target != class_ids[index]).any():
             faults.append(f"{shard.name}: cube {index} has no target of its class")
     return faults

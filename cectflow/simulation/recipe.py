@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from cectflow.config import Config
 from cectflow.dataset import (
+    JUNK_CLASS,
     SPLITS,
     Dataset,
     FieldRecord,
@@ -30,9 +32,16 @@ from cectflow.execution import run_all, single_thread
 from cectflow.model_card import CtfCorrection
 from cectflow.particles import make_particle_rows
 from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
+from cectflow.simulation.distractors import (
+    Distractors,
+    Junk,
+    choose_junk,
+    render_distractors,
+)
 from cectflow.simulation.imaging import (
     SnrStage,
     image_and_measure,
+    image_field,
     noise_scale,
     optics_of,
     power_spectrum,
@@ -57,6 +66,9 @@ MIN_BLUR = 0.68
 REFERENCE_VOXELS = 2**22
 """Voxels of the fields over which the expected power spectrum is averaged, 2 to 32 fields: the
 power of a field of 32³ varies by 4 %, of larger ones by less."""
+LEAST_INDEPENDENT_FIELD = 1.6
+"""Edge of an independent field over the box: a shorter one lets the CTF's tails come in again."""
+INDEPENDENT_FIELDS_PER_SHARD = 100
 
 
 class SimulationRecipe(Config):
@@ -75,10 +87,23 @@ class SimulationRecipe(Config):
     """Voxels (z, y, x) of the periodic field from which subtomograms are cut."""
     fields: dict[SplitName, int]
     """Number of fields of each split; splits are made by field."""
+    independent: bool = False
+    """Each subtomogram has a crowded field of its own: its target is placed first, at the centre,
+    and its neighbours around it. False: every particle of a field is a target."""
+    fields_per_shard: int | None = Field(None, ge=1)
+    """None: 1, or 100 where fields are independent."""
     targets_per_field: int | None = Field(None, ge=1)
     """At most this many subtomograms of a field; None: one for each particle."""
     occupancy: float = Field(gt=0, le=0.4)
     """Molecular volume (1.21 Å³/Da) over the volume of the field."""
+    abundances: dict[str, float] = Field(default_factory=dict)
+    """Class → relative number of particles; 1 where a class is not named."""
+    keep_out: float = Field(0.0, ge=0)
+    """Å that stay free between particles beyond what keeps them from overlapping."""
+    distractors: Distractors = Distractors()
+    """Membranes and gold beads; background in labels, and not part of the SNR."""
+    junk: Junk | None = None
+    """Adds the last class ``junk``; true: with the shares of :class:`Junk`."""
     blur: float = Field(gt=0)
     """Gaussian sigma in Å of the specimen's density."""
     bead_spacing: float = Field(10.0, gt=0)
@@ -97,6 +122,13 @@ class SimulationRecipe(Config):
     tilts: TiltScheme = TiltScheme()
     num_optics: int | None = Field(None, ge=1)
     """Fields share this many draws of microscope and tilts; null: each field has its own."""
+
+    @field_validator("junk", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return Junk() if value else None
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> SimulationRecipe:
@@ -123,7 +155,58 @@ class SimulationRecipe(Config):
         if not self.fields or any(count < 1 for count in self.fields.values()):
             msg = f"fields is {self.fields}: expected at least one field in each split named"
             raise ValueError(msg)
+        self._check_scene()
         return self
+
+    def _check_scene(self) -> None:
+        if any(not 0 <= share < np.inf for share in self.abundances.values()):
+            msg = f"abundances is {self.abundances}: expected finite numbers of 0 or more"
+            raise ValueError(msg)
+        edge = min(self.field_shape)
+        if self.distractors.largest > edge * self.voxel_size:
+            msg = (
+                f"distractors reach {self.distractors.largest:.0f} Å across, the field only "
+                f"{edge * self.voxel_size:.0f} Å: make them smaller or enlarge the field"
+            )
+            raise ValueError(msg)
+        if self.independent and edge < LEAST_INDEPENDENT_FIELD * self.box - 1e-9:
+            msg = (
+                f"field_shape is {self.field_shape}: an independent field of a box of {self.box} "
+                f"needs edges of at least {LEAST_INDEPENDENT_FIELD:g} times the box, "
+                f"{int(np.ceil(LEAST_INDEPENDENT_FIELD * self.box - 1e-9))} voxels"
+            )
+            raise ValueError(msg)
+        if self.independent and self.targets_per_field is not None:
+            msg = "targets_per_field is given: an independent field has one target, leave it out"
+            raise ValueError(msg)
+        if self.junk is None:
+            return
+        present = self.distractors
+        for kind, number in (
+            ("membrane", present.vesicles + present.sheets),
+            ("gold", present.gold),
+        ):
+            if getattr(self.junk, kind) and not number:
+                msg = (
+                    f"junk.{kind} is {getattr(self.junk, kind):g}, but distractors has none: "
+                    f"give their number in distractors, or set junk.{kind} to 0"
+                )
+                raise ValueError(msg)
+
+    def shards_of(self, split: SplitName) -> int:
+        """Number of shards of a split."""
+        return -(-self.fields.get(split, 0) // self._fields_per_shard)
+
+    def fields_of(self, split: SplitName, shard: int) -> range:
+        """Numbers of the fields that a shard of a split holds."""
+        first = shard * self._fields_per_shard
+        return range(first, min(first + self._fields_per_shard, self.fields.get(split, 0)))
+
+    @property
+    def _fields_per_shard(self) -> int:
+        if self.fields_per_shard is not None:
+            return self.fields_per_shard
+        return INDEPENDENT_FIELDS_PER_SHARD if self.independent else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,20 +217,26 @@ class Specimen:
     ----------
     recipe_digest
         sha256 over the recipe and the structures' content: every seed derives from it.
+    abundances
+        Of each structure.
     expected_power
-        Mean power spectrum of the recipe's scenes, from reference fields of their own.
+        Mean power spectrum of the particles of the recipe's scenes, from reference fields of their
+        own. Membranes and gold are left out: the SNR is that of the particles, and one gold bead
+        would outweigh them all.
     """
 
     recipe: SimulationRecipe
     recipe_digest: str
     beads: tuple[Beads, ...]
     thresholds: NDArray[np.float64]
+    abundances: NDArray[np.float64]
     expected_power: Tensor
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names; ``class_id`` counts from 1."""
-        return tuple(grains.name for grains in self.beads)
+        names = tuple(grains.name for grains in self.beads)
+        return names if self.recipe.junk is None else (*names, JUNK_CLASS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +248,8 @@ class SimulatedField:
     owners: NDArray[np.int32]
     """0 background, else 1 + index of the particle in the scene."""
     density: NDArray[np.float32]
+    distractor_kinds: NDArray[np.int8]
+    """Kind of distractor of each voxel, 0 none; see :func:`render_distractors`."""
     record: FieldRecord
 
 
@@ -168,8 +259,10 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
     Raises
     ------
     ValueError
-        If a structure does not fit the box with its jitter, or the request cannot be packed.
+        If a structure does not fit the box with its jitter, the request cannot be packed, or
+        abundances name no structure.
     """
+    abundances = _abundances_of(recipe, structures)
     room = recipe.box * recipe.voxel_size - 2.0 * recipe.jitter
     for structure in structures:
         if structure.extent > room:
@@ -195,7 +288,7 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
     )
     nothing = torch.zeros(0)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    specimen = Specimen(recipe, digest, beads, thresholds, nothing)
+    specimen = Specimen(recipe, digest, beads, thresholds, abundances, nothing)
     with single_thread():
         spectra = []
         num_fields = REFERENCE_VOXELS // int(np.prod(recipe.field_shape))
@@ -204,7 +297,7 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
             density = _render(specimen, _pack(specimen, generator))[0]
             spectra.append(power_spectrum(torch.from_numpy(density)))
         expected_power = torch.stack(spectra).mean(dim=0)
-    return Specimen(recipe, digest, beads, thresholds, expected_power)
+    return Specimen(recipe, digest, beads, thresholds, abundances, expected_power)
 
 
 def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField:
@@ -227,11 +320,20 @@ def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField
         snr_stage=recipe.snr_stage,
     )
     density, owners = _render(specimen, scene)
+    foreign, kinds = render_distractors(
+        scene.distractors,
+        shape=recipe.field_shape,
+        voxel_size=recipe.voxel_size,
+        sigma=recipe.blur,
+    )
     factor = noise_scale(specimen.expected_power, optics, snr, width=recipe.field_shape[2])
     noise_generator = torch.Generator().manual_seed(int(generator.integers(2**63 - 1)))
     imaged, measured = image_and_measure(
         torch.from_numpy(density), optics, factor, noise_generator, recipe.voxel_size
     )
+    if scene.distractors:
+        foreign_signal, _ = image_field(torch.from_numpy(foreign), optics, 0.0, noise_generator)
+        imaged, density = imaged + foreign_signal, density + foreign
     tomogram, numbers = imaged.numpy(), draw.numbers()
     record = FieldRecord(
         field=f"{split}-{index:05d}",
@@ -246,7 +348,7 @@ def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField
         occupancy=scene.occupancy,
         num_particles=len(scene),
     )
-    return SimulatedField(scene, tomogram, owners, density, record)
+    return SimulatedField(scene, tomogram, owners, density, kinds, record)
 
 
 def draw_field_optics(specimen: Specimen, split: str, index: int) -> OpticsDraw:
@@ -268,7 +370,7 @@ def simulate_dataset(
 ) -> Dataset:
     """Dataset folder of a recipe; shards that are already there are kept.
 
-    One shard holds one field. The bytes do not depend on ``workers``.
+    A shard holds whole fields. The bytes do not depend on ``workers``.
 
     Parameters
     ----------
@@ -294,7 +396,7 @@ def simulate_dataset(
     jobs = [
         _Job(specimen, folder, split, index)
         for split in SPLITS
-        for index in range(recipe.fields.get(split, 0))
+        for index in range(recipe.shards_of(split))
         if _shard_name(split, index) not in done
     ]
     for split, record in run_all(_simulate_shard, jobs, workers=workers, title="simulating"):
@@ -314,43 +416,109 @@ class _Job:
 
 
 def _simulate_shard(job: _Job) -> tuple[SplitName, ShardRecord]:
+    recipe, parts, records = job.specimen.recipe, [], []
     with single_thread():
-        field = simulate_field(job.specimen, job.split, job.index)
-    recipe = job.specimen.recipe
-    content = _cut_targets(job.specimen, field, _seed(job.specimen, f"{job.split}-cut", job.index))
+        for index in recipe.fields_of(job.split, job.index):
+            field = simulate_field(job.specimen, job.split, index)
+            seed = _seed(job.specimen, f"{job.split}-cut", index)
+            parts.append(_cut_targets(job.specimen, field, seed))
+            records.append(field.record)
     name = _shard_name(job.split, job.index)
-    record = write_shard(job.folder, name, content, (field.record,), recipe.voxel_size)
+    content = _concatenate(parts)
+    record = write_shard(job.folder, name, content, tuple(records), recipe.voxel_size)
     return job.split, record
 
 
+def _concatenate(parts: Sequence[Subtomograms]) -> Subtomograms:
+    labels = [part.voxel_labels for part in parts if part.voxel_labels is not None]
+    instances = [part.instances for part in parts if part.instances is not None]
+    return Subtomograms(
+        np.concatenate([part.cubes for part in parts]),
+        np.concatenate(labels),
+        np.concatenate(instances),
+        pd.concat([part.rows for part in parts], ignore_index=True),
+    )
+
+
 def _cut_targets(specimen: Specimen, field: SimulatedField, seed: int) -> Subtomograms:
-    """Subtomograms about the field's particles, with labels, instances and one row each."""
+    """Subtomograms about the field's particles, with labels, instances and one row each.
+
+    Those of the class junk come after them. They have no target: no voxel of theirs is of
+    instance 1 or of the class, and distractors are background in all cubes alike.
+    """
     recipe, scene = specimen.recipe, field.scene
     generator = np.random.default_rng(seed)
     # A particle that its neighbours' densities hide has no voxel to segment: no target.
     visible = np.unique(field.owners)
     targets = generator.permutation(visible[visible > 0] - 1)[: recipe.targets_per_field]
     targets.sort()
+    if recipe.independent:
+        targets = targets[targets == 0]
+    junk = _choose_junk_of(specimen, field, len(targets), generator)
+    if recipe.independent and len(junk):
+        targets = targets[:0]
     offsets = generator.uniform(-1.0, 1.0, (len(targets), 3)) * recipe.jitter / recipe.voxel_size
-    centres = np.round(scene.positions_zyx[targets] + offsets)
+    centres = np.round(np.concatenate([scene.positions_zyx[targets] + offsets, junk]))
     cubes = cut(field.tomogram, centres, recipe.box, periodic=True).astype(np.float16)
     owners = cut(field.owners, centres, recipe.box, periodic=True)
     class_of_owner = np.concatenate([[0], scene.class_ids]).astype(np.int8)
-    instances = np.stack(
-        [_renumber(cube, int(target) + 1) for cube, target in zip(owners, targets, strict=True)]
-    )
-    present = (instances == 1).any(axis=(1, 2, 3))
+    numbers = np.concatenate([targets + 1, np.full(len(junk), len(scene) + 1)])
+    instances = np.empty(owners.shape, np.int16)
+    for row, (cube, number) in enumerate(zip(owners, numbers, strict=True)):
+        instances[row] = _renumber(cube, int(number))
+    # Junk has no target that could be missing.
+    present = (instances == 1).any(axis=(1, 2, 3)) | (numbers > len(scene))
     rows = make_particle_rows(
-        scene.positions_zyx[targets], angles=scene.angles[targets], tomogram=field.record.field
+        np.concatenate([scene.positions_zyx[targets], junk]),
+        angles=np.concatenate([scene.angles[targets], np.zeros((len(junk), 3))]),
+        tomogram=field.record.field,
     )
-    rows["rlnClassNumber"] = scene.class_ids[targets]
-    rows["cectflowClassName"] = [specimen.classes[i - 1] for i in scene.class_ids[targets]]
+    class_ids = np.concatenate(
+        [scene.class_ids[targets], np.full(len(junk), len(specimen.classes), np.int64)]
+    )
+    rows["rlnClassNumber"] = class_ids
+    rows["cectflowClassName"] = [specimen.classes[i - 1] for i in class_ids]
     for column, axis in (("X", 2), ("Y", 1), ("Z", 0)):
         rows[f"cectflowCentre{column}"] = centres[:, axis].astype(np.int64)
     return Subtomograms(
         cubes[present], class_of_owner[owners][present], instances[present],
         rows[present].reset_index(drop=True),
     )  # fmt: skip
+
+
+def _choose_junk_of(
+    specimen: Specimen, field: SimulatedField, num_targets: int, generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Centres of the field's junk in voxels; of an independent field one or none."""
+    recipe = specimen.recipe
+    nowhere = np.zeros((0, 3))
+    if recipe.junk is None:
+        return nowhere
+    shares = recipe.junk.shares
+    if recipe.independent:
+        # One cube of a field: junk as often as the shares say, and then of one kind.
+        weights = np.array([1.0, *shares.values()])
+        drawn = generator.choice(len(weights), p=weights / weights.sum())
+        numbers = {kind: int(drawn == place) for place, kind in enumerate(shares, start=1)}
+    else:
+        numbers = {
+            kind: int(share * num_targets + generator.random()) for kind, share in shares.items()
+        }
+    found = [
+        choose_junk(
+            kind,
+            number,
+            owners=field.owners,
+            kinds=field.distractor_kinds,
+            distractors=field.scene.distractors,
+            voxel_size=recipe.voxel_size,
+            box=recipe.box,
+            generator=generator,
+        )
+        for kind, number in numbers.items()
+        if number
+    ]
+    return np.concatenate([nowhere, *found])
 
 
 def _renumber(owners: NDArray[Any], target: int) -> NDArray[np.int16]:
@@ -385,7 +553,7 @@ def _start_manifest(
         occupancy=recipe.occupancy,
         jitter=recipe.jitter,
         has_voxel_labels=True,
-        planned_shards={split: recipe.fields.get(split, 0) for split in SPLITS},
+        planned_shards={split: recipe.shards_of(split) for split in SPLITS},
         shards=dict.fromkeys(SPLITS, ()),
     )
     path = folder / "manifest.json"
@@ -411,7 +579,33 @@ def _pack(specimen: Specimen, generator: np.random.Generator) -> Scene:
         voxel_size=recipe.voxel_size,
         occupancy=recipe.occupancy,
         generator=generator,
+        abundances=specimen.abundances,
+        keep_out=recipe.keep_out,
+        distractors=recipe.distractors,
+        # Anywhere within the centre's voxel; the jitter is that of the cut.
+        target_offset=generator.uniform(-0.5, 0.5, 3) if recipe.independent else None,
     )
+
+
+def _abundances_of(
+    recipe: SimulationRecipe, structures: Sequence[Structure]
+) -> NDArray[np.float64]:
+    names = [structure.name for structure in structures]
+    unknown = [name for name in recipe.abundances if name not in names]
+    if unknown:
+        msg = (
+            f"abundances names {', '.join(unknown)}: not among the structures, which are "
+            f"{', '.join(names)}"
+        )
+        raise ValueError(msg)
+    if recipe.junk is not None and JUNK_CLASS in names:
+        msg = f"a structure is called {JUNK_CLASS}, as the class of junk: rename its file"
+        raise ValueError(msg)
+    abundances = np.array([recipe.abundances.get(name, 1.0) for name in names])
+    if not abundances.any():
+        msg = f"abundances is 0 for all of {', '.join(names)}: expected one above 0"
+        raise ValueError(msg)
+    return abundances
 
 
 def _render(specimen: Specimen, scene: Scene) -> tuple[NDArray[np.float32], NDArray[np.int32]]:

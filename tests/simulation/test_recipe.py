@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from cectflow.dataset import Subtomograms, check_dataset
+from cectflow.dataset import Subtomograms, check_dataset, open_dataset
 from cectflow.simulation.beads import label_threshold, render_field
+from cectflow.simulation.distractors import GOLD, MEMBRANE, Distractors, Junk
 from cectflow.simulation.imaging import image_field, noise_scale, optics_of
 from cectflow.simulation.microscope import Microscope, TiltScheme
 from cectflow.simulation.recipe import (
@@ -90,6 +91,26 @@ def test_a_box_too_small_for_a_structure_is_refused_with_the_box_it_needs(
         ({"fields": {"train": 0}}, "expected at least one field in each split named"),
         ({"fields": {"training": 1}}, "train"),
         ({"occupancy": 0.5}, "occupancy"),
+        ({"abundances": {"rod": -1.0}}, r"abundances is .* expected finite numbers of 0 or more"),
+        ({"abundances": {"rod": float("nan")}}, r"expected finite numbers of 0 or more"),
+        ({"keep_out": -1.0}, "keep_out"),
+        (
+            {"distractors": Distractors(vesicles=1.0, vesicle_radius=(100.0, 250.0))},
+            r"distractors reach 547 Å across, the field only 512 Å",
+        ),
+        (
+            {"independent": True, "box": 24},
+            r"needs edges of at least 1\.6 times the box, 39 voxels",
+        ),
+        ({"independent": True, "targets_per_field": 3}, "an independent field has one target"),
+        (
+            {"junk": True, "distractors": Distractors(gold=1.0)},
+            r"junk\.membrane is 0\.05, but distractors has none: .* or set junk\.membrane to 0",
+        ),
+        (
+            {"junk": Junk(membrane=0.0)},
+            r"junk\.gold is 0\.02, but distractors has none",
+        ),
         ({"voltage": 300.0}, "voltage"),
         ({"num_optics": 0}, "num_optics"),
         ({"snr_stage": "camera"}, "snr_stage"),
@@ -504,6 +525,147 @@ def test_noise_does_not_know_how_crowded_a_cube_is(
     assert np.corrcoef(crowding, signal)[0, 1] > 0.3
 
 
+# --- what fields hold besides ---------------------------------------------------------------------
+
+CROWD = Distractors(
+    vesicles=1.5, vesicle_radius=(70.0, 110.0), sheets=0.3, gold=2.0, gold_diameter=(60.0, 100.0)
+)
+
+
+@pytest.fixture(scope="module")
+def foreign(phantom: Phantom, make_recipe: MakeRecipe) -> Specimen:
+    """Ring and rod among membranes and gold, with a class of junk."""
+    junk = Junk(membrane=0.3, gold=0.1, empty=0.2)
+    recipe = make_recipe(distractors=CROWD, junk=junk, jitter=8.0, occupancy=0.06)
+    return prepare_specimen(recipe, [phantom("ring"), phantom("rod")])
+
+
+def test_abundances_of_unknown_or_no_structures_are_refused(
+    phantom: Phantom, make_recipe: MakeRecipe
+) -> None:
+    structures = [phantom("rod"), phantom("ring")]
+    for abundances, message in (
+        ({"rods": 1.0}, "abundances names rods: not among the structures, which are rod, ring"),
+        ({"rod": 0.0, "ring": 0.0}, "abundances is 0 for all of rod, ring: expected one above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare_specimen(make_recipe(abundances=abundances), structures)
+    only = prepare_specimen(make_recipe(abundances={"rod": 0.0}), structures)
+    assert set(simulate_field(only, "train", 0).scene.class_ids.tolist()) == {2}
+
+
+def test_distractors_are_in_the_density_but_not_in_the_labels(foreign: Specimen) -> None:
+    seen = set()
+    for index in range(4):
+        field = simulate_field(foreign, "train", index)
+        scene, kinds = field.scene, field.distractor_kinds
+        seen |= set(np.unique(kinds).tolist())
+        particles, owners = render_field(
+            foreign.beads,
+            scene.class_ids,
+            scene.positions_zyx,
+            scene.angles,
+            shape=(32, 32, 32),
+            voxel_size=16.0,
+            sigma=11.0,
+            thresholds=foreign.thresholds,
+        )
+        np.testing.assert_array_equal(owners, field.owners)
+        foreign_density = field.density - particles
+        if (kinds == GOLD).any():
+            assert foreign_density[kinds == GOLD].mean() > 5 * particles.max()
+        if (kinds == MEMBRANE).any():
+            assert foreign_density[kinds == MEMBRANE].mean() > 0.5
+    assert seen == {0, MEMBRANE, GOLD}
+
+
+def test_the_snr_is_that_of_the_particles(phantom: Phantom, make_recipe: MakeRecipe) -> None:
+    structures = [phantom("ring"), phantom("rod")]
+    asked = {"snr": (0.5, 0.5), "occupancy": 0.08, "seed": 3}
+    specimen = prepare_specimen(make_recipe(distractors=CROWD, **asked), structures)
+    plain = prepare_specimen(make_recipe(**asked), structures)
+    # Not at the lowest frequencies: particles crowd where membranes leave room.
+    power, plain_power = (s.expected_power[4:12, 4:12, 4:12].mean() for s in (specimen, plain))
+    assert float(power) == pytest.approx(float(plain_power), rel=0.2)
+    fields = [simulate_field(specimen, "train", index) for index in range(12)]
+    reported = np.array([field.record.snr for field in fields])
+    assert reported.mean() == pytest.approx(0.5, rel=0.08)
+    with_all = []
+    for field in fields:
+        signal, noise = image_again(specimen, field)
+        with_all.append(signal.var() / noise.var())
+    assert np.mean(with_all) > 2 * reported.mean(), "gold and membranes would swamp it"
+
+
+def test_junk_is_the_last_class_and_has_no_target(foreign: Specimen) -> None:
+    assert foreign.classes == ("ring", "rod", "junk")
+    num_particles, num_junk = 0, 0
+    for index in range(6):
+        field = simulate_field(foreign, "train", index)
+        content = _cut_targets(foreign, field, index)
+        assert content.voxel_labels is not None
+        assert content.instances is not None
+        is_junk = content.rows["rlnClassNumber"].to_numpy() == 3
+        assert (content.rows["cectflowClassName"] == "junk").tolist() == is_junk.tolist()
+        num_particles, num_junk = num_particles + (~is_junk).sum(), num_junk + is_junk.sum()
+        assert ((content.instances == 1).any(axis=(1, 2, 3)) == ~is_junk).all()
+        assert content.voxel_labels.max() <= 2
+        # In the middle of a cube of junk there is a distractor, or nothing.
+        kinds = cut(
+            field.distractor_kinds,
+            content.rows[[f"cectflowCentre{axis}" for axis in "ZYX"]].to_numpy(),
+            16,
+            periodic=True,
+        )
+        middle = slice(8 - 2, 8 + 3)
+        blocks = np.stack([kinds, content.voxel_labels])[:, is_junk, middle, middle, middle]
+        assert ((blocks[0, :, 2, 2, 2] > 0) | ~blocks[:, :].any(axis=(0, 2, 3, 4))).all()
+    # The shares add up to 0.6; fields without gold, or without a membrane, give less.
+    assert 0.3 < num_junk / num_particles <= 0.65
+
+
+def test_independent_fields_have_one_target_each_and_share_shards(
+    phantom: Phantom, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    structures = [phantom("ring"), phantom("rod")]
+    recipe = make_recipe(
+        independent=True, fields_per_shard=4, fields={"train": 10, "test": 3}, jitter=16.0,
+        field_shape=(26, 26, 26), occupancy=0.08,
+    )  # fmt: skip
+    manifest = simulate_dataset(recipe, structures, tmp_path / "a").manifest
+    assert not check_dataset(tmp_path / "a")
+    assert manifest.planned_shards == {"train": 3, "validation": 0, "test": 1}
+    assert [len(shard.fields) for shard in manifest.shards["train"]] == [4, 4, 2]
+    assert manifest.count("train") == 10
+    names = [record.field for record in manifest.field_records("train")]
+    assert names == [f"train-{index:05d}" for index in range(10)]
+    assert min(record.num_particles or 0 for record in manifest.field_records("train")) >= 3
+    whole = recipe.model_copy(update={"fields_per_shard": None})
+    assert (whole.shards_of("train"), whole.fields_of("train", 0)) == (1, range(10))
+    # Which shard a field is in does not change it, nor do other workers.
+    specimen = prepare_specimen(recipe, structures)
+    rows = open_dataset(tmp_path / "a").split("train").rows
+    for index in (0, 9):
+        field = simulate_field(specimen, "train", index)
+        position = rows[[f"rlnCoordinate{axis}" for axis in "ZYX"]].to_numpy(np.float64)[index]
+        np.testing.assert_allclose(position, field.scene.positions_zyx[0], atol=1e-4)
+        centre = rows[[f"cectflowCentre{axis}" for axis in "ZYX"]].to_numpy()[index]
+        assert np.abs(centre - 13).max() <= 1 + 1  # the jitter is one voxel, and whole voxels
+
+
+def test_independent_junk_comes_in_its_share(foreign: Specimen) -> None:
+    changes = {"independent": True, "field_shape": (26, 26, 26), "jitter": 0.0}
+    alone = with_recipe(foreign, **changes, snr=None)
+    counts = []
+    for index in range(60):
+        content = _cut_targets(alone, simulate_field(alone, "train", index), index)
+        assert len(content.rows) == 1
+        counts.append(int(content.rows["rlnClassNumber"][0] == 3))
+    # 0.6 in 1.6, less where a field has no gold or no membrane; four standard deviations.
+    assert 0.6 / 1.6 - 4 * np.sqrt(0.25 / 60) - 0.1 < np.mean(counts) < 0.6 / 1.6 + 0.25
+    assert 0 < sum(counts) < 60
+
+
 # --- the dataset ----------------------------------------------------------------------------------
 
 
@@ -552,3 +714,17 @@ def test_a_folder_of_another_dataset_is_refused(
     (tmp_path / "b" / "thesis.txt").touch()
     with pytest.raises(FileExistsError, match="is not empty and holds no dataset"):
         simulate_dataset(recipe, structures, tmp_path / "b")
+
+
+def test_a_dataset_with_junk_is_sound(
+    phantom: Phantom, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    structures = [phantom("rod"), phantom("ring")]
+    recipe = make_recipe(
+        field_shape=(24, 24, 24), fields={"train": 3}, fields_per_shard=2, occupancy=0.05,
+        distractors=Distractors(sheets=1.0, gold=2.0), junk=True,
+    )  # fmt: skip
+    manifest = simulate_dataset(recipe, structures, tmp_path).manifest
+    assert manifest.classes == ("rod", "ring", "junk")
+    assert not check_dataset(tmp_path)
+    assert SimulationRecipe.model_validate_json(recipe.model_dump_json()) == recipe
