@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cectflow.model_card import CtfCorrection
-from cectflow.simulation.microscope import Microscope, TiltScheme, contrast_transfer, dose_filter
+from cectflow.simulation.microscope import (
+    Microscope,
+    TiltScheme,
+    contrast_transfer,
+    dose_filter,
+    noise_power,
+)
 
 __all__ = [
     "Optics",
@@ -113,7 +119,7 @@ def optics_of(
         blur = microscope.mtf ** (k_squared / nyquist**2)
         weights = weight[slab[0], 0, slab[1]][:, None]
         signal[slab[0], :, slab[1]] += weights * filtered * seen * blur
-        spectrum = 1.0 if microscope.noise_spectrum == "white" else 0.05 + k_squared / nyquist**2
+        spectrum = noise_power(k_squared, microscope, nyquist)
         squared_noise[slab[0], :, slab[1]] += (weights * noise) ** 2 * spectrum
         weight_sum[slab[0], :, slab[1]] += weights
     radius = np.sqrt(kz**2 + kx**2)

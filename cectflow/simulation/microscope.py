@@ -11,7 +11,57 @@ from pydantic import Field, model_validator
 
 from cectflow.config import Config
 
-__all__ = ["Microscope", "TiltScheme", "contrast_transfer", "dose_filter", "electron_wavelength"]
+__all__ = [
+    "Microscope",
+    "NoiseSpectrum",
+    "TiltScheme",
+    "contrast_transfer",
+    "dose_filter",
+    "electron_wavelength",
+    "noise_power",
+]
+
+
+class NoiseSpectrum(Config):
+    """Measured power of the noise in a tilt image: linear between the frequencies, constant beyond.
+
+    ``cectflow simulate calibrate`` writes one. The scale is of no account: the SNR sets it.
+    """
+
+    frequencies: tuple[float, ...] = Field(min_length=2)
+    """Å⁻¹, ascending."""
+    power: tuple[float, ...] = Field(min_length=2)
+    """Relative power at each frequency, 0 or more."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NoiseSpectrum:
+        frequencies, power = np.array(self.frequencies), np.array(self.power)
+        if len(frequencies) != len(power):
+            msg = (
+                f"{len(frequencies)} frequencies and {len(power)} values of power: expected as "
+                f"many of each"
+            )
+            raise ValueError(msg)
+        if not (frequencies[0] >= 0 and np.isfinite(frequencies[-1])):
+            msg = (
+                f"frequencies run from {frequencies[0]:g} to {frequencies[-1]:g} Å⁻¹: expected "
+                f"finite ones from 0 on"
+            )
+            raise ValueError(msg)
+        if not (np.diff(frequencies) > 0).all():
+            place = int(np.argmin(np.diff(frequencies) > 0)) + 1
+            msg = (
+                f"frequency {place + 1} is {frequencies[place]:g} Å⁻¹ after "
+                f"{frequencies[place - 1]:g}: expected them ascending"
+            )
+            raise ValueError(msg)
+        if not (np.isfinite(power).all() and power.min() >= 0 and power.max() > 0):
+            msg = (
+                f"power runs from {power.min():g} to {power.max():g}: expected finite values, "
+                f"none below 0 and one above it"
+            )
+            raise ValueError(msg)
+        return self
 
 
 class Microscope(Config):
@@ -24,9 +74,9 @@ class Microscope(Config):
     """Lowest and highest defocus; positive is underfocus. One value is drawn per field."""
     mtf: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Detector's modulation transfer at the Nyquist frequency of the volume; Gaussian in k."""
-    noise_spectrum: Literal["white", "blue"] = "white"
-    """Power of the noise in each tilt image: flat, or rising as k² above a floor of 5 %, as the
-    spectra of CTF-premultiplied subtomograms do (EMPIAR-10499, notes/simulation.md)."""
+    noise_spectrum: Literal["white", "blue"] | NoiseSpectrum = "white"
+    """Power of the noise in each tilt image: flat; rising as k² above a floor of 5 %, as the
+    spectra of CTF-premultiplied subtomograms do (EMPIAR-10499, notes/simulation.md); or measured."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Microscope:
@@ -35,6 +85,11 @@ class Microscope(Config):
             msg = f"defocus_um is ({low:g}, {high:g}): expected the lower value first"
             raise ValueError(msg)
         return self
+
+    @property
+    def noise_spectrum_name(self) -> str:
+        """``white``, ``blue`` or ``measured``, for manifest and card."""
+        return self.noise_spectrum if isinstance(self.noise_spectrum, str) else "measured"
 
 
 class TiltScheme(Config):
@@ -121,3 +176,26 @@ def dose_filter(
     critical = 0.245 * np.maximum(k_squared, 1e-10) ** (-1.665 / 2) + 2.81
     survived: NDArray[np.float64] = np.exp(-0.5 * exposure / critical)
     return survived
+
+
+def noise_power(
+    k_squared: Float[NDArray[np.float64], "..."], microscope: Microscope, nyquist: float
+) -> Float[NDArray[np.float64], "..."]:
+    """Relative power of the noise in a tilt image, before any CTF correction.
+
+    Parameters
+    ----------
+    k_squared
+        Squared spatial frequency within the tilt image, Å⁻².
+    microscope
+        Its noise spectrum is taken.
+    nyquist
+        Nyquist frequency of the volume in Å⁻¹, to which the blue spectrum refers.
+    """
+    spectrum = microscope.noise_spectrum
+    if spectrum == "white":
+        return np.ones_like(k_squared)
+    if spectrum == "blue":
+        return np.asarray(0.05 + k_squared / nyquist**2)
+    measured = np.interp(np.sqrt(k_squared), spectrum.frequencies, spectrum.power)
+    return np.asarray(measured, np.float64)

@@ -352,7 +352,7 @@ def _start_manifest(
         tilt_range=(recipe.tilts.lowest, recipe.tilts.highest),
         snr_stage=recipe.snr_stage,
         snr=recipe.snr,
-        noise_spectrum=recipe.microscope.noise_spectrum,
+        noise_spectrum=recipe.microscope.noise_spectrum_name,
         occupancy=recipe.occupancy,
         jitter=recipe.jitter,
         has_voxel_labels=True,
