@@ -183,7 +183,9 @@ def simulate_dataset(
 
 @simulate_app.command("calibrate")
 def simulate_calibrate(
-    stack: Annotated[str, typer.Option("--from", help="Real subtomograms: MRC stack, folder, glob.")],
+    stack: Annotated[
+        str, typer.Option("--from", help="Real subtomograms: MRC stack, folder, glob.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Recipe to write (.yaml); a .png beside it.")],
     recipe: RecipeOption = "real",
     particles: Annotated[

@@ -17,7 +17,13 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-__all__ = ["draw_confusion", "draw_field", "draw_learning_curves", "draw_radial_power", "draw_slices"]
+__all__ = [
+    "draw_confusion",
+    "draw_field",
+    "draw_learning_curves",
+    "draw_radial_power",
+    "draw_slices",
+]
 
 LABEL_COLOUR = "#ff7f0e"
 PREDICTION_COLOUR = "#17becf"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
@@ -21,12 +22,20 @@ from numpy.typing import NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from scipy.optimize import nnls
+from scipy.stats import norm
 
 from cectflow.execution import track
 from cectflow.model_card import Contrast
 from cectflow.simulation.imaging import WIENER_CONSTANT, Optics, optics_of
-from cectflow.simulation.microscope import NoiseSpectrum, contrast_transfer
-from cectflow.simulation.recipe import SimulationRecipe, Specimen
+from cectflow.simulation.microscope import (
+    Microscope,
+    NoiseSpectrum,
+    TiltScheme,
+    contrast_transfer,
+    single_number,
+)
+from cectflow.simulation.recipe import SimulationRecipe, Specimen, simulate_field
+from cectflow.subtomogram import cut
 
 __all__ = [
     "Calibration",
@@ -60,6 +69,8 @@ AGREEMENT = 0.01
 """Of measured and expected power per shell, at which the rounds end."""
 HIGHEST_SNR = 10.0
 """Upper end of the interval when the measured power sets none."""
+SIGNAL_FIELDS = 4
+"""Fields whose particles give the power of the signal."""
 SIGNAL_RESOLUTION = 60.0
 """Å: below it the mean of unaligned particles is looked for."""
 
@@ -222,7 +233,9 @@ def calibrate(
     tilt_range, note = _measure_tilts(recipe, sample)
     notes += note
     tilts = recipe.tilts
-    if tilt_range is not None:
+    if tilts.explicit is not None:
+        notes.append("The recipe lists its tilt angles: they stay as they are.")
+    elif tilt_range is not None:
         step = tilts.step
         lowest = round(2 * tilt_range.lowest) / 2
         number = max(1, round((tilt_range.highest - lowest) / step))
@@ -238,11 +251,11 @@ def calibrate(
         recipe = recipe.model_copy(update={"microscope": optical})
     else:
         defoci = {}
-        values = tuple(np.linspace(*recipe.microscope.defocus_um, 5)) if shown else ()
-    values = values or (float(np.mean(recipe.microscope.defocus_um)),)
+        values = tuple(np.linspace(*_defocus_range(recipe), 5).tolist()) if shown else ()
+    values = values or (float(np.mean(_defocus_range(recipe))),)
     pooled = _summarise(sample, corners=True)
     start = kernel.solve(pooled, kernel.response(values), pooled.between(0.0, 0.5))[0]
-    signal = _signal_periodogram(specimen, recipe, sample, values)
+    signal = _signal_power(specimen, recipe, sample, values)
     interval = _bound_snr(sample, pooled, signal, snr, voxel_size)
     middle = float(np.sqrt(interval.low * interval.high))
     spectrum, expected, missed = _match(
@@ -252,12 +265,11 @@ def calibrate(
         shells = ", ".join(f"{frequency:.3f}" for frequency in missed)
         notes.append(
             f"At an SNR of {middle:.3g} the signal alone has more power than was measured at "
-            f"{shells} cycles/voxel: the SNR is too high for these structures."
+            f"{shells} cycles/voxel: the SNR is too high for these structures, or the cubes are "
+            "too few to tell."
         )
     optical = recipe.microscope.model_copy(update={"noise_spectrum": spectrum})
-    recipe = recipe.model_copy(
-        update={"microscope": optical, "snr": (interval.low, interval.high)}
-    )
+    recipe = recipe.model_copy(update={"microscope": optical, "snr": (interval.low, interval.high)})
     recipe = SimulationRecipe.model_validate(recipe.model_dump())
     measured = _summarise(sample)
     return Calibration(
@@ -326,8 +338,10 @@ class _Sample:
             msg = f"{number} cubes: expected at least {MIN_CUBES}, better 10 or more"
             raise ValueError(msg)
         values = cubes.astype(np.float64)
-        finite = np.isfinite(values).all(axis=(1, 2, 3))
-        varied = finite & (np.ptp(np.where(np.isfinite(values), values, 0), axis=(1, 2, 3)) > 0)
+        finite = np.array([bool(np.isfinite(cube).all()) for cube in values])
+        varied = np.array(
+            [bool(np.ptp(cube) > 0) for cube in np.where(finite[:, None, None, None], values, 0)]
+        )
         if not varied.all():
             place = int(np.argmin(varied))
             state = "constant" if finite[place] else "not finite"
@@ -405,6 +419,11 @@ def _over_shells(periodogram: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray((sums / np.bincount(numbers))[1:])
 
 
+def _mean(power: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
+    """Over all frequencies, of power per shell; there is none at k = 0."""
+    return float((power * counts).sum() / (counts.sum() + 1))
+
+
 def _summarise(sample: _Sample, *, corners: bool = False) -> RadialPower:
     each = np.stack([_over_shells(periodogram) for periodogram in sample.periodograms])
     if not corners:
@@ -446,9 +465,7 @@ def _judge_contrast(sample: _Sample, contrast: Contrast | None) -> tuple[str, ..
 # --- tilt range -----------------------------------------------------------------------------------
 
 
-def _power_of_angle(
-    periodogram: NDArray[np.float64], *, axis: str = "y"
-) -> NDArray[np.float64]:
+def _power_of_angle(periodogram: NDArray[np.float64], *, axis: str = "y") -> NDArray[np.float64]:
     """Mean power of directions at -90°, -89° … 89° of tilt about y (or x), every shell alike.
 
     A tilt by t fills the plane k_z cos t + k_x sin t = 0, whose direction is -k_z / k_x = tan t.
@@ -514,10 +531,12 @@ def _measure_tilts(
             )
             raise ValueError(msg)
         least = np.array([np.roll(power, -i) for i in range(-4, 5)]).mean(axis=0)
-        return None, (
-            f"No missing wedge is visible: the emptiest 9° have {100 * least.min() / power.mean():.0f} "
-            f"% of the mean power, expected below {100 * EMPTY:.0f} %. The tilts stay as they were.",
-        )  # fmt: skip
+        share = 100 * least.min() / power.mean()
+        note = (
+            f"No missing wedge is visible: the emptiest 9° have {share:.0f} % of the mean power, "
+            f"expected below {100 * EMPTY:.0f} %. The tilts stay as they were."
+        )
+        return None, (note,)
     if not found[0] < -10 < 10 < found[1]:
         msg = (
             f"the power of the cubes is between {found[0]:.0f}° and {found[1]:.0f}° of tilt about "
@@ -530,7 +549,11 @@ def _measure_tilts(
     for _ in range(3):
         optical = recipe.microscope.model_copy(update={"noise_spectrum": "white"})
         tilts = recipe.tilts.model_copy(
-            update={"lowest": max(lowest, -89.0), "highest": min(highest, 89.0)}
+            update={
+                "lowest": max(lowest, -89.0),
+                "highest": min(highest, 89.0),
+                "explicit": None,
+            }
         )
         white = recipe.model_copy(
             update={"microscope": optical, "tilts": tilts, "ctf_correction": "none"}
@@ -589,15 +612,40 @@ class _Window:
         return np.asarray(fft.fftn(folded).real)
 
 
+ConfigT = TypeVar("ConfigT", Microscope, TiltScheme)
+
+
+def _middle(config: ConfigT) -> ConfigT:
+    """With the middle of every range."""
+    values = {name: getattr(config, name) for name in config.drawn}
+    ranges = {name: 0.5 * sum(value) for name, value in values.items() if isinstance(value, tuple)}
+    return config.model_copy(update=ranges)
+
+
+def _defocus_range(recipe: SimulationRecipe) -> tuple[float, float]:
+    given = recipe.microscope.defocus_um
+    return given if isinstance(given, tuple) else (given, given)
+
+
 def _optics(recipe: SimulationRecipe, defocus_um: float) -> Optics:
+    """Optics of a typical field of this defocus: the middle of every other range."""
+    microscope, tilts = _middle(recipe.microscope), _middle(recipe.tilts)
+    spread = single_number(microscope, "defocus_spread_um")
+    defoci = defocus_um + spread * _deviates(len(tilts.angles))
     return optics_of(
         recipe.field_shape,
         recipe.voxel_size,
-        recipe.microscope,
-        recipe.tilts,
-        defocus_um,
+        microscope,
+        tilts,
+        tuple(defoci.tolist()),
         recipe.ctf_correction,
     )
+
+
+def _deviates(number: int) -> NDArray[np.float64]:
+    """Standard normal quantiles in an order that has nothing to do with the tilt angle."""
+    quantiles = norm.ppf((np.arange(number) + 0.5) / number)
+    return np.asarray(np.random.default_rng(0).permutation(quantiles))
 
 
 def _noise_power(recipe: SimulationRecipe, defocus_um: float) -> NDArray[np.float64]:
@@ -654,18 +702,20 @@ class _Kernel:
         """What the CTF correction does to the noise power at :attr:`frequencies`."""
         if self.recipe.ctf_correction not in {"premultiplied", "wiener"}:
             return np.ones_like(self.frequencies)
+        microscope = _middle(self.recipe.microscope)
         squared = (self.frequencies / self.recipe.voxel_size) ** 2
-        transfer = contrast_transfer(squared, defocus_um, self.recipe.microscope)
-        gain = transfer**2
+        defoci = defocus_um + single_number(microscope, "defocus_spread_um") * _deviates(15)
+        gain = np.stack([contrast_transfer(squared, float(d), microscope) ** 2 for d in defoci])
         if self.recipe.ctf_correction == "wiener":
             gain = gain / (gain + WIENER_CONSTANT) ** 2
-        return np.asarray(gain)
+        return np.asarray(gain.mean(axis=0))
 
     def response(self, defoci: Sequence[float]) -> NDArray[np.float64]:
         """``(shell, node)``: power per shell of a unit of the spectrum at each node."""
         weights = np.mean([self.weights(float(defocus)) for defocus in defoci], axis=0)
         hats = np.stack(
-            [np.interp(self.frequencies, self.nodes, unit) for unit in np.eye(len(self.nodes))], axis=1
+            [np.interp(self.frequencies, self.nodes, unit) for unit in np.eye(len(self.nodes))],
+            axis=1,
         )
         return np.asarray((self.matrix * weights) @ hats)
 
@@ -684,7 +734,7 @@ class _Kernel:
 
 
 def _defoci_to_try(recipe: SimulationRecipe) -> NDArray[np.float64]:
-    low, high = recipe.microscope.defocus_um
+    low, high = _defocus_range(recipe)
     low, high = max(low - DEFOCUS_MARGIN, 0.2), high + DEFOCUS_MARGIN
     return np.linspace(low, high, round((high - low) / DEFOCUS_STEP) + 1)
 
@@ -715,13 +765,13 @@ def _match(
 ) -> tuple[NoiseSpectrum, NDArray[np.float64], tuple[float, ...]]:
     """Spectrum whose expected power is the target's, that power, and shells where it cannot be."""
     window = _Window.of(recipe.field_shape, sample)
-    share = snr / (1.0 + snr)
+    counts = np.bincount(_shell_numbers(sample.box).ravel())[1:]
+    share = snr / (1.0 + snr * _mean(signal, counts))
     wanted = target.power - share * signal
     least = 0.02 * target.power
     band = target.in_band
     missed = tuple(target.frequencies[band & (wanted < least)].tolist())
     wanted = np.maximum(wanted, least)
-    counts = np.bincount(_shell_numbers(sample.box).ravel())[1:]
     power = np.maximum(start, 1e-4 * start.max())
     shells = len(nodes) - 1
     for _ in track(range(MAX_ROUNDS), total=MAX_ROUNDS, title="matching the noise spectrum"):
@@ -734,7 +784,7 @@ def _match(
             [window.expected(_noise_power(made, float(defocus))) for defocus in defoci], axis=0
         )
         noise = _over_shells(periodogram)
-        noise *= (wanted * counts).sum() / (noise * counts).sum()
+        noise *= (wanted * counts)[band].sum() / (noise * counts)[band].sum()
         ratio = wanted / np.maximum(noise, 1e-30)
         if np.abs(ratio[:shells][band[:shells]] - 1.0).max() < AGREEMENT:
             break
@@ -746,19 +796,26 @@ def _match(
 # --- SNR ------------------------------------------------------------------------------------------
 
 
-def _signal_periodogram(
+def _signal_power(
     specimen: Specimen, recipe: SimulationRecipe, sample: _Sample, defoci: Sequence[float]
 ) -> NDArray[np.float64]:
-    """Power per shell of the recipe's imaged scenes alone, its mean over all frequencies 1."""
-    window = _Window.of(recipe.field_shape, sample)
-    power = specimen.expected_power.cpu().numpy().astype(np.float64)
-    power[0, 0, 0] = 0.0
-    imaged = [
-        power * _optics(recipe, float(defocus)).signal.cpu().numpy().astype(np.float64) ** 2
-        for defocus in defoci
-    ]
-    periodogram = window.expected(np.mean(imaged, axis=0))
-    return _over_shells(periodogram) / periodogram.mean()
+    """Power per shell of noise-free cubes about particles, for a unit variance of their fields."""
+    powers, variances = [], []
+    norm_of_taper = (sample.window**2).sum()
+    for index in track(range(SIGNAL_FIELDS), total=SIGNAL_FIELDS, title="signal of the recipe"):
+        field = simulate_field(specimen, "calibration", index)
+        transfer = _optics(recipe, float(defoci[index % len(defoci)])).signal.cpu().numpy()
+        spectrum = fft.rfftn(np.asarray(field.density, np.float64)) * transfer
+        spectrum[0, 0, 0] = 0.0
+        imaged = fft.irfftn(spectrum, s=recipe.field_shape)
+        variances.append(imaged.var())
+        cubes = cut(imaged, np.round(field.scene.positions_zyx), sample.box, periodic=True)
+        weight = sample.window / sample.window.sum()
+        means = (cubes * weight).sum(axis=(1, 2, 3))
+        for cube, mean in zip(cubes, means, strict=True):
+            tapered = np.abs(fft.fftn((cube - mean) * sample.window)) ** 2 / norm_of_taper
+            powers.append(_over_shells(tapered))
+    return np.asarray(np.mean(powers, axis=0) / np.mean(variances))
 
 
 def _bound_snr(
@@ -774,12 +831,13 @@ def _bound_snr(
     room = (power.power + 2 * power.standard_error)[band] / signal[band]
     tightest = int(np.argmin(room))
     share = float(room[tightest])
-    high = share / (1.0 - share) if share < HIGHEST_SNR / (1 + HIGHEST_SNR) else HIGHEST_SNR
+    left = 1.0 - share * _mean(signal, np.bincount(_shell_numbers(sample.box).ravel())[1:])
+    high = share / left if left > share / HIGHEST_SNR else HIGHEST_SNR
     upper = (
         f"at most {high:.2g}, since with more of it the signal of the recipe's structures alone "
         f"would exceed the power at {power.frequencies[band][tightest]:.3f} cycles/voxel"
         if high < HIGHEST_SNR
-        else f"no upper bound, {high:g} is taken: the power has the shape of the signal's"
+        else f"no upper bound, {high:g} is taken: the power might as well all be signal"
     )
     held, error = _power_of_mean(sample, voxel_size)
     number = len(sample.cubes)
@@ -798,21 +856,26 @@ def _bound_snr(
 
 
 def _power_of_mean(sample: _Sample, voxel_size: float) -> tuple[float, float]:
-    """Share of the variance that all cubes have in common below 60 Å, and its standard error.
+    """Share of the variance that cubes have in common about their centre below 60 Å; its error.
 
-    Particles in any orientation have their spherical mean in common: less than the whole signal.
+    Centred particles in any orientation have their spherical mean in common: a part of the signal.
     """
     number = len(sample.cubes)
-    spectra = fft.fftn(sample.cubes * sample.taper, axes=(1, 2, 3))
+    centred = fft.ifftshift(sample.cubes * sample.taper, axes=(1, 2, 3))
+    spectra = fft.fftn(centred, axes=(1, 2, 3))
     spectra /= np.sqrt((np.abs(spectra) ** 2).sum(axis=(1, 2, 3), keepdims=True))
-    numbers = _shell_numbers(sample.box)
-    low = (numbers > 0) & (numbers * SIGNAL_RESOLUTION <= sample.box * voxel_size)
-    inside = spectra[:, low]
+    numbers = _shell_numbers(sample.box).ravel()
+    counts = np.bincount(numbers)
+    low = (np.arange(len(counts)) > 0) & (
+        np.arange(len(counts)) * SIGNAL_RESOLUTION <= sample.box * voxel_size
+    )
+    # The mean of a shell's amplitudes squared, times their number, is no more than their power.
+    amplitudes = [np.bincount(numbers, one.real.ravel()) for one in spectra]
+    inside = np.stack(amplitudes)[:, low] / np.sqrt(counts[low])
 
-    def share(values: NDArray[np.complex128]) -> float:
+    def share(values: NDArray[np.float64]) -> float:
         n = len(values)
-        each = (np.abs(values) ** 2).sum()
-        return float(((np.abs(values.sum(axis=0)) ** 2).sum() - each) / (n * (n - 1)))
+        return float(((values.sum(axis=0) ** 2).sum() - (values**2).sum()) / (n * (n - 1)))
 
     left_out = np.array([share(np.delete(inside, i, axis=0)) for i in range(number)])
     return share(inside), float(np.sqrt((number - 1) * left_out.var()))
@@ -832,6 +895,12 @@ def _check_request(
         msg = (
             f"the cubes have {box} voxels along an edge, more than the recipe's field_shape "
             f"{recipe.field_shape}: enlarge the field to at least {box}"
+        )
+        raise ValueError(msg)
+    if recipe.snr_stage != "reconstruction":
+        msg = (
+            f"snr_stage is {recipe.snr_stage}: cubes show the SNR of the reconstruction only: set "
+            "snr_stage: reconstruction in the recipe"
         )
         raise ValueError(msg)
     if snr is not None and not (np.isfinite(snr) and snr > 0):

@@ -23,6 +23,7 @@ from cectflow.simulation.recipe import (
     SimulationRecipe,
     Specimen,
     _cut_targets,
+    draw_field_optics,
     prepare_specimen,
     simulate_dataset,
     simulate_field,
@@ -43,14 +44,17 @@ def with_recipe(specimen: Specimen, **changes: Any) -> Specimen:
 def image_again(specimen: Specimen, field: SimulatedField) -> tuple[Array, Array]:
     """Signal and noise whose sum is the tomogram of a field."""
     recipe = specimen.recipe
-    assert field.record.defocus_um is not None
+    split, index = field.record.field.split("-")
+    draw = draw_field_optics(specimen, split, int(index))
     optics = optics_of(
         recipe.field_shape,
         recipe.voxel_size,
-        recipe.microscope,
-        recipe.tilts,
-        field.record.defocus_um,
+        draw.microscope,
+        draw.tilts,
+        draw.defoci_um,
         recipe.ctf_correction,
+        shifts=draw.shifts,
+        snr_stage=recipe.snr_stage,
     )
     signal = image_field(torch.from_numpy(field.density), optics, 0.0, torch.Generator())[0].numpy()
     return signal.astype(np.float64), field.tomogram.astype(np.float64) - signal
