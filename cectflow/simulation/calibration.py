@@ -62,7 +62,7 @@ DEFOCUS_BAND = (0.12, 0.45)
 """Cycles per voxel that show the defocus: below, the power rises steeply for other reasons."""
 MODEL_ERROR = 0.03
 """Of the power in a shell, that the optics leave unexplained."""
-SMOOTHNESS = 8.0
+SMOOTHNESS = 1.0
 """Weight of the spectrum's second differences, in units of its median, against the data."""
 MAX_ROUNDS = 12
 AGREEMENT = 0.01
@@ -254,7 +254,7 @@ def calibrate(
         values = tuple(np.linspace(*_defocus_range(recipe), 5).tolist()) if shown else ()
     values = values or (float(np.mean(_defocus_range(recipe))),)
     pooled = _summarise(sample, corners=True)
-    start = kernel.solve(pooled, kernel.response(values), pooled.between(0.0, 0.5))[0]
+    start = kernel.solve(pooled, kernel.response(values), pooled.between(BAND[0], 0.5))[0]
     signal = _signal_power(specimen, recipe, sample, values)
     interval = _bound_snr(sample, pooled, signal, snr, voxel_size)
     middle = float(np.sqrt(interval.low * interval.high))
@@ -668,8 +668,9 @@ class _Kernel:
     matrix
         ``(shell, frequency)``; what the tilts and the window make of each.
     nodes
-        Cycles per voxel of the noise spectrum that is looked for: the shells, and one beyond
-        Nyquist for the corners of Fourier space.
+        Cycles per voxel of the noise spectrum that is looked for: the shells from the second on
+        (the first has lost power with the mean of each cube), and one beyond Nyquist for the
+        corners of Fourier space.
     """
 
     recipe: SimulationRecipe
@@ -695,7 +696,7 @@ class _Kernel:
         for frequency in track(frequencies, total=len(frequencies), title="optics of each shell"):
             hat = np.maximum(0.0, 1.0 - np.abs(radius - frequency) / spacing)
             columns.append(_over_shells(window.expected(geometry * hat)))
-        nodes = np.append(np.arange(1, sample.box // 2 + 1) / sample.box, 0.6)
+        nodes = np.append(np.arange(2, sample.box // 2 + 1) / sample.box, 0.6)
         return cls(recipe, frequencies, np.stack(columns, axis=1), nodes)
 
     def weights(self, defocus_um: float) -> NDArray[np.float64]:
@@ -786,9 +787,11 @@ def _match(
         noise = _over_shells(periodogram)
         noise *= (wanted * counts)[band].sum() / (noise * counts)[band].sum()
         ratio = wanted / np.maximum(noise, 1e-30)
-        if np.abs(ratio[:shells][band[:shells]] - 1.0).max() < AGREEMENT:
+        if np.abs(ratio[band] - 1.0).max() < AGREEMENT:
             break
-        update = np.append(ratio[:shells], ratio[shells:].mean())
+        update = np.append(ratio[1 : shells + 1], ratio[shells + 1 :].mean())
+        # The taper mixes neighbouring shells: undoing that would amplify noise from node to node.
+        update = np.convolve(np.pad(update, 1, mode="edge"), (0.25, 0.5, 0.25), mode="valid")
         power = power * np.clip(update, 0.5, 2.0)
     return spectrum, share * signal + noise, missed
 
