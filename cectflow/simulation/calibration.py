@@ -87,11 +87,14 @@ class RadialPower:
         Mean over cubes.
     standard_error
         Of the mean, from the spread over cubes.
+    num_cubes
+        Of which it is the mean.
     """
 
     frequencies: Float[NDArray[np.float64], " shell"]
     power: Float[NDArray[np.float64], " shell"]
     standard_error: Float[NDArray[np.float64], " shell"]
+    num_cubes: int
 
     @property
     def in_band(self) -> Bool[NDArray[np.bool_], " shell"]:
@@ -193,7 +196,7 @@ def calibrate(
     1. Tilt range: edges of the power over the angle in the k_x k_z plane; the bias of taper and
        slab width is taken off by measuring the expected power in the same way.
     2. Defocus, where ``ctf_correction`` puts the CTF on the noise: the value of each tomogram at
-       which one smooth spectrum, common to all, explains their power.
+       which a smooth spectrum explains its power.
     3. Noise spectrum: the power per shell less the signal's share, divided by what the optics
        make of white noise, in rounds until the expected power per shell is the measured one.
     4. SNR: as given; else at least what the mean of the unaligned cubes holds, and at most what
@@ -237,8 +240,9 @@ def calibrate(
         notes.append("The recipe lists its tilt angles: they stay as they are.")
     elif tilt_range is not None:
         step = tilts.step
-        lowest = round(2 * tilt_range.lowest) / 2
-        number = max(1, round((tilt_range.highest - lowest) / step))
+        lowest = max(round(2 * tilt_range.lowest) / 2, -89.5)
+        highest = min(tilt_range.highest, 89.5 - 0.5 * step)
+        number = max(1, round((highest - lowest) / step))
         tilts = tilts.model_copy(update={"lowest": lowest, "highest": lowest + number * step})
     recipe = recipe.model_copy(update={"tilts": tilts})
     groups = _group(sample, tomograms)
@@ -247,19 +251,21 @@ def calibrate(
     if shown and fit_defocus:
         defoci = _fit_defoci(recipe, kernel, groups)
         values = tuple(defoci.values())
+        shares = tuple(group.num_cubes / len(cubes) for group in groups.values())
         optical = recipe.microscope.model_copy(update={"defocus_um": (min(values), max(values))})
         recipe = recipe.model_copy(update={"microscope": optical})
     else:
-        defoci = {}
+        defoci, shares = {}, ()
         values = tuple(np.linspace(*_defocus_range(recipe), 5).tolist()) if shown else ()
     values = values or (float(np.mean(_defocus_range(recipe))),)
+    shares = shares or (1.0 / len(values),) * len(values)
     pooled = _summarise(sample, corners=True)
-    start = kernel.solve(pooled, kernel.response(values), pooled.between(BAND[0], 0.5))[0]
+    start = kernel.solve(pooled, kernel.response(values, shares), pooled.between(BAND[0], 0.5))[0]
     signal = _signal_power(specimen, recipe, sample, values)
     interval = _bound_snr(sample, pooled, signal, snr, voxel_size)
     middle = float(np.sqrt(interval.low * interval.high))
     spectrum, expected, missed = _match(
-        recipe, sample, pooled, kernel.nodes, start, signal, values, middle
+        recipe, sample, pooled, kernel.nodes, start, signal, values, shares, middle
     )
     if missed:
         shells = ", ".join(f"{frequency:.3f}" for frequency in missed)
@@ -430,7 +436,7 @@ def _summarise(sample: _Sample, *, corners: bool = False) -> RadialPower:
         each = each[:, : sample.box // 2]
     frequencies = np.arange(1, each.shape[1] + 1) / sample.box
     error = each.std(axis=0, ddof=1) / np.sqrt(len(each))
-    return RadialPower(frequencies, each.mean(axis=0), error)
+    return RadialPower(frequencies, each.mean(axis=0), error, len(each))
 
 
 def _group(sample: _Sample, tomograms: Sequence[str] | None) -> dict[str, RadialPower]:
@@ -711,9 +717,12 @@ class _Kernel:
             gain = gain / (gain + WIENER_CONSTANT) ** 2
         return np.asarray(gain.mean(axis=0))
 
-    def response(self, defoci: Sequence[float]) -> NDArray[np.float64]:
-        """``(shell, node)``: power per shell of a unit of the spectrum at each node."""
-        weights = np.mean([self.weights(float(defocus)) for defocus in defoci], axis=0)
+    def response(self, defoci: Sequence[float], shares: Sequence[float]) -> NDArray[np.float64]:
+        """``(shell, node)``: power per shell of a unit of the spectrum at each node.
+
+        The shares, whose sum is 1, are those of the defoci among the cubes.
+        """
+        weights = np.average([self.weights(float(d)) for d in defoci], axis=0, weights=shares)
         hats = np.stack(
             [np.interp(self.frequencies, self.nodes, unit) for unit in np.eye(len(self.nodes))],
             axis=1,
@@ -745,7 +754,7 @@ def _fit_defoci(
 ) -> dict[str, float]:
     """Defocus of each tomogram for which a smooth spectrum explains its power best."""
     tried = _defoci_to_try(recipe)
-    responses = [kernel.response([float(defocus)]) for defocus in tried]
+    responses = [kernel.response([float(defocus)], [1.0]) for defocus in tried]
     defoci = {}
     for name, power in track(groups.items(), total=len(groups), title="defocus"):
         used = power.between(*DEFOCUS_BAND)
@@ -762,6 +771,7 @@ def _match(
     start: NDArray[np.float64],
     signal: NDArray[np.float64],
     defoci: Sequence[float],
+    shares: Sequence[float],
     snr: float,
 ) -> tuple[NoiseSpectrum, NDArray[np.float64], tuple[float, ...]]:
     """Spectrum whose expected power is the target's, that power, and shells where it cannot be."""
@@ -781,9 +791,8 @@ def _match(
         spectrum = NoiseSpectrum(frequencies=frequencies, power=values)
         optical = recipe.microscope.model_copy(update={"noise_spectrum": spectrum})
         made = recipe.model_copy(update={"microscope": optical})
-        periodogram = np.mean(
-            [window.expected(_noise_power(made, float(defocus))) for defocus in defoci], axis=0
-        )
+        each = [window.expected(_noise_power(made, float(defocus))) for defocus in defoci]
+        periodogram = np.average(each, axis=0, weights=shares)
         noise = _over_shells(periodogram)
         noise *= (wanted * counts)[band].sum() / (noise * counts)[band].sum()
         ratio = wanted / np.maximum(noise, 1e-30)
