@@ -181,6 +181,41 @@ def simulate_dataset(
     typer.echo(f"{out}: {', '.join(f'{n} {split}' for split, n in counts.items())} subtomograms")
 
 
+@simulate_app.command("calibrate")
+def simulate_calibrate(
+    stack: Annotated[
+        str, typer.Option("--from", help="Real subtomograms: MRC stack, folder, glob.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Recipe to write (.yaml); a .png beside it.")],
+    recipe: RecipeOption = "real",
+    particles: Annotated[
+        Path | None, typer.Option("--particles", help="STAR or CSV: which cubes, which tomograms.")
+    ] = None,
+    structures: StructuresOption = None,
+    mask_radius: Annotated[
+        float | None, typer.Option("--mask-radius", help="Å: leave out the particle within it.")
+    ] = None,
+    snr: Annotated[
+        float | None, typer.Option("--snr", help="Of the reconstruction; default: an interval.")
+    ] = None,
+    contrast: Annotated[
+        Contrast | None, typer.Option("--contrast", help="Of the cubes; checked if given.")
+    ] = None,
+    keep_defocus: Annotated[
+        bool, typer.Option("--keep-defocus", help="Do not estimate the defocus range.")
+    ] = False,
+    voxel_size: VoxelSizeOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write noise spectrum, tilt range and SNR of real subtomograms into a recipe."""
+    from cectflow.flows.calibration import CalibrationInput, calibrate_recipe
+    from cectflow.flows.simulation import choose_recipe
+
+    given = CalibrationInput(stack, particles, voxel_size, mask_radius, snr, contrast, keep_defocus)
+    chosen = choose_recipe(recipe, structures=structures)
+    calibrate_recipe(chosen, given, out, overwrite=overwrite, tell=typer.echo)
+
+
 @dataset_app.command("info")
 def dataset_info(folder: Path, json: JsonOption = False) -> None:
     """Print what a dataset holds and what was measured of it."""

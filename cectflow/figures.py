@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,7 +17,13 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-__all__ = ["draw_confusion", "draw_field", "draw_learning_curves", "draw_slices"]
+__all__ = [
+    "draw_confusion",
+    "draw_field",
+    "draw_learning_curves",
+    "draw_radial_power",
+    "draw_slices",
+]
 
 LABEL_COLOUR = "#ff7f0e"
 PREDICTION_COLOUR = "#17becf"
@@ -199,6 +205,54 @@ def draw_field(
                 axes.set_ylabel(plane)
         grid[0, column].set_title(title, fontsize=10)
     _scale_bar(grid[0, 0], voxel_size)
+    return figure
+
+
+def draw_radial_power(
+    frequencies: Float[NDArray[np.float64], " shell"],
+    real: tuple[Float[NDArray[np.float64], " shell"], Float[NDArray[np.float64], " shell"]],
+    simulated: tuple[Float[NDArray[np.float64], " shell"], Float[NDArray[np.float64], " shell"]],
+    *,
+    voxel_size: float,
+    title: str,
+) -> Figure:
+    """Radial power of simulated and real subtomograms (left), and their ratio (right).
+
+    Parameters
+    ----------
+    frequencies
+        Cycles per voxel.
+    real, simulated
+        Power and its standard error, per shell; the mean over all frequencies is 1.
+    voxel_size
+        In Å.
+    title
+        Over both panels.
+    """
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x = frequencies / voxel_size
+    for (power, error), label, colour in (
+        (real, "real", "black"),
+        (simulated, "simulated", LABEL_COLOUR),
+    ):
+        left.errorbar(x, power, 2 * error, fmt=".-", color=colour, label=label, lw=1, capsize=2)
+    left.set_yscale("log")
+    left.set(xlabel="spatial frequency (Å⁻¹)", ylabel="power (mean over all frequencies = 1)")
+    left.legend(frameon=False, fontsize=8)
+    ratio = simulated[0] / real[0]
+    error = ratio * np.hypot(real[1] / real[0], simulated[1] / simulated[0])
+    right.axhspan(0.85, 1.15, color="0.9")
+    right.axhline(1.0, color="black", lw=0.8)
+    right.errorbar(x, ratio, 2 * error, fmt=".", color=LABEL_COLOUR, capsize=2)
+    right.set(xlabel="spatial frequency (Å⁻¹)", ylabel="simulated / real power")
+    right.set_ylim(0.0, max(2.0, 1.1 * float((ratio + 2 * error).max())))
+    right.text(0.98, 0.03, "bars: 2 standard errors; grey: 15 %", transform=right.transAxes,
+               ha="right", fontsize=8)  # fmt: skip
+    for axes in (left, right):
+        axes.set_xlim(0.0, 0.52 / voxel_size)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -19,6 +19,7 @@ from cectflow.volume import Volume, write_stack, write_volume
 
 COMMANDS = (
     (), ("structures", "list"), ("structures", "fetch"), ("simulate", "dataset"),
+    ("simulate", "calibrate"),
     ("dataset", "info"), ("dataset", "check"), ("dataset", "import"), ("dataset", "export"),
     ("train",), ("distill",), ("evaluate", "model"), ("models", "list"), ("models", "show"),
     ("models", "promote"), ("models", "rollback"), ("predict", "classify"),

@@ -26,7 +26,7 @@ from cectflow.simulation.microscope import (
     astigmatic_defocus,
     contrast_transfer,
     dose_filter,
-    noise_transfer,
+    noise_power,
     signal_transfer,
     single_number,
 )
@@ -224,8 +224,7 @@ def _build_optics(
         filtered, noise = _correct(transfer, ctf_correction)
         seen = dose_filter(k_squared, exposures) * transmissions
         seen = seen * signal_transfer(k_squared, nyquist, microscope)
-        spectrum = 1.0 if microscope.noise_spectrum == "white" else 0.05 + k_squared / nyquist**2
-        spectrum = spectrum * noise_transfer(k_squared, nyquist, microscope)
+        spectrum = noise_power(k_squared, nyquist, microscope)
         image = slabs.ramps[chosen, None] * weights * filtered * seen
         if shifts:
             image = image * (_phase(kx * offsets[0]) * _phase(ky * offsets[1]))

@@ -20,6 +20,7 @@ from cectflow.config import Config
 
 __all__ = [
     "Microscope",
+    "NoiseSpectrum",
     "OpticsDraw",
     "TiltScheme",
     "astigmatic_defocus",
@@ -27,6 +28,7 @@ __all__ = [
     "dose_filter",
     "draw_optics",
     "electron_wavelength",
+    "noise_power",
     "noise_transfer",
     "signal_transfer",
     "single_number",
@@ -38,6 +40,48 @@ Contrast = Annotated[float, Field(ge=0, lt=1)]
 
 # The same formulas serve a field's optics (torch, on its device) and single curves (numpy).
 Array = TypeVar("Array", Float[NDArray[np.float64], "..."], Float[Tensor, "..."])
+
+
+class NoiseSpectrum(Config):
+    """Measured power of the noise in a tilt image: linear between the frequencies, constant beyond.
+
+    ``cectflow simulate calibrate`` writes one. The scale is of no account: the SNR sets it.
+    """
+
+    frequencies: tuple[float, ...] = Field(min_length=2)
+    """Å⁻¹, ascending."""
+    power: tuple[float, ...] = Field(min_length=2)
+    """Relative power at each frequency, 0 or more."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NoiseSpectrum:
+        frequencies, power = np.array(self.frequencies), np.array(self.power)
+        if len(frequencies) != len(power):
+            msg = (
+                f"{len(frequencies)} frequencies and {len(power)} values of power: expected as "
+                f"many of each"
+            )
+            raise ValueError(msg)
+        if not (frequencies[0] >= 0 and np.isfinite(frequencies[-1])):
+            msg = (
+                f"frequencies run from {frequencies[0]:g} to {frequencies[-1]:g} Å⁻¹: expected "
+                f"finite ones from 0 on"
+            )
+            raise ValueError(msg)
+        if not (np.diff(frequencies) > 0).all():
+            place = int(np.argmin(np.diff(frequencies) > 0)) + 1
+            msg = (
+                f"frequency {place + 1} is {frequencies[place]:g} Å⁻¹ after "
+                f"{frequencies[place - 1]:g}: expected them ascending"
+            )
+            raise ValueError(msg)
+        if not (np.isfinite(power).all() and power.min() >= 0 and power.max() > 0):
+            msg = (
+                f"power runs from {power.min():g} to {power.max():g}: expected finite values, "
+                f"none below 0 and one above it"
+            )
+            raise ValueError(msg)
+        return self
 
 
 class Microscope(Config):
@@ -70,14 +114,19 @@ class Microscope(Config):
     dqe: Fraction | tuple[Fraction, Fraction] | None = None
     """Detective quantum efficiency at that frequency, 1 at k = 0; Gaussian in k. The detector's
     noise power is MTF²/DQE. null: MTF², the white noise of an ideal counting detector."""
-    noise_spectrum: Literal["white", "blue"] = "white"
-    """Power of the noise in each tilt image: flat, or rising as k² above a floor of 5 %, as the
-    spectra of CTF-premultiplied subtomograms do (EMPIAR-10499, notes/simulation.md)."""
+    noise_spectrum: Literal["white", "blue"] | NoiseSpectrum = "white"
+    """Power of the noise in each tilt image: flat; rising as k² above a floor of 5 %, as the
+    spectra of CTF-premultiplied subtomograms do (EMPIAR-10499, notes/simulation.md); measured."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Microscope:
         _refuse_upside_down(self)
         return self
+
+    @property
+    def noise_spectrum_name(self) -> str:
+        """``white``, ``blue`` or ``measured``, for manifest and card."""
+        return self.noise_spectrum if isinstance(self.noise_spectrum, str) else "measured"
 
 
 class TiltScheme(Config):
@@ -318,6 +367,28 @@ def noise_transfer(k_squared: Array, nyquist: float, microscope: Microscope) -> 
     return _exp(float(exponent) / nyquist**2 * k_squared)
 
 
+def noise_power(k_squared: Array, nyquist: float, microscope: Microscope) -> Array | float:
+    """Relative power of the noise in a tilt image, before any CTF correction.
+
+    The ``noise_spectrum`` times the detector's part, :func:`noise_transfer`.
+
+    Parameters
+    ----------
+    k_squared
+        Squared spatial frequency within the tilt image, Å⁻².
+    nyquist
+        Nyquist frequency of the volume, Å⁻¹, to which the blue spectrum refers.
+    microscope
+        Its ``mtf`` and ``dqe`` must be single numbers.
+    """
+    spectrum, detector = microscope.noise_spectrum, noise_transfer(k_squared, nyquist, microscope)
+    if spectrum == "white":
+        return detector
+    if spectrum == "blue":
+        return detector * (0.05 + k_squared / nyquist**2)
+    return detector * _interpolate(k_squared.clip(0.0) ** 0.5, spectrum)
+
+
 def _refuse_upside_down(config: Microscope | TiltScheme) -> None:
     for name in config.drawn:
         value = getattr(config, name)
@@ -343,6 +414,15 @@ def single_number(config: Microscope | TiltScheme, name: str) -> float:
         msg = f"{name} is the range {value}: expected a single number; draw one with draw_optics"
         raise ValueError(msg)
     return float(value)
+
+
+def _interpolate(k: Array, spectrum: NoiseSpectrum) -> Array:
+    if not isinstance(k, Tensor):
+        return np.asarray(np.interp(k, spectrum.frequencies, spectrum.power), np.float64)
+    frequencies, power = k.new_tensor(spectrum.frequencies), k.new_tensor(spectrum.power)
+    left = torch.bucketize(k, frequencies[1:-1])
+    share = (k - frequencies[left]) / (frequencies[left + 1] - frequencies[left])
+    return torch.lerp(power[left], power[left + 1], share.clamp(0.0, 1.0))
 
 
 def _sin(values: Array) -> Array:

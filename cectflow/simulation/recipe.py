@@ -148,8 +148,8 @@ class SimulationRecipe(Config):
         if self.snr_stage == "aitom" and not plain:
             msg = (
                 f"snr_stage aitom with ctf_correction {self.ctf_correction} and noise_spectrum "
-                f"{self.microscope.noise_spectrum}: expected none and white, that laboratory's "
-                f"recipe has no others; use snr_stage reconstruction or projection"
+                f"{self.microscope.noise_spectrum_name}: expected none and white, that "
+                f"laboratory's recipe has no others; use snr_stage reconstruction or projection"
             )
             raise ValueError(msg)
         if not self.fields or any(count < 1 for count in self.fields.values()):
@@ -549,7 +549,7 @@ def _start_manifest(
         tilt_range=recipe.tilts.range,
         snr_stage=recipe.snr_stage,
         snr=recipe.snr,
-        noise_spectrum=recipe.microscope.noise_spectrum,
+        noise_spectrum=recipe.microscope.noise_spectrum_name,
         occupancy=recipe.occupancy,
         jitter=recipe.jitter,
         has_voxel_labels=True,

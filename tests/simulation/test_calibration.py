@@ -1,0 +1,428 @@
+"""Calibration gives back what simulated cubes were made with, and fits real ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+from cectflow.cli import main
+from cectflow.flows.calibration import simulate_radial_power
+from cectflow.flows.simulation import load_structures
+from cectflow.particles import make_particle_rows, particles_from
+from cectflow.recipe import load_recipe
+from cectflow.simulation.calibration import (
+    Calibration,
+    calibrate,
+    estimate_defocus,
+    radial_power,
+)
+from cectflow.simulation.imaging import optics_of
+from cectflow.simulation.microscope import Microscope, NoiseSpectrum, TiltScheme, noise_power
+from cectflow.simulation.recipe import (
+    SimulationRecipe,
+    Specimen,
+    prepare_specimen,
+    simulate_field,
+)
+from cectflow.simulation.structure import Structure
+from cectflow.subtomogram import cut
+from cectflow.volume import read_stack, write_stack
+
+Phantom = Callable[[str], Structure]
+MakeRecipe = Callable[..., SimulationRecipe]
+
+BOX, VOXEL_SIZE, DEFOCUS = 24, 12.0, 3.2
+TRUTH = NoiseSpectrum(frequencies=(0.0, 0.01, 0.03, 0.05), power=(1.0, 0.4, 0.15, 0.1))
+TILTS = TiltScheme(lowest=-51.0, highest=63.0)
+
+NOISE_ONLY = 1e-4
+"""An SNR at which the signal has no part in the power of a shell."""
+
+Cubes = NDArray[np.float32]
+
+# --- noise spectrum -------------------------------------------------------------------------------
+
+
+def test_a_measured_spectrum_is_linear_between_and_constant_beyond() -> None:
+    microscope = Microscope(
+        noise_spectrum=NoiseSpectrum(frequencies=(0.01, 0.02, 0.04), power=(2.0, 1.0, 3.0))
+    )
+    k = np.array([0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.1])
+    expected = [2.0, 2.0, 2.0, 1.5, 1.0, 2.0, 3.0, 3.0]
+    np.testing.assert_allclose(noise_power(k**2, 0.05, microscope), expected)
+    in_torch = noise_power(torch.from_numpy(k).to(torch.float32) ** 2, 0.05, microscope)
+    np.testing.assert_allclose(in_torch, expected, rtol=1e-5)
+    assert microscope.noise_spectrum_name == "measured"
+
+
+@pytest.mark.parametrize(
+    ("frequencies", "power", "message"),
+    [
+        ((0.01, 0.02), (1.0, 1.0, 1.0), "2 frequencies and 3 values of power"),
+        ((0.02, 0.01), (1.0, 1.0), "frequency 2 is 0.01 Å⁻¹ after 0.02: expected them ascending"),
+        ((-0.01, 0.01), (1.0, 1.0), "expected finite ones from 0 on"),
+        ((0.01, 0.02), (1.0, -1.0), "power runs from -1 to 1"),
+        ((0.01, 0.02), (0.0, 0.0), "none below 0 and one above it"),
+    ],
+)
+def test_a_spectrum_that_makes_no_sense_is_refused(
+    frequencies: tuple[float, ...], power: tuple[float, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NoiseSpectrum(frequencies=frequencies, power=power)
+
+
+# --- what is known comes back ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def given(make_recipe: MakeRecipe, phantom: Phantom) -> Specimen:
+    """A specimen whose recipe knows neither spectrum nor tilt range nor the exact defocus."""
+    recipe = make_recipe(
+        box=BOX,
+        voxel_size=VOXEL_SIZE,
+        field_shape=(32, 48, 48),
+        occupancy=0.05,
+        snr=(0.01, 0.01),
+        ctf_correction="premultiplied",
+        microscope=Microscope(defocus_um=(2.8, 3.8)),
+    )
+    return prepare_specimen(recipe, [phantom("ring")])
+
+
+def make_cubes(recipe: SimulationRecipe, number: int, **changes: Any) -> Cubes:
+    """Cubes of pure noise of known optics, from fields of their own, dark protein."""
+    microscope = recipe.microscope.model_copy(
+        update={"defocus_um": DEFOCUS, "noise_spectrum": TRUTH} | changes
+    )
+    optics = optics_of(
+        recipe.field_shape, VOXEL_SIZE, microscope, TILTS, microscope.defocus_um,
+        recipe.ctf_correction,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    cubes = []
+    for _ in range(number // 4):
+        white = torch.randn(recipe.field_shape, generator=generator)
+        noise = torch.fft.irfftn(torch.fft.rfftn(white) * optics.noise, s=recipe.field_shape)
+        places = np.array([[16, y, x] for y in (12, 36) for x in (12, 36)])
+        cubes.append(cut(noise.numpy(), places, BOX, periodic=True))
+    return np.concatenate(cubes).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def cubes(given: Specimen) -> Cubes:
+    return make_cubes(given.recipe, 32)
+
+
+@pytest.fixture(scope="module")
+def found(given: Specimen, cubes: Cubes) -> Calibration:
+    return calibrate(given, cubes, VOXEL_SIZE, snr=NOISE_ONLY)
+
+
+def spectrum_error(found: Calibration) -> float:
+    """Largest relative error of the spectrum from 0.1 to 0.45 cycles per voxel, scale aside."""
+    spectrum = found.recipe.microscope.noise_spectrum
+    assert isinstance(spectrum, NoiseSpectrum)
+    k = np.linspace(0.1, 0.45, 15) / VOXEL_SIZE
+    ratio = np.interp(k, spectrum.frequencies, spectrum.power) / np.interp(
+        k, TRUTH.frequencies, TRUTH.power
+    )
+    return float(np.abs(ratio / np.exp(np.log(ratio).mean()) - 1.0).max())
+
+
+def test_the_tilt_range_comes_back_within_one_step(found: Calibration) -> None:
+    assert found.tilt_range is not None
+    assert found.tilt_range.lowest == pytest.approx(TILTS.lowest, abs=3.0)
+    assert found.tilt_range.highest == pytest.approx(TILTS.highest, abs=3.0)
+    tilts = found.recipe.tilts
+    assert tilts.angles[-1] == tilts.highest
+    assert tilts.highest == pytest.approx(TILTS.highest, abs=3.0)
+
+
+def test_the_defocus_comes_back_within_a_quarter_micrometre(found: Calibration) -> None:
+    assert found.defoci["all"] == pytest.approx(DEFOCUS, abs=0.25)
+    assert found.recipe.microscope.defocus_um == (found.defoci["all"],) * 2
+
+
+def test_the_spectrum_comes_back_within_30_percent(found: Calibration) -> None:
+    assert spectrum_error(found) < 0.3
+
+
+def test_expected_and_measured_power_agree_within_5_percent(found: Calibration) -> None:
+    band = found.measured.in_band
+    ratio = found.expected[band] / found.measured.power[band]
+    np.testing.assert_allclose(ratio, 1.0, atol=0.05)
+
+
+def test_cubes_simulated_by_the_calibrated_recipe_have_the_measured_power(
+    found: Calibration, phantom: Phantom
+) -> None:
+    simulated = simulate_radial_power(found.recipe, (phantom("ring"),), 30, BOX)
+    real, band = found.measured, found.measured.in_band
+    ratio = simulated.power / real.power
+    error = np.hypot(simulated.standard_error / simulated.power, real.standard_error / real.power)
+    assert (np.abs(ratio - 1) < np.maximum(0.15, 3 * error))[band].all()
+
+
+def test_without_ctf_on_the_noise_the_defocus_range_stays(
+    given: Specimen, phantom: Phantom
+) -> None:
+    plain = given.recipe.model_copy(update={"ctf_correction": "phase_flip"})
+    specimen = prepare_specimen(plain, [phantom("ring")])
+    found = calibrate(specimen, make_cubes(plain, 32), VOXEL_SIZE, snr=NOISE_ONLY)
+    assert found.defoci == {}
+    assert found.recipe.microscope.defocus_um == given.recipe.microscope.defocus_um
+    assert spectrum_error(found) < 0.2
+
+
+def test_tomograms_have_each_their_own_defocus(given: Specimen) -> None:
+    both = [make_cubes(given.recipe, 16, defocus_um=value) for value in (2.8, 3.5)]
+    names = ["first"] * 16 + ["second"] * 16
+    found = calibrate(given, np.concatenate(both), VOXEL_SIZE, tomograms=names)
+    assert found.defoci["first"] == pytest.approx(2.8, abs=0.3)
+    assert found.defoci["second"] == pytest.approx(3.5, abs=0.3)
+    assert found.recipe.microscope.defocus_um == tuple(sorted(found.defoci.values()))
+
+
+def test_another_tomogram_differs_by_its_defocus_alone(given: Specimen, found: Calibration) -> None:
+    other = make_cubes(given.recipe, 16, defocus_um=2.7)
+    assert estimate_defocus(found.recipe, other) == pytest.approx(2.7, abs=0.2)
+
+
+def test_neither_contrast_nor_scale_nor_offset_matters(
+    given: Specimen, cubes: Cubes, found: Calibration
+) -> None:
+    scales = np.geomspace(0.1, 10, len(cubes)).astype(np.float32)[:, None, None, None]
+    other = calibrate(given, -cubes * scales + 3.0, VOXEL_SIZE)
+    np.testing.assert_allclose(other.measured.power, found.measured.power, rtol=1e-4)
+    assert other.recipe.tilts == found.recipe.tilts
+    assert other.defoci == found.defoci
+
+
+def test_a_mask_that_the_cubes_have_is_recognised(given: Specimen, cubes: Cubes) -> None:
+    along = np.arange(BOX) - BOX // 2
+    radius = np.sqrt(along[:, None, None] ** 2 + along[None, :, None] ** 2 + along**2)
+    mask = np.clip((11.5 - radius) / 3, 0, 1)
+    masked = (cubes - cubes.mean(axis=(1, 2, 3), keepdims=True)) * mask + 2.0
+    found = calibrate(given, masked, VOXEL_SIZE, snr=NOISE_ONLY)
+    assert any("masked or padded" in note for note in found.notes)
+    assert found.tilt_range is not None
+    assert found.tilt_range.lowest == pytest.approx(TILTS.lowest, abs=4.0)
+    assert spectrum_error(found) < 0.4
+
+
+def test_a_mask_radius_leaves_the_particle_out(cubes: Cubes) -> None:
+    blob = np.zeros((BOX,) * 3, np.float32)
+    blob[(BOX // 2,) * 3] = 400.0
+    with_blob = cubes + gaussian_filter(blob, 1.5) * cubes.std()
+    clean = radial_power(cubes, mask_radius=6.0).power
+    np.testing.assert_allclose(
+        radial_power(with_blob, mask_radius=6.0).power, clean, rtol=0.1, atol=0.02
+    )
+    assert np.abs(radial_power(with_blob).power / radial_power(cubes).power - 1).max() > 0.5
+
+
+# --- SNR ------------------------------------------------------------------------------------------
+
+
+def test_the_snr_given_is_written(given: Specimen, cubes: Cubes) -> None:
+    found = calibrate(given, cubes, VOXEL_SIZE, snr=0.002)
+    assert found.recipe.snr == (0.002, 0.002)
+
+
+def test_pure_noise_gives_no_lower_bound_and_says_so(given: Specimen, cubes: Cubes) -> None:
+    found = calibrate(given, cubes, VOXEL_SIZE)
+    assert found.recipe.snr == (found.snr.low, found.snr.high)
+    assert found.snr.low < found.snr.high
+    assert "no lower bound" in found.snr.reasoning
+    assert "mean of the 32 unaligned cubes" in found.snr.reasoning
+
+
+def test_the_interval_holds_the_true_snr(given: Specimen, cubes: Cubes, phantom: Phantom) -> None:
+    """Cubes about particles simulated at 0.05, in the band that the interval is to hold."""
+    truth = given.recipe.model_copy(
+        update={
+            "snr": (0.05, 0.05),
+            "tilts": TILTS,
+            "microscope": given.recipe.microscope.model_copy(
+                update={"noise_spectrum": TRUTH, "defocus_um": DEFOCUS}
+            ),
+        }
+    )
+    specimen = prepare_specimen(truth, [phantom("ring")])
+    stacks = []
+    for index in range(3):
+        field = simulate_field(specimen, "train", index)
+        centres = np.round(field.scene.positions_zyx)
+        stacks.append(cut(np.asarray(field.tomogram), centres, BOX, periodic=True))
+    found = calibrate(given, np.concatenate(stacks), VOXEL_SIZE)
+    assert found.snr.low < 0.05 < found.snr.high
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_the_wrong_contrast_is_noticed(given: Specimen, cubes: Cubes) -> None:
+    blob = np.zeros((BOX,) * 3, np.float32)
+    blob[(BOX // 2,) * 3] = 300.0
+    dark = cubes - gaussian_filter(blob, 2.0) * cubes.std()
+    said = calibrate(given, dark, VOXEL_SIZE, contrast="light").notes
+    assert any("against the contrast given, light" in note for note in said)
+    assert calibrate(given, dark, VOXEL_SIZE, contrast="dark").notes == ()
+
+
+def test_without_a_wedge_the_tilts_stay_and_the_user_is_told(given: Specimen) -> None:
+    white = np.random.default_rng(0).standard_normal((12, BOX, BOX, BOX)).astype(np.float32)
+    found = calibrate(given, white, VOXEL_SIZE)
+    assert found.tilt_range is None
+    assert found.recipe.tilts == given.recipe.tilts
+    assert any("No missing wedge is visible" in note for note in found.notes)
+
+
+def test_a_wedge_about_x_is_refused(given: Specimen, cubes: Cubes) -> None:
+    with pytest.raises(ValueError, match="missing wedge about x: expected the tilt axis along y"):
+        calibrate(given, np.ascontiguousarray(cubes.swapaxes(2, 3)), VOXEL_SIZE)
+
+
+def test_a_beam_along_x_is_refused(given: Specimen, cubes: Cubes) -> None:
+    with pytest.raises(ValueError, match="the beam has to be along z"):
+        calibrate(given, np.ascontiguousarray(cubes.swapaxes(1, 3)), VOXEL_SIZE)
+
+
+def test_cubes_that_cannot_calibrate_are_refused(given: Specimen, cubes: Cubes) -> None:
+    broken = cubes.copy()
+    broken[2, 0, 0, 0] = np.nan
+    constant = cubes.copy()
+    constant[1] = 1.0
+    for content, message in (
+        (cubes[:3], "3 cubes: expected at least 4"),
+        (broken, "cube 3 of 32 is not finite"),
+        (constant, "cube 2 of 32 is constant"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(given, content, VOXEL_SIZE)
+    with pytest.raises(ValueError, match=r"have 10 Å per voxel, the recipe 12: set voxel_size: 10"):
+        calibrate(given, cubes, 10.0)
+    large = np.random.default_rng(0).standard_normal((4, 40, 40, 40)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"40 voxels along an edge.*enlarge the field"):
+        calibrate(given, large, VOXEL_SIZE)
+    with pytest.raises(ValueError, match="snr is -1: expected a finite value above 0"):
+        calibrate(given, cubes, VOXEL_SIZE, snr=-1.0)
+    with pytest.raises(ValueError, match="give a smaller --mask-radius"):
+        calibrate(given, cubes, VOXEL_SIZE, mask_radius=240.0)
+    with pytest.raises(ValueError, match="expected a calibrated recipe"):
+        estimate_defocus(given.recipe, cubes)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return int(stop.value.code or 0)
+
+
+def test_the_command_writes_a_recipe_that_differs_only_where_it_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = load_recipe("tiny")
+    recipe = given.simulation.model_copy(update={"snr": (0.01, 0.01)})
+    optics = optics_of(recipe.field_shape, 16.0, recipe.microscope, TILTS, 4.0, "none")
+    fields = torch.randn((2, *recipe.field_shape), generator=torch.Generator().manual_seed(1))
+    noise = torch.fft.irfftn(
+        torch.fft.rfftn(fields, dim=(1, 2, 3)) * optics.noise, s=recipe.field_shape, dim=(1, 2, 3)
+    ).numpy()
+    places = np.array([[z, y, x] for z in (8, 24) for y in (8, 24, 40) for x in (8, 24, 40)])
+    cubes = np.concatenate([cut(field, places, 16, periodic=True) for field in noise])
+    write_stack(Path("cubes.mrcs"), cubes, 16.0)
+    rows = make_particle_rows(np.zeros((20, 3)), tomogram="one")
+    rows["rlnImageName"] = [f"{i + 1:06d}@cubes.mrcs" for i in range(20)]
+    particles_from(rows).write(Path("some.star"))
+    command = ("simulate", "calibrate", "--from", "cubes.mrcs", "--particles", "some.star",
+               "--recipe", "tiny", "--out", "fitted.yaml")  # fmt: skip
+    assert call(*command, "--snr", "0.05") == 0
+    told = capsys.readouterr().out
+    for line in ("tilt range: ", "SNR 0.05, as given", "simulated over real radial power"):
+        assert line in told
+    assert Path("fitted.png").stat().st_size > 5000
+    fitted = load_recipe("fitted.yaml")
+    simulation = fitted.simulation
+    assert simulation.snr == (0.05, 0.05)
+    assert simulation.tilts.lowest == pytest.approx(TILTS.lowest, abs=6.0)
+    assert simulation.tilts.highest == pytest.approx(TILTS.highest, abs=6.0)
+    assert simulation.microscope.noise_spectrum_name == "measured"
+    undone = simulation.model_copy(
+        update={
+            "snr": given.simulation.snr,
+            "tilts": given.simulation.tilts,
+            "microscope": given.simulation.microscope,
+        }
+    )
+    assert fitted.model_copy(update={"simulation": undone}) == given
+    Path("again.yaml").write_text(fitted.to_yaml())
+    assert load_recipe("again.yaml") == fitted
+    before = Path("fitted.yaml").read_text()
+    assert call(*command) == 2
+    assert "replace it with --overwrite" in capsys.readouterr().err
+    assert Path("fitted.yaml").read_text() == before
+    assert call(*command, "--overwrite") == 0
+    assert Path("fitted.yaml").read_text() != before
+    assert call(*command[:-1], "fitted.txt") == 2
+    assert "a name that ends in .yaml" in capsys.readouterr().err
+    rows["rlnImageName"] = [f"{i + 1:06d}@others.mrcs" for i in range(20)]
+    particles_from(rows).write(Path("some.star"), overwrite=True)
+    assert call(*command, "--overwrite") == 2
+    assert "expected N@cubes.mrcs" in capsys.readouterr().err
+
+
+# --- real data ------------------------------------------------------------------------------------
+
+
+def test_real_cubes_of_one_tomogram_predict_those_of_another(shared_data: Path) -> None:
+    """Spectrum and tilts of Unt_050, with the defocus of Unt_076, give Unt_076's radial power.
+
+    Within 15 % or 2 standard errors in 12 of the 13 shells. Without the defocus nothing could: the
+    real tomograms differ from one another by 0.43 to 2.38, in 11 shells by more than that, because
+    their defoci do, 3.25 and 2.7 µm. At 0.156 cycles/voxel (77 Å) the ratio is 1.36 ± 0.11:
+    Unt_050 has more power there than its CTF and a spectrum common to both would give.
+    """
+    folder = shared_data / "real" / "ribosome_70s"
+    real, voxel_size = read_stack(folder / "ribosome_70s.mrcs")
+    recipe = load_recipe("real").simulation.model_copy(
+        update={"structures": (str(shared_data / "maps" / "4v4r.mrc.gz"),), "include": ("4v4r",)}
+    )
+    structures = load_structures(recipe)
+    first, second = np.array(real[:10]), np.array(real[10:])
+    specimen = prepare_specimen(recipe, structures)
+    interval = calibrate(specimen, first, voxel_size).snr
+    assert 1e-4 < interval.low < interval.high < 0.05
+    found = calibrate(specimen, first, voxel_size, snr=0.001, contrast="light")
+    assert found.notes == ()
+    assert found.tilt_range is not None
+    assert found.tilt_range.highest - found.tilt_range.lowest == pytest.approx(120.0, abs=6.0)
+    measured, band = radial_power(second), found.measured.in_band
+
+    def misses(power: Any, error: Any) -> set[float]:
+        ratio = power / measured.power
+        bound = 2 * np.hypot(error / power, measured.standard_error / measured.power)
+        missed = band & (np.abs(ratio - 1) > np.maximum(0.15, bound))
+        return set(np.round(measured.frequencies[missed], 4).tolist())
+
+    assert len(misses(found.measured.power, found.measured.standard_error)) > 8
+    defocus = estimate_defocus(found.recipe, second)
+    of_second = found.recipe.microscope.model_copy(update={"defocus_um": defocus})
+    simulated = simulate_radial_power(
+        found.recipe.model_copy(update={"microscope": of_second}), structures, 100, 32
+    )
+    own = found.measured.standard_error / found.measured.power * simulated.power
+    assert misses(simulated.power, np.hypot(simulated.standard_error, own)) <= {0.1562}
