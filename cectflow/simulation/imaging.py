@@ -79,12 +79,15 @@ class Optics:
     snr_signal, snr_noise
         What the power spectra of the specimen and of unit white noise are multiplied by to give
         signal and noise at the stage where the SNR is defined; in the reconstruction |H|² and N².
+    snr_stage
+        Which that is.
     """
 
     signal: Inexact[Tensor, "z y kx"]
     noise: Float[Tensor, "z y kx"]
     snr_signal: Float[Tensor, "z y kx"]
     snr_noise: Float[Tensor, "z y kx"]
+    snr_stage: SnrStage = "reconstruction"
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def optics_of(
         If defoci or shifts are not as many as tilts, or a quantity is still a range.
     """
     number = len(tilts.angles)
-    defoci = (defocus_um,) * number if isinstance(defocus_um, float) else defocus_um
+    defoci = defocus_um if isinstance(defocus_um, tuple) else (defocus_um,) * number
     if len(defoci) != number or len(shifts) not in (0, number):
         msg = f"{len(defoci)} defoci and {len(shifts)} shifts for {number} tilts: expected as many"
         raise ValueError(msg)
@@ -227,10 +230,9 @@ def _build_optics(
             image = image * (_phase(kx * offsets[0]) * _phase(ky * offsets[1]))
         sums = [(signal, image), (squared_noise, (weights * noise) ** 2 * spectrum)]
         if per_image:
-            sums += [
-                (snr_signal, weights * (transfer * seen) ** 2),
-                (snr_noise, weights * spectrum * torch.ones_like(k_squared)),
-            ]
+            # The corners of a volume hold frequencies that no image has.
+            held = weights * (kx.abs() <= nyquist) * torch.ones_like(k_squared)
+            sums += [(snr_signal, held * (transfer * seen) ** 2), (snr_noise, held * spectrum)]
         for tilt in group:
             # Within a tilt each cell occurs once: the sums have one order, on a GPU too.
             first, last = slabs.bounds[tilt], slabs.bounds[tilt + 1]
@@ -253,7 +255,7 @@ def _build_optics(
     transfer = unfold(-signal)
     amplitude = unfold(squared_noise.sqrt() / coverage.clamp(min=1.0))
     if snr_stage == "projection":
-        return Optics(transfer, amplitude, unfold(snr_signal), unfold(snr_noise))
+        return Optics(transfer, amplitude, unfold(snr_signal), unfold(snr_noise), snr_stage)
     if snr_stage == "reconstruction":
         return Optics(transfer, amplitude, _squared(transfer), amplitude**2)
     gain = _squared(transfer)
@@ -261,7 +263,7 @@ def _build_optics(
     outside_wedge = slabs.coverage.clamp(max=1.0).reshape(depth, 1, width)
     after = torch.exp(-((k / AITOM_LOW_PASS) ** 2)) * outside_wedge
     band = torch.exp(-(((k - AITOM_BAND).clamp(min=0.0) / AITOM_BAND_EDGE) ** 2))
-    return Optics(transfer * band, (0.5 * (gain + after**2)).sqrt() * band, gain, gain)
+    return Optics(transfer * band, (0.5 * (gain + after**2)).sqrt() * band, gain, gain, snr_stage)
 
 
 @dataclass(frozen=True, eq=False)
@@ -417,10 +419,11 @@ def image_field(
         Source of the noise; density and optics must be on its device.
     """
     shape = density.shape
-    signal = torch.fft.irfftn(torch.fft.rfftn(density) * optics.signal, s=shape)
-    white = _draw_white(density.shape, generator)
-    noise = torch.fft.irfftn(white * (optics.noise * noise_factor), s=shape)
-    return signal, noise
+    signal = torch.fft.irfftn(torch.fft.rfftn(density).mul_(optics.signal), s=shape)
+    if noise_factor == 0:
+        return signal, torch.zeros_like(signal)
+    noise = _draw_white(density.shape, generator).mul_(optics.noise * noise_factor)
+    return signal, torch.fft.irfftn(noise, s=shape)
 
 
 def image_and_measure(
@@ -443,23 +446,24 @@ def image_and_measure(
         In Å.
     """
     shape, width = density.shape, density.shape[2]
-    specimen = torch.fft.rfftn(density)
-    signal = specimen * optics.signal
+    signal = torch.fft.rfftn(density)
     if noise_factor == 0:
-        return torch.fft.irfftn(signal, s=shape), None
-    white = _draw_white(density.shape, generator)
-    noise = white * (optics.noise * noise_factor)
-    tomogram = torch.fft.irfftn(signal + noise, s=shape)
+        return torch.fft.irfftn(signal.mul_(optics.signal), s=shape), None
+    noise = _draw_white(density.shape, generator)
+    stage = None
+    if optics.snr_stage != "reconstruction":
+        of_signal = _variance(_squared(signal) * optics.snr_signal, width)
+        of_noise = _variance(_squared(noise) * optics.snr_noise, width) * noise_factor**2
+        stage = of_signal / of_noise
+    # In place: a real tensor times a complex one is many times slower into a new one.
+    signal.mul_(optics.signal)
+    noise.mul_(optics.noise * noise_factor)
     powers = _squared(signal), _squared(noise)
     inside = _sphere(tuple(shape), voxel_size, SNR_RESOLUTION, str(density.device))
-    full, low = (
-        _variance(powers[0] * mask, width) / _variance(powers[1] * mask, width)
-        for mask in (torch.ones_like(inside[:1, :1, :1]), inside)
-    )
-    stage = _variance(_squared(specimen) * optics.snr_signal, width) / (
-        _variance(_squared(white) * optics.snr_noise, width) * noise_factor**2
-    )
-    return tomogram, MeasuredSnr(stage, full, low)
+    full = _variance(powers[0], width) / _variance(powers[1], width)
+    low = _variance(powers[0] * inside, width) / _variance(powers[1] * inside, width)
+    tomogram = torch.fft.irfftn(signal.add_(noise), s=shape)
+    return tomogram, MeasuredSnr(full if stage is None else stage, full, low)
 
 
 def low_pass_variance(
@@ -568,11 +572,12 @@ def _multiplicity(width: int, device: str) -> Float[Tensor, " kx"]:
 
 def _variance(power: Float[Tensor, "z y kx"], width: int) -> float:
     """Variance of the real volume with this half power spectrum (Parseval), k = 0 excluded."""
-    columns = power.sum(dim=(0, 1), dtype=torch.float64)
+    columns = power.sum(dim=(0, 1)).to(torch.float64)
     columns[0] -= power[0, 0, 0]
     num_voxels = power.shape[0] * power.shape[1] * width
     return float(columns @ _multiplicity(width, str(power.device))) / num_voxels**2
 
 
 def _count_bytes(optics: Optics) -> int:
-    return sum(tensor.nbytes for tensor in vars(optics).values())
+    tensors = (optics.signal, optics.noise, optics.snr_signal, optics.snr_noise)
+    return sum(tensor.nbytes for tensor in tensors)
