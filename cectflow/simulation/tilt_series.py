@@ -16,18 +16,15 @@ fast path may differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.interpolate import BSpline
 from scipy.ndimage import spline_filter1d
-from scipy.signal import fftconvolve
+from scipy.signal import fftconvolve, resample
 from scipy.sparse import csr_array
 
-from cectflow.execution import track
 from cectflow.model_card import CtfCorrection
 from cectflow.simulation.imaging import INELASTIC_MEAN_FREE_PATH, WIENER_CONSTANT
 from cectflow.simulation.microscope import (
@@ -54,7 +51,10 @@ EDGE = 12
 """Voxels of ice above and below, in which the spline of the specimen's faces dies away."""
 RAMP_MARGIN = 32
 """Pixels beyond the field's shadow for the tails of the ramp filter, which fall as 1/u²."""
-SLICES_AT_A_TIME = 8
+FINER = 2
+"""Samples to a pixel, by Fourier interpolation, in the lines that are back-projected."""
+PIXELS_AT_A_TIME, SLICES_AT_A_TIME = 64, 8
+"""Matrices are made for so much of a detector line, or of a volume, to bound the memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +115,11 @@ def project_field(
     depth, height, length = padded.shape
     plane = padded.transpose(0, 2, 1).reshape(depth * length, height)
     projections = np.empty((len(angles), height, width), np.float32)
-    pairs = zip(projections, np.deg2rad(angles), strict=True)
-    for projection, angle in track(pairs, total=len(angles), title="projecting"):
-        projection[...] = (_projector(angle, depth, length, width) @ plane).T
+    for projection, angle in zip(projections, np.deg2rad(angles), strict=True):
+        for start in range(0, width, PIXELS_AT_A_TIME):
+            u = np.arange(start, min(start + PIXELS_AT_A_TIME, width)) - width // 2
+            rays = _projector(float(angle), u, depth, length)
+            projection[:, start : start + len(u)] = (rays @ plane).T
     return projections
 
 
@@ -240,43 +242,42 @@ def back_project(
         )
         raise ValueError(msg)
     first = height // 2 - shape[1] // 2
-    lines = _filter_ramp(series.projections[:, first : first + shape[1]])
-    coefficients = spline_filter1d(lines, SPLINE, axis=2, output=np.float32, mode="mirror")
-    columns = np.ascontiguousarray(coefficients.transpose(0, 2, 1))
+    columns = np.stack(
+        [_line_coefficients(image[first : first + shape[1]]).T for image in series.projections]
+    )
     angles, spacing = np.deg2rad(series.angles), _angular_spacing(series.angles)
     volume = np.empty(shape, np.float32)
     z, x = (np.arange(n) - n // 2 for n in (shape[0], shape[2]))
-    starts = range(0, shape[0], SLICES_AT_A_TIME)
-    for start in track(starts, total=len(starts), title="back-projecting"):
+    for start in range(0, shape[0], SLICES_AT_A_TIME):
         slices = z[start : start + SLICES_AT_A_TIME, None]
         total = np.zeros((slices.size * shape[2], shape[1]), np.float32)
         for tilt in range(num_tilts):
             u = (x * np.cos(angles[tilt]) - slices * np.sin(angles[tilt])).ravel() + width // 2
-            total += np.float32(spacing[tilt]) * (_sampler(u, width) @ columns[tilt])
+            sampler = _sampler(u * FINER, width * FINER)
+            total += np.float32(spacing[tilt]) * (sampler @ columns[tilt])
         block = total.reshape(slices.size, shape[2], shape[1])
         volume[start : start + SLICES_AT_A_TIME] = block.transpose(0, 2, 1)
     return volume
 
 
-def _projector(angle: float, depth: int, length: int, width: int) -> csr_array:
-    """Matrix from spline coefficients of the (z, x) plane to the detector line of one tilt."""
-    u = np.arange(width)[:, None] - width // 2
+def _projector(angle: float, u: NDArray[np.int64], depth: int, length: int) -> csr_array:
+    """Matrix from spline coefficients of the (z, x) plane to pixels u of one tilt's line."""
     steps = int(np.ceil(depth / np.cos(angle))) + 2
-    # Along the beam from where the ray enters the slab; whole steps keep s = 0 on the tilt axis.
-    s = np.round(u * np.tan(angle)) + np.arange(steps) - steps // 2
-    z = s * np.cos(angle) - u * np.sin(angle) + depth // 2
-    x = s * np.sin(angle) + u * np.cos(angle) + length // 2
+    # Along the beam, a voxel's step apart, about where the ray crosses the middle of the slab.
+    s = np.round(u * np.tan(angle))[:, None] + np.arange(steps) - steps // 2
+    z = s * np.cos(angle) - u[:, None] * np.sin(angle) + depth // 2
+    x = s * np.sin(angle) + u[:, None] * np.cos(angle) + length // 2
     z_index, z_weight = _spline_taps(z)
     x_index, x_weight = _spline_taps(x)
     weight = z_weight[..., :, None] * x_weight[..., None, :]
     weight *= ((z_index >= 0) & (z_index < depth))[..., None]
     column = np.clip(z_index, 0, depth - 1)[..., None] * length + (x_index % length)[..., None, :]
-    row = np.broadcast_to(np.arange(width)[:, None, None, None], column.shape)
-    kept = weight != 0
+    starts = np.arange(len(u) + 1) * (column.size // len(u))
     matrix: csr_array = csr_array(
-        (weight[kept].astype(np.float32), (row[kept], column[kept])),
-        shape=(width, depth * length),
+        (weight.astype(np.float32).ravel(), column.astype(np.int32).ravel(), starts),
+        shape=(len(u), depth * length),
     )
+    matrix.sum_duplicates()
     return matrix
 
 
@@ -293,27 +294,27 @@ def _sampler(positions: NDArray[np.float64], width: int) -> csr_array:
 
 def _spline_taps(positions: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Indices of the coefficients about each position, on a new last axis, and their weights."""
-    nearest = np.floor(positions + (0.5 if SPLINE % 2 == 0 else 0.0)).astype(np.int64)
-    index = nearest[..., None] + np.arange(SPLINE + 1) - SPLINE // 2
+    index = np.floor(positions).astype(np.int64)[..., None] + np.arange(SPLINE + 1) - SPLINE // 2
     knots = np.arange(SPLINE + 2) - (SPLINE + 1) / 2
     bump = BSpline.basis_element(knots, extrapolate=False)
     weight: NDArray[np.float64] = np.nan_to_num(bump(positions[..., None] - index))
     return index, weight
 
 
-def _filter_ramp(
-    projections: Float[NDArray[np.float32], "tilt y u"],
-) -> Float[NDArray[np.float32], "tilt y u"]:
-    width = projections.shape[2]
+def _line_coefficients(
+    projection: Float[NDArray[np.float32], "y u"],
+) -> Float[NDArray[np.float32], "y finer_u"]:
+    """Spline coefficients of a ramp-filtered projection, sampled finer along u."""
+    width = projection.shape[1]
     n = np.arange(-width, width + 1)
     kernel = np.zeros(n.size, np.float32)
     odd = n % 2 == 1
     kernel[odd] = -1.0 / (np.pi * n[odd]) ** 2
     kernel[width] = 0.25
-    filtered = np.empty_like(projections)
-    for line, projection in zip(filtered, projections, strict=True):
-        line[...] = fftconvolve(projection - projection.mean(), kernel[None], "same", axes=1)
-    return filtered
+    filtered = fftconvolve(projection - projection.mean(), kernel[None], "same", axes=1)
+    # A spline takes half the noise at the Nyquist frequency, where the ramp has put most of it.
+    finer = resample(filtered, FINER * width, axis=1)
+    return spline_filter1d(finer, SPLINE, axis=1, output=np.float32, mode="grid-wrap")
 
 
 def _correction(
