@@ -274,7 +274,7 @@ def _projector(angle: float, u: NDArray[np.int64], depth: int, length: int) -> c
     column = np.clip(z_index, 0, depth - 1)[..., None] * length + (x_index % length)[..., None, :]
     starts = np.arange(len(u) + 1) * (column.size // len(u))
     matrix: csr_array = csr_array(
-        (weight.astype(np.float32).ravel(), column.astype(np.int32).ravel(), starts),
+        (weight.ravel(), column.astype(np.int32).ravel(), starts),
         shape=(len(u), depth * length),
     )
     matrix.sum_duplicates()
@@ -286,18 +286,18 @@ def _sampler(positions: NDArray[np.float64], width: int) -> csr_array:
     index, weight = _spline_taps(positions)
     starts = np.arange(0, index.size + 1, SPLINE + 1)
     matrix: csr_array = csr_array(
-        (weight.astype(np.float32).ravel(), np.clip(index, 0, width - 1).ravel(), starts),
+        (weight.ravel(), np.clip(index, 0, width - 1).ravel(), starts),
         shape=(len(positions), width),
     )
     return matrix
 
 
-def _spline_taps(positions: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _spline_taps(positions: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Indices of the coefficients about each position, on a new last axis, and their weights."""
     index = np.floor(positions).astype(np.int64)[..., None] + np.arange(SPLINE + 1) - SPLINE // 2
     knots = np.arange(SPLINE + 2) - (SPLINE + 1) / 2
     bump = BSpline.basis_element(knots, extrapolate=False)
-    weight: NDArray[np.float64] = np.nan_to_num(bump(positions[..., None] - index))
+    weight = np.nan_to_num(bump(positions[..., None] - index)).astype(np.float32)
     return index, weight
 
 
