@@ -280,10 +280,10 @@ def _write_tomogram(
 ) -> None:
     voxel_size = specimen.recipe.voxel_size
     labels = (f"simulated, recipe {specimen.recipe_digest[:16]}",)
-    instances = tomogram.instances
-    if instances.dtype == np.int32:  # which MRC lacks; float32 counts to 16 million
-        most = int(instances.max())
-        instances = instances.astype(np.uint16 if most < 2**16 else np.float32)
+    most = int(tomogram.instances.max())
+    # MRC lacks int32; float32 counts to 16 million.
+    narrow = np.int16 if most < 2**15 else np.uint16 if most < 2**16 else np.float32
+    instances = tomogram.instances.astype(narrow)
     for file, data in (
         ("tomogram", tomogram.data),
         ("true_classes", tomogram.classes),

@@ -16,6 +16,7 @@ fast path may differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from jaxtyping import Float
@@ -44,7 +45,7 @@ __all__ = [
     "record_tilt_series",
 ]
 
-SPLINE = 5
+SPLINE: Final = 5
 """Order of the B-splines that interpolate: 99.9 % of the amplitude is left at half the Nyquist
 frequency (98.7 % with cubic ones), Unser 1999, IEEE Signal Process. Mag. 16:22."""
 EDGE = 12
@@ -110,8 +111,8 @@ def project_field(
         Pixels of the detector along u.
     """
     padded = np.pad(density, ((EDGE, EDGE), (0, 0), (0, 0)))
-    for axis, mode in ((0, "mirror"), (2, "grid-wrap")):
-        padded = spline_filter1d(padded, SPLINE, axis=axis, output=np.float32, mode=mode)
+    padded = spline_filter1d(padded, SPLINE, 0, output=np.float32, mode="mirror")
+    padded = spline_filter1d(padded, SPLINE, 2, output=np.float32, mode="grid-wrap")
     depth, height, length = padded.shape
     plane = padded.transpose(0, 2, 1).reshape(depth * length, height)
     projections = np.empty((len(angles), height, width), np.float32)
@@ -313,8 +314,8 @@ def _line_coefficients(
     kernel[width] = 0.25
     filtered = fftconvolve(projection - projection.mean(), kernel[None], "same", axes=1)
     # A spline takes half the noise at the Nyquist frequency, where the ramp has put most of it.
-    finer = resample(filtered, FINER * width, axis=1)
-    return spline_filter1d(finer, SPLINE, axis=1, output=np.float32, mode="grid-wrap")
+    finer: NDArray[np.float32] = resample(filtered, FINER * width, axis=1)
+    return spline_filter1d(finer, SPLINE, 1, output=np.float32, mode="grid-wrap")
 
 
 def _correction(
@@ -335,8 +336,8 @@ def _frequencies(
     shape: tuple[int, ...], pixel_size: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Å⁻¹ of the half spectrum of an image, ready to broadcast."""
-    ky = np.fft.fftfreq(shape[0], pixel_size)[:, None]
-    return ky, np.fft.rfftfreq(shape[1], pixel_size)[None, :]
+    ky = np.fft.fftfreq(shape[0], pixel_size).astype(np.float64)[:, None]
+    return ky, np.fft.rfftfreq(shape[1], pixel_size).astype(np.float64)[None, :]
 
 
 def _angular_spacing(angles: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from torch import Tensor
@@ -61,8 +61,8 @@ class Tomogram:
 
     data: Float[NDArray[np.float32], "z y x"]
     density: Float[NDArray[np.float32], "z y x"]
-    classes: Num[NDArray[np.integer], "z y x"]
-    instances: Num[NDArray[np.integer], "z y x"]
+    classes: Int[NDArray[np.int8], "z y x"]
+    instances: Int[NDArray[np.int32], "z y x"]
     class_ids: Int[NDArray[np.int64], " particle"]
     positions_zyx: Float[NDArray[np.float64], "particle 3"]
     angles: Float[NDArray[np.float64], "particle 3"]
@@ -158,8 +158,8 @@ def simulate_tomogram(
     return Tomogram(
         data=data,
         density=field.density[middle].copy(),
-        classes=class_of_owner.astype(np.min_scalar_type(-len(surrounded.classes) - 1))[owners],
-        instances=number.astype(np.int16 if len(scene) < 2**15 else np.int32)[owners],
+        classes=class_of_owner.astype(np.int8)[owners],
+        instances=number.astype(np.int32)[owners],
         class_ids=scene.class_ids[inside],
         positions_zyx=positions[inside],
         angles=scene.angles[inside],
@@ -200,11 +200,12 @@ def _carry_over(
     # k = 0 is the mean's, of which no variance is made.
     found = np.nonzero(count[1:])[0] + 1
     density = total[found] / count[found] / np.prod(shape, dtype=np.float64)
+    num_voxels = float(np.prod(larger, dtype=np.float64))
     carried = np.empty((larger[0], larger[1], larger[2] // 2 + 1), np.float32)
     for z in range(larger[0]):
         radius = _radius(larger, range(z, z + 1))[0]
-        carried[z] = np.interp(radius * num_shells, found, density)
-    return torch.from_numpy(carried) * float(np.prod(larger, dtype=np.float64))
+        carried[z] = np.interp(radius * num_shells, found, density * num_voxels)
+    return torch.from_numpy(carried)
 
 
 def _radius(shape: tuple[int, int, int], slices: range) -> NDArray[np.float64]:
