@@ -192,9 +192,7 @@ def simulate_tomograms(
     ] = None,
     tilt_series: Annotated[
         bool,
-        typer.Option(
-            "--tilt-series", help="Write the projections too, and back-project them: minutes each."
-        ),
+        typer.Option("--tilt-series", help="Record the projections too, and back-project those."),
     ] = False,
     structures: StructuresOption = None,
     seed: SeedOption = None,
