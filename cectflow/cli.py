@@ -216,6 +216,36 @@ def simulate_calibrate(
     calibrate_recipe(chosen, given, out, overwrite=overwrite, tell=typer.echo)
 
 
+@simulate_app.command("tomograms")
+def simulate_tomograms(
+    out: Annotated[Path, typer.Option("--out", help="Folder; each tomogram has one in it.")],
+    recipe: RecipeOption = "demo",
+    count: Annotated[int, typer.Option("--count", min=1, help="How many there shall be.")] = 1,
+    shape: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option("--shape", min=1, help="Voxels along z, y and x; default: recipe's field."),
+    ] = None,
+    tilt_series: Annotated[
+        bool,
+        typer.Option("--tilt-series", help="Record the projections too, and back-project those."),
+    ] = False,
+    structures: StructuresOption = None,
+    seed: SeedOption = None,
+    workers: WorkersOption = 1,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Simulate whole tomograms with particles and label maps; a second call completes them."""
+    from cectflow.flows.simulation import choose_recipe
+    from cectflow.flows.simulation import simulate_tomograms as flow
+    from cectflow.tracking.runs import connect
+
+    chosen = choose_recipe(recipe, structures=structures, seed=seed).simulation
+    connect(tracking_uri)
+    folders = flow(chosen, out, count=count, shape=shape, tilt_series=tilt_series, workers=workers)
+    for folder in folders:
+        typer.echo(str(folder / "tomogram.mrc"))
+
+
 @dataset_app.command("info")
 def dataset_info(folder: Path, json: JsonOption = False) -> None:
     """Print what a dataset holds and what was measured of it."""

@@ -35,6 +35,7 @@ __all__ = [
     "read_labels",
     "read_stack",
     "read_volume",
+    "write_images",
     "write_stack",
     "write_volume",
 ]
@@ -241,6 +242,36 @@ def write_stack(
         msg = f"a volume stack has 4 dimensions (n, z, y, x), this array has shape {cubes.shape}"
         raise ValueError(msg)
     _write(path, cubes, voxel_size, overwrite=overwrite, labels=labels)
+
+
+def write_images(
+    path: Path,
+    images: NDArray[Any],
+    pixel_size: float,
+    *,
+    overwrite: bool = False,
+    labels: Sequence[str] = (),
+) -> None:
+    """Write an MRC image stack (space group 0), such as the projections of a tilt series.
+
+    Parameters
+    ----------
+    path, overwrite, labels
+        As of :func:`write_volume`, and so are the types that are kept.
+    images
+        ``(n, y, x)``.
+    pixel_size
+        In angstrom.
+
+    Raises
+    ------
+    FileExistsError, ValueError
+        As :func:`write_volume`; also if the array is not three-dimensional.
+    """
+    if images.ndim != 3:
+        msg = f"an image stack has 3 dimensions (n, y, x), this array has shape {images.shape}"
+        raise ValueError(msg)
+    _write(path, images, pixel_size, overwrite=overwrite, labels=labels, are_images=True)
 
 
 @contextmanager
@@ -495,7 +526,13 @@ def _describe(mrc: Any, voxel_size: float, labels: Sequence[str]) -> None:
 
 
 def _write(
-    path: Path, data: NDArray[Any], voxel_size: float, *, overwrite: bool, labels: Sequence[str]
+    path: Path,
+    data: NDArray[Any],
+    voxel_size: float,
+    *,
+    overwrite: bool,
+    labels: Sequence[str],
+    are_images: bool = False,
 ) -> None:
     _check_given_voxel_size(voxel_size)
     _check_labels(labels)
@@ -513,4 +550,6 @@ def _write(
         _mrcfile.new(temporary, compression=compression) as mrc,
     ):
         mrc.set_data(np.asarray(data, dtype))
+        if are_images:
+            mrc.set_image_stack()
         _describe(mrc, voxel_size, labels)

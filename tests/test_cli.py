@@ -20,6 +20,7 @@ from cectflow.volume import Volume, write_stack, write_volume
 COMMANDS = (
     (), ("structures", "list"), ("structures", "fetch"), ("simulate", "dataset"),
     ("simulate", "calibrate"),
+    ("simulate", "tomograms"),
     ("dataset", "info"), ("dataset", "check"), ("dataset", "import"), ("dataset", "export"),
     ("train",), ("distill",), ("evaluate", "model"), ("models", "list"), ("models", "show"),
     ("models", "promote"), ("models", "rollback"), ("predict", "classify"),
@@ -83,6 +84,11 @@ def test_structures_are_listed_as_a_table_and_as_json(run: Run) -> None:
         (("simulate", "dataset", "--recipe", "bad.yaml", "--out", "d"), "snr is"),
         (("simulate", "dataset", "--recipe", "typo.yaml", "--out", "d"), "occupency"),
         (("simulate", "dataset", "--recipe", "small.yaml", "--out", "d"), "use a box of"),
+        (("simulate", "tomograms", "--recipe", "nosuch", "--out", "d"), "one of demo, real, tiny"),
+        (
+            ("simulate", "tomograms", "--recipe", "tiny", "--shape", "8", "48", "48", "--out", "d"),
+            "expected at least",
+        ),
         (("train", "teacher", "--recipe", "network.yaml"), "known"),
         (("train", "teacher", "--recipe", "box.yaml"), "27"),
         (("train", "teacher", "--dataset", "nowhere", "--recipe", "tiny"), "no dataset folder"),

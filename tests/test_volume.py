@@ -21,6 +21,7 @@ from cectflow.volume import (
     read_labels,
     read_stack,
     read_volume,
+    write_images,
     write_stack,
     write_volume,
 )
@@ -358,3 +359,16 @@ def test_real_stacks_and_maps_are_read_without_a_warning(shared_data: Path) -> N
     assert (cubes.shape, size) == ((20, 32, 32, 32), 12.0)
     volume = read_volume(shared_data / "maps" / "EMD-3197.map.gz")
     assert (volume.shape, volume.voxel_size) == ((20, 20, 20), 11.4)
+
+
+def test_an_image_stack_says_that_it_is_one(tmp_path: Path) -> None:
+    images = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    write_images(tmp_path / "series.mrc", images, 2.5, labels=("tilt series",))
+    with mrcfile.open(tmp_path / "series.mrc") as stack:
+        assert stack.is_image_stack()
+        np.testing.assert_array_equal(stack.data, images)
+        assert stack.voxel_size.x == stack.voxel_size.y == 2.5
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        write_images(tmp_path / "series.mrc", images, 2.5)
+    with pytest.raises(ValueError, match="3 dimensions"):
+        write_images(tmp_path / "one.mrc", images[0], 2.5)

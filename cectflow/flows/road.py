@@ -170,14 +170,13 @@ def _predict(
         options, report,
     )  # fmt: skip
     rows = outcome.table.rows
-    number = {name: i for i, name in enumerate(dict.fromkeys(rows["cectflowTrueClass"]), 1)}
+    number = {name: i for i, name in enumerate(written.class_names, 1)}
     found = np.array([0, *(number.get(name, 0) for name in rows["cectflowClassName"])])
-    true = np.array([0, *(number[name] for name in rows["cectflowTrueClass"])])
     outlined = read_volume(folder / "labels.mrc")
     panels = (
-        ("density", written.field.density, "grey"),
-        ("tomogram", written.field.tomogram, "grey"),
-        ("truth: class of each particle", true[written.field.owners], "labels"),
+        ("density", written.truth.density, "grey"),
+        ("tomogram", written.truth.data, "grey"),
+        ("truth: class of each particle", written.truth.classes, "labels"),
         ("predicted outline and class", found[outlined.data], "labels"),
     )
     figure = draw_field(panels, voxel_size=outlined.voxel_size)

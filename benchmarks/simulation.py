@@ -1,0 +1,140 @@
+"""Cost of the simulation: cubes per second, fast path against literal path, workers, memory."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.report import parse_options, write_report
+from cectflow.execution import single_thread
+from cectflow.flows.simulation import load_structures
+from cectflow.simulation.imaging import image_field, optics_of
+from cectflow.simulation.microscope import Microscope
+from cectflow.simulation.recipe import (
+    SimulationRecipe,
+    Specimen,
+    _cut_targets,
+    prepare_specimen,
+    simulate_dataset,
+    simulate_field,
+)
+from cectflow.simulation.tilt_series import back_project, record_tilt_series
+
+SHARED = SimulationRecipe(
+    box=40,
+    voxel_size=10.0,
+    field_shape=(64, 128, 128),
+    fields={"train": 8},
+    occupancy=0.1,
+    blur=6.8,
+    snr=(0.05, 0.1),
+    ctf_correction="phase_flip",
+    # Drawn anew for each field, so that the filters of one do not serve the next.
+    microscope=Microscope(defocus_um=(3.0, 6.0)),
+)
+CUBE = (64, 64, 64)
+
+
+def main() -> None:
+    """Measure on one thread, but for ``two_workers``; wall and process time differ under load.
+
+    - ``shared_per_s``: 40³ cubes with voxel labels per second of wall time, all particles of a
+      shared field of 64 × 128 × 128 voxels of 10 Å at 10 % occupancy, optics drawn per field;
+      ``shared_per_cpu_s`` the same per second of process time. Nothing is written.
+    - ``fast_over_literal``: time of record_tilt_series and back_project over that of optics_of
+      and image_field, noise included, for one field of 64³ and optics not seen before;
+      ``fast_over_literal_shared`` for the shared field, ``…_kept`` with filters at hand.
+    - ``two_workers``: wall time of a dataset of 96 fields by one process over that by two; the
+      start of the processes and the preparation of the specimen are included.
+    - ``peak_gb``: largest resident memory of this process and of any worker.
+    """
+    options = parse_options(__doc__ or "")
+    specimen = prepare_specimen(SHARED, load_structures(SHARED))
+    figures: dict[str, float] = {}
+    with single_thread():
+        figures |= _measure_shared(specimen, fields=3 if options.quick else 10)
+        figures |= _measure_paths(specimen, repeats=2 if options.quick else 5)
+    figures["two_workers"] = _measure_workers(fields=16 if options.quick else 96)
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF,
+             resource.RUSAGE_CHILDREN)]  # fmt: skip
+    figures["peak_gb"] = max(peaks) * 1024 / 1e9
+    write_report(options.json, figures, quick=options.quick)
+
+
+def _measure_shared(specimen: Specimen, *, fields: int) -> dict[str, float]:
+    simulate_field(specimen, "warm-up", 0)  # numba compiles
+    wall, process, cubes = time.perf_counter(), time.process_time(), 0
+    for index in range(fields):
+        field = simulate_field(specimen, "train", index)
+        cubes += len(_cut_targets(specimen, field, index).rows)
+    return {
+        "shared_per_s": cubes / (time.perf_counter() - wall),
+        "shared_per_cpu_s": cubes / (time.process_time() - process),
+        "shared_cubes_per_field": cubes / fields,
+    }
+
+
+def _measure_paths(specimen: Specimen, *, repeats: int) -> dict[str, float]:
+    shared = simulate_field(specimen, "train", 0).density
+    cube = np.ascontiguousarray(shared[: CUBE[0], : CUBE[1], : CUBE[2]])
+    figures: dict[str, float] = {}
+    for name, density in (("fast_over_literal", cube), ("fast_over_literal_shared", shared)):
+        kept, *fresh = np.linspace(3.0, 6.0, 3 * repeats + 1).tolist()
+        _image_fast(density, kept)
+        fast = [_seconds(_image_fast, density, defocus) for defocus in fresh]
+        with_kept = [_seconds(_image_fast, density, fresh[-1]) for _ in fresh]
+        literal = min(_seconds(_image_literally, density, kept) for _ in range(repeats // 2 + 1))
+        figures |= {name: literal / min(fast), f"{name}_kept": literal / min(with_kept)}
+    return figures
+
+
+def _image_fast(density: NDArray[np.float32], defocus_um: float) -> None:
+    depth, height, width = density.shape
+    optics = optics_of(
+        (depth, height, width), SHARED.voxel_size, SHARED.microscope, SHARED.tilts, defocus_um,
+        SHARED.ctf_correction,
+    )  # fmt: skip
+    image_field(torch.from_numpy(density), optics, 1.0, torch.Generator().manual_seed(0))
+
+
+def _image_literally(density: NDArray[np.float32], defocus_um: float) -> None:
+    depth, height, width = density.shape
+    series = record_tilt_series(
+        density, SHARED.voxel_size, SHARED.microscope, SHARED.tilts, defocus_um,
+        SHARED.ctf_correction, 1.0, np.random.default_rng(0),
+    )  # fmt: skip
+    back_project(series, (depth, height, width))
+
+
+def _seconds(
+    work: Callable[[NDArray[np.float32], float], None],
+    density: NDArray[np.float32],
+    defocus_um: float,
+) -> float:
+    """Wall time; of several the shortest counts, which other programs disturbed least."""
+    start = time.perf_counter()
+    work(density, defocus_um)
+    return time.perf_counter() - start
+
+
+def _measure_workers(*, fields: int) -> float:
+    recipe = SHARED.model_copy(update={"fields": {"train": fields}, "targets_per_field": 32})
+    structures = load_structures(recipe)
+    seconds = []
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory() as scratch:
+            start = time.perf_counter()
+            simulate_dataset(recipe, structures, Path(scratch) / "data", workers=workers)
+            seconds.append(time.perf_counter() - start)
+    return seconds[0] / seconds[1]
+
+
+if __name__ == "__main__":
+    main()

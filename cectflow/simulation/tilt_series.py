@@ -1,0 +1,346 @@
+"""Tilt series: projections recorded one by one and reconstructed by weighted back-projection.
+
+The literal path, in real space, that the one filter of :mod:`cectflow.simulation.imaging` is held
+against; it also writes what a microscope would: aligned projections beside the reconstruction.
+
+Geometry: the beam runs along z, the tilt axis is y. At tilt t the point (z, x), counted from the
+centre voxel, is recorded at ``u = x cos t - z sin t``; so positive tilts carry +z towards -u.
+
+Specimen: the field repeats without end along x and y, so that a tilted ray enters and leaves it
+through its faces and never through its sides. Along z it is cut at the field's own faces, with
+bare ice beyond: one period thick, as a lamella is. What the periodic field holds across those
+faces is cut in two, and that, within a structure's length of them, is where the literal and the
+fast path may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.interpolate import BSpline
+from scipy.ndimage import spline_filter1d
+from scipy.signal import fftconvolve, resample
+from scipy.sparse import csr_array
+
+from cectflow.model_card import CtfCorrection
+from cectflow.simulation.imaging import INELASTIC_MEAN_FREE_PATH, WIENER_CONSTANT
+from cectflow.simulation.microscope import (
+    Microscope,
+    TiltScheme,
+    contrast_transfer,
+    dose_filter,
+    electron_wavelength,
+)
+
+__all__ = [
+    "TiltSeries",
+    "back_project",
+    "detector_width",
+    "project_field",
+    "projection_noise",
+    "record_tilt_series",
+]
+
+SPLINE: Final = 5
+"""Order of the B-splines that interpolate: 99.9 % of the amplitude is left at half the Nyquist
+frequency (98.7 % with cubic ones), Unser 1999, IEEE Signal Process. Mag. 16:22."""
+EDGE = 12
+"""Voxels of ice above and below, in which the spline of the specimen's faces dies away."""
+RAMP_MARGIN = 32
+"""Pixels beyond the field's shadow for the tails of the ramp filter, which fall as 1/u²."""
+FINER = 2
+"""Samples to a pixel, by Fourier interpolation, in the lines that are back-projected."""
+PIXELS_AT_A_TIME, SLICES_AT_A_TIME = 64, 8
+"""Matrices are made for so much of a detector line, or of a volume, to bound the memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class TiltSeries:
+    """Aligned projections of one field.
+
+    Attributes
+    ----------
+    projections
+        Recorded signal and noise after the CTF correction, protein dark; the centre of the field
+        is at pixel ``(height // 2, width // 2)``.
+    angles
+        Degrees, in the order of the projections.
+    pixel_size
+        Å.
+    """
+
+    projections: Float[NDArray[np.float32], "tilt y u"]
+    angles: Float[NDArray[np.float64], " tilt"]
+    pixel_size: float
+
+
+def detector_width(
+    shape: tuple[int, int, int], voxel_size: float, microscope: Microscope, defocus_um: float
+) -> int:
+    """Pixels across the tilt axis that a reconstruction of this shape draws upon.
+
+    Its shadow at any tilt, the tails of the ramp filter, and on either side the distance
+    ``lambda dz k`` by which the CTF displaces the highest frequency.
+    """
+    displacement = electron_wavelength(microscope.voltage_kv) * abs(defocus_um) * 1e4
+    spread = displacement * 0.5 / voxel_size / voxel_size
+    return 2 * int(np.ceil(np.hypot(shape[0], shape[2]) / 2 + spread + RAMP_MARGIN))
+
+
+def project_field(
+    density: Float[NDArray[np.float32], "z y x"],
+    angles: Float[NDArray[np.float64], " tilt"],
+    width: int,
+) -> Float[NDArray[np.float32], "tilt y {width}"]:
+    """Sums of a field's density along the beam at each tilt, a voxel's step apart.
+
+    The rotation is about y, so that one matrix for each tilt takes the (z, x) plane, in B-spline
+    coefficients, to a line of the detector, at every y alike.
+
+    Parameters
+    ----------
+    density
+        Periodic along x and y, one period thick along z.
+    angles
+        Degrees.
+    width
+        Pixels of the detector along u.
+    """
+    padded = np.pad(density, ((EDGE, EDGE), (0, 0), (0, 0)))
+    padded = spline_filter1d(padded, SPLINE, 0, output=np.float32, mode="mirror")
+    padded = spline_filter1d(padded, SPLINE, 2, output=np.float32, mode="grid-wrap")
+    depth, height, length = padded.shape
+    plane = padded.transpose(0, 2, 1).reshape(depth * length, height)
+    projections = np.empty((len(angles), height, width), np.float32)
+    for projection, angle in zip(projections, np.deg2rad(angles), strict=True):
+        for start in range(0, width, PIXELS_AT_A_TIME):
+            u = np.arange(start, min(start + PIXELS_AT_A_TIME, width)) - width // 2
+            rays = _projector(float(angle), u, depth, length)
+            projection[:, start : start + len(u)] = (rays @ plane).T
+    return projections
+
+
+def record_tilt_series(
+    density: Float[NDArray[np.float32], "z y x"],
+    voxel_size: float,
+    microscope: Microscope,
+    tilts: TiltScheme,
+    defocus_um: float,
+    ctf_correction: CtfCorrection,
+    noise_factor: float,
+    generator: np.random.Generator,
+) -> TiltSeries:
+    """Tilt series of a field, CTF-corrected tilt by tilt.
+
+    Each projection is attenuated by dose, inelastic loss and detector and turned over by the
+    CTF; noise of the microscope's spectrum is added; then signal and noise are corrected.
+
+    Parameters
+    ----------
+    density
+        Potential above ice, bright protein; periodic along x and y.
+    voxel_size
+        In Å.
+    microscope, tilts
+        See there.
+    defocus_um
+        Positive is underfocus.
+    ctf_correction
+        Applied to each projection.
+    noise_factor
+        Standard deviation of the white noise in a pixel before it takes its spectrum, in the
+        projections' units (V times voxel): :func:`projection_noise`.
+    generator
+        Source of the noise.
+    """
+    width = detector_width(density.shape, voxel_size, microscope, defocus_um)
+    projections = project_field(density, tilts.angles, width)
+    ky, ku = _frequencies(projections.shape[1:], voxel_size)
+    k_squared = ky**2 + ku**2
+    share = k_squared * (2.0 * voxel_size) ** 2
+    grain = np.sqrt(1.0 if microscope.noise_spectrum == "white" else 0.05 + share)
+    transfer = contrast_transfer(k_squared, defocus_um, microscope)
+    correction = _correction(transfer, ctf_correction)
+    tilted = zip(projections, np.deg2rad(tilts.angles), tilts.exposures, strict=True)
+    for projection, angle, exposure in tilted:
+        path = tilts.thickness * (1.0 / np.cos(angle) - 1.0)
+        seen = np.exp(-path / INELASTIC_MEAN_FREE_PATH) * dose_filter(k_squared, float(exposure))
+        image = -transfer * seen * microscope.mtf**share * np.fft.rfft2(projection)
+        if noise_factor > 0:
+            white = generator.standard_normal(projection.shape, np.float32)
+            image += noise_factor * grain * np.fft.rfft2(white)
+        projection[...] = np.fft.irfft2(correction * image, s=projection.shape)
+    return TiltSeries(projections, tilts.angles, voxel_size)
+
+
+def projection_noise(
+    variance: float,
+    voxel_size: float,
+    microscope: Microscope,
+    tilts: TiltScheme,
+    defocus_um: float,
+    ctf_correction: CtfCorrection,
+) -> float:
+    """Factor for :func:`record_tilt_series` at which the reconstructed noise has a variance.
+
+    Back-projection adds the tilts' filtered noise, ``Var = Σ_t (Δθ)² ∫ |u|² s² g²`` over the
+    band of the detector (ramp u in cycles per pixel, spectrum s², correction g).
+
+    Parameters
+    ----------
+    variance
+        Of the noise in the reconstruction, V².
+    voxel_size, microscope, tilts, defocus_um, ctf_correction
+        As for :func:`record_tilt_series`.
+    """
+    ky, ku = _frequencies((256, 256), voxel_size)
+    k_squared = ky**2 + ku**2
+    share = k_squared * (2.0 * voxel_size) ** 2
+    power = np.ones_like(share) if microscope.noise_spectrum == "white" else 0.05 + share
+    gain = _correction(contrast_transfer(k_squared, defocus_um, microscope), ctf_correction)
+    filtered = (ku * voxel_size) ** 2 * power * gain**2
+    twice = np.where((ku == 0) | (ku == ku.max()), 1.0, 2.0)
+    unit = float((filtered * twice).sum()) / 256**2
+    return float(np.sqrt(variance / (unit * np.square(_angular_spacing(tilts.angles)).sum())))
+
+
+def back_project(
+    series: TiltSeries, shape: tuple[int, int, int]
+) -> Float[NDArray[np.float32], "z y x"]:
+    """Weighted back-projection of a tilt series about the field's centre.
+
+    ``f(z, x) = Σ_t Δθ_t (p_t * h)(x cos t - z sin t)`` with the ramp filter h in real space
+    (Kak and Slaney 1988, equations 3.30 and 3.61): its values are 1/4 at 0, -1/(πn)² at odd n and
+    0 at even n. A projection's mean is left out, as is the ice it stands for.
+
+    Parameters
+    ----------
+    series
+        Aligned projections.
+    shape
+        Of the reconstruction ``(z, y, x)``; it lies about the centre of the projections.
+
+    Returns
+    -------
+    NDArray
+        In the units of the projected density: V.
+
+    Raises
+    ------
+    ValueError
+        If the volume is higher than the projections, or wider.
+    """
+    num_tilts, height, width = series.projections.shape
+    reach = float(np.hypot(shape[0], shape[2]))
+    if shape[1] > height or reach > width - SPLINE:
+        msg = (
+            f"a volume of {shape} voxels (z, y, x) needs projections of at least "
+            f"{shape[1]} x {int(np.ceil(reach)) + SPLINE} pixels (y, x), given {height} x {width}"
+        )
+        raise ValueError(msg)
+    first = height // 2 - shape[1] // 2
+    columns = np.stack(
+        [_line_coefficients(image[first : first + shape[1]]).T for image in series.projections]
+    )
+    angles, spacing = np.deg2rad(series.angles), _angular_spacing(series.angles)
+    volume = np.empty(shape, np.float32)
+    z, x = (np.arange(n) - n // 2 for n in (shape[0], shape[2]))
+    for start in range(0, shape[0], SLICES_AT_A_TIME):
+        slices = z[start : start + SLICES_AT_A_TIME, None]
+        total = np.zeros((slices.size * shape[2], shape[1]), np.float32)
+        for tilt in range(num_tilts):
+            u = (x * np.cos(angles[tilt]) - slices * np.sin(angles[tilt])).ravel() + width // 2
+            sampler = _sampler(u * FINER, width * FINER)
+            total += np.float32(spacing[tilt]) * (sampler @ columns[tilt])
+        block = total.reshape(slices.size, shape[2], shape[1])
+        volume[start : start + SLICES_AT_A_TIME] = block.transpose(0, 2, 1)
+    return volume
+
+
+def _projector(angle: float, u: NDArray[np.int64], depth: int, length: int) -> csr_array:
+    """Matrix from spline coefficients of the (z, x) plane to pixels u of one tilt's line."""
+    steps = int(np.ceil(depth / np.cos(angle))) + 2
+    # Along the beam, a voxel's step apart, about where the ray crosses the middle of the slab.
+    s = np.round(u * np.tan(angle))[:, None] + np.arange(steps) - steps // 2
+    z = s * np.cos(angle) - u[:, None] * np.sin(angle) + depth // 2
+    x = s * np.sin(angle) + u[:, None] * np.cos(angle) + length // 2
+    z_index, z_weight = _spline_taps(z)
+    x_index, x_weight = _spline_taps(x)
+    weight = z_weight[..., :, None] * x_weight[..., None, :]
+    weight *= ((z_index >= 0) & (z_index < depth))[..., None]
+    column = np.clip(z_index, 0, depth - 1)[..., None] * length + (x_index % length)[..., None, :]
+    starts = np.arange(len(u) + 1) * (column.size // len(u))
+    matrix: csr_array = csr_array(
+        (weight.ravel(), column.astype(np.int32).ravel(), starts),
+        shape=(len(u), depth * length),
+    )
+    matrix.sum_duplicates()
+    return matrix
+
+
+def _sampler(positions: NDArray[np.float64], width: int) -> csr_array:
+    """Matrix from spline coefficients of a detector line to its values at positions."""
+    index, weight = _spline_taps(positions)
+    starts = np.arange(0, index.size + 1, SPLINE + 1)
+    matrix: csr_array = csr_array(
+        (weight.ravel(), np.clip(index, 0, width - 1).ravel(), starts),
+        shape=(len(positions), width),
+    )
+    return matrix
+
+
+def _spline_taps(positions: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Indices of the coefficients about each position, on a new last axis, and their weights."""
+    index = np.floor(positions).astype(np.int64)[..., None] + np.arange(SPLINE + 1) - SPLINE // 2
+    knots = np.arange(SPLINE + 2) - (SPLINE + 1) / 2
+    bump = BSpline.basis_element(knots, extrapolate=False)
+    weight = np.nan_to_num(bump(positions[..., None] - index)).astype(np.float32)
+    return index, weight
+
+
+def _line_coefficients(
+    projection: Float[NDArray[np.float32], "y u"],
+) -> Float[NDArray[np.float32], "y finer_u"]:
+    """Spline coefficients of a ramp-filtered projection, sampled finer along u."""
+    width = projection.shape[1]
+    n = np.arange(-width, width + 1)
+    kernel = np.zeros(n.size, np.float32)
+    odd = n % 2 == 1
+    kernel[odd] = -1.0 / (np.pi * n[odd]) ** 2
+    kernel[width] = 0.25
+    filtered = fftconvolve(projection - projection.mean(), kernel[None], "same", axes=1)
+    # A spline takes half the noise at the Nyquist frequency, where the ramp has put most of it.
+    finer: NDArray[np.float32] = resample(filtered, FINER * width, axis=1)
+    return spline_filter1d(finer, SPLINE, 1, output=np.float32, mode="grid-wrap")
+
+
+def _correction(
+    transfer: NDArray[np.float64], ctf_correction: CtfCorrection
+) -> NDArray[np.float64]:
+    """What a recorded image is multiplied by in Fourier space."""
+    if ctf_correction == "none":
+        return np.ones_like(transfer)
+    if ctf_correction == "phase_flip":
+        return np.where(transfer < 0, -1.0, 1.0)
+    if ctf_correction == "premultiplied":
+        return transfer
+    wiener: NDArray[np.float64] = transfer / (transfer**2 + WIENER_CONSTANT)
+    return wiener
+
+
+def _frequencies(
+    shape: tuple[int, ...], pixel_size: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Å⁻¹ of the half spectrum of an image, ready to broadcast."""
+    ky = np.fft.fftfreq(shape[0], pixel_size).astype(np.float64)[:, None]
+    return ky, np.fft.rfftfreq(shape[1], pixel_size).astype(np.float64)[None, :]
+
+
+def _angular_spacing(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Radians that each tilt stands for: half the distance between its neighbours."""
+    spacing: NDArray[np.float64] = np.gradient(np.deg2rad(angles))
+    return spacing
