@@ -64,11 +64,15 @@ class FieldRecord(Config):
     mean: float
     std: float
     defocus_um: float | None = None
+    drawn: dict[str, float] = Field(default_factory=dict)
+    """Name → value of what microscope and tilts may give as a range."""
     requested_snr: float | None = None
     snr: float | None = None
-    """Measured, full band; None when noise-free or unknown."""
+    """Measured where ``snr_stage`` defines it, full band; None when noise-free or unknown."""
+    snr_reconstruction: float | None = None
+    """Measured in the reconstruction, full band."""
     snr_60: float | None = None
-    """Measured after a low-pass to 60 Å."""
+    """Measured in the reconstruction, low-passed to 60 Å."""
     occupancy: float | None = None
     num_particles: int | None = None
 

@@ -2,28 +2,40 @@
 
 A tilt series reconstructed by weighted back-projection acts on the specimen as one linear filter.
 Each tilt fills a slab of Fourier space about its central plane; H(k) and N(k) are sums over the
-slabs, so that per-tilt CTF, dose, thickness and detector cost nothing when a volume is imaged:
-one forward and one inverse transform.
+slabs, so that per-tilt CTF, dose, thickness, alignment and detector cost nothing when a volume is
+imaged: one forward and one inverse transform. All of it runs on the device of the density.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
+from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 from cectflow.model_card import CtfCorrection
-from cectflow.simulation.microscope import Microscope, TiltScheme, contrast_transfer, dose_filter
+from cectflow.simulation.microscope import (
+    Microscope,
+    TiltScheme,
+    astigmatic_defocus,
+    contrast_transfer,
+    dose_filter,
+    noise_transfer,
+    signal_transfer,
+    single_number,
+)
 
 __all__ = [
+    "MeasuredSnr",
     "Optics",
     "SnrStage",
+    "image_and_measure",
     "image_field",
     "low_pass_variance",
     "measure_snr",
@@ -33,7 +45,7 @@ __all__ = [
     "signal_variance",
 ]
 
-SnrStage = Literal["reconstruction"]
+SnrStage = Literal["reconstruction", "projection", "aitom"]
 
 INELASTIC_MEAN_FREE_PATH = 3800.0
 """Å, of 300 kV electrons in vitreous ice (cryo-TomoSim's value; 3000 to 4000 are published)."""
@@ -41,6 +53,16 @@ WIENER_CONSTANT = 0.1
 """Added to CTF² in the denominator of the Wiener correction."""
 SNR_RESOLUTION = 60.0
 """Å: the low-pass for the second, comparable SNR figure of each field."""
+AITOM_LOW_PASS = 0.2
+"""Cycles per voxel: of the Gaussian exp(-(k/k0)²) on the noise that comes after the CTF."""
+AITOM_BAND = 0.25
+"""Cycles per voxel where the final band-pass ends, half the Nyquist frequency."""
+AITOM_BAND_EDGE = 2 / 64
+"""Cycles per voxel of the Gaussian edge exp(-(dk/edge)²) beyond it: 2 samples of a 64³ box."""
+CHUNK = 2**20
+"""Values over which a step of building optics works at once: few enough for a CPU's cache."""
+CACHED_BYTES = 256_000_000
+"""Of optics kept for later fields, per process."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,30 +72,72 @@ class Optics:
     Attributes
     ----------
     signal
-        H(k): multiplies the specimen's spectrum. Negative where protein comes out dark.
+        H(k): multiplies the specimen's spectrum. Negative where protein comes out dark; complex
+        where tilts are misaligned.
     noise
         N(k) ≥ 0: multiplies the spectrum of white noise.
+    snr_signal, snr_noise
+        What the power spectra of the specimen and of unit white noise are multiplied by to give
+        signal and noise at the stage where the SNR is defined; in the reconstruction |H|² and N².
+    snr_stage
+        Which that is.
     """
 
-    signal: Float[Tensor, "z y kx"]
+    signal: Inexact[Tensor, "z y kx"]
     noise: Float[Tensor, "z y kx"]
+    snr_signal: Float[Tensor, "z y kx"]
+    snr_noise: Float[Tensor, "z y kx"]
+    snr_stage: SnrStage = "reconstruction"
 
 
-@lru_cache(maxsize=4)
+@dataclass(frozen=True)
+class MeasuredSnr:
+    """Variance of signal over variance of noise in one field, k = 0 excluded.
+
+    Attributes
+    ----------
+    stage
+        Where the recipe defines it, its ``snr_stage``.
+    reconstruction, low_passed
+        In the reconstruction, full band and low-passed to 60 Å.
+    """
+
+    stage: float
+    reconstruction: float
+    low_passed: float
+
+
+_cached: OrderedDict[Any, Optics] = OrderedDict()
+
+
 def optics_of(
     shape: tuple[int, int, int],
     voxel_size: float,
     microscope: Microscope,
     tilts: TiltScheme,
-    defocus_um: float,
+    defocus_um: float | tuple[float, ...],
     ctf_correction: CtfCorrection,
+    *,
+    shifts: tuple[tuple[float, float], ...] = (),
+    snr_stage: SnrStage = "reconstruction",
+    device: str = "cpu",
 ) -> Optics:
-    """Optics of a tilt series for a field.
+    """Optics of a tilt series for a field; those of the last fields are kept, per device.
 
     With the slab weight ``w_t = max(0, 1 - L |k · n_t|)`` of tilt t (L: the field's extent across
-    the tilt axis, n_t its beam direction), ``H = ramp · Σ w C q`` and
-    ``N = √(Σ w² s²) / max(Σ w, 1)``: the ramp keeps the signal out of the missing wedge at low k,
-    the normalised form gives the noise spectrum of a back-projection (notes/simulation.md, iv).
+    the tilt axis, n_t its beam direction), ``H = Σ r_t w_t C_t q_t`` and
+    ``N = √(Σ w_t² s_t²) / max(Σ w_t, 1)``. The ramp ``r_t = min(1, |k_xz| L Δθ_t)`` keeps the
+    signal out of the missing wedge at low k, the normalised form gives the noise spectrum of a
+    back-projection (notes/simulation.md, iv). An image shifted by d has the phase
+    ``exp(-2πi k·d)`` in q_t.
+
+    The SNR's stages: ``reconstruction``. ``projection``: of a tilt image as the camera takes it,
+    before any correction, the mean over tilts; its spectra are those on the tilt's slab, by the
+    projection theorem. ``aitom``, the recipe of the papers' laboratory
+    (aitom/simulation/reconstruction): white noise whose variance, had all of it passed H, would
+    give the SNR; half of it is added to the density before H, half after H, low-passed and outside
+    the missing wedge; and at last everything is cut off at half the Nyquist frequency, which is
+    not part of the SNR. (The Gaussian envelope that goes with it is an ``mtf`` of 0.002.)
 
     Parameters
     ----------
@@ -82,56 +146,217 @@ def optics_of(
     voxel_size
         In Å.
     microscope, tilts
-        See there.
+        With single numbers only, as :func:`~cectflow.simulation.microscope.draw_optics` gives them.
     defocus_um
-        The value drawn for this field; positive is underfocus.
+        Of all tilts or of each; positive is underfocus.
     ctf_correction
         Applied to each tilt's signal and noise alike.
+    shifts
+        Of each tilt's image along its (x, y) in Å; none: all are aligned.
+    snr_stage
+        Where the SNR is defined.
+    device
+        Of the filters.
 
     Returns
     -------
     Optics
         Protein comes out dark.
+
+    Raises
+    ------
+    ValueError
+        If defoci or shifts are not as many as tilts, or a quantity is still a range.
     """
-    kz, ky, kx = _frequencies(shape, voxel_size)
+    number = len(tilts.angles)
+    defoci = defocus_um if isinstance(defocus_um, tuple) else (defocus_um,) * number
+    if len(defoci) != number or len(shifts) not in (0, number):
+        msg = f"{len(defoci)} defoci and {len(shifts)} shifts for {number} tilts: expected as many"
+        raise ValueError(msg)
+    shifts = shifts if np.any(shifts) else ()
+    key = (shape, voxel_size, microscope, tilts, defoci, ctf_correction, shifts, snr_stage, device)
+    if key in _cached:
+        _cached.move_to_end(key)
+        return _cached[key]
+    optics = _build_optics(*key)
+    _cached[key] = optics
+    while len(_cached) > 1 and sum(map(_count_bytes, _cached.values())) > CACHED_BYTES:
+        _cached.popitem(last=False)
+    return optics
+
+
+def _build_optics(
+    shape: tuple[int, int, int],
+    voxel_size: float,
+    microscope: Microscope,
+    tilts: TiltScheme,
+    defoci_um: tuple[float, ...],
+    ctf_correction: CtfCorrection,
+    shifts: tuple[tuple[float, float], ...],
+    snr_stage: SnrStage,
+    device: str,
+) -> Optics:
+    angles = tuple(tilts.angles.tolist())
+    slabs = _slabs_of(shape, voxel_size, angles, tuple(tilts.spacings.tolist()), device)
+    depth, height, width = shape[0], shape[1], shape[2] // 2 + 1
     nyquist = 0.5 / voxel_size
-    length = voxel_size * max(shape[0], shape[2])
-    full = np.broadcast_shapes(kz.shape, ky.shape, kx.shape)
-    signal, squared_noise, weight_sum = np.zeros(full), np.zeros(full), np.zeros(full)
-    for angle, exposure in zip(np.deg2rad(tilts.angles), tilts.exposures, strict=True):
-        # Beam direction of the tilt in specimen coordinates; rotation about y.
-        along_beam = kz * np.cos(angle) + kx * np.sin(angle)
-        weight = np.maximum(0.0, 1.0 - length * np.abs(along_beam))
-        slab = np.nonzero(weight[:, 0, :])
-        in_plane = (kz * np.cos(angle + np.pi / 2) + kx * np.sin(angle + np.pi / 2)) ** 2
-        k_squared = in_plane[slab[0], 0, slab[1]][:, None] + ky[0, :, 0] ** 2
-        transfer = contrast_transfer(k_squared, defocus_um, microscope)
+    # Electrons scattered inelastically are lost to the image in proportion to the path.
+    path = single_number(tilts, "thickness") * (1.0 / np.cos(np.deg2rad(angles)) - 1.0)
+    transmission = np.exp(-path / INELASTIC_MEAN_FREE_PATH)
+    per_tilt = np.stack([defoci_um, tilts.exposures, transmission, *np.transpose(shifts)])
+    columns = torch.from_numpy(per_tilt).to(device, torch.float32)
+    # Where k and its mirror across the x-z plane are imaged alike, half of the rows are enough.
+    mirrored = not shifts and single_number(microscope, "astigmatism_um") == 0
+    ky = torch.fft.fftfreq(height, voxel_size, device=device)
+    ky = ky[: height // 2 + 1].abs() if mirrored else ky
+    size = (depth * width, len(ky))
+    signal = torch.zeros(size, dtype=torch.complex64 if shifts else torch.float32, device=device)
+    squared_noise = torch.zeros(size, device=device)
+    per_image = snr_stage == "projection"
+    snr_signal, snr_noise = torch.zeros((2, *(size if per_image else (0, 0))), device=device)
+    for group in _group_tilts(slabs.bounds, len(ky)):
+        chosen = slice(slabs.bounds[group[0]], slabs.bounds[group[-1] + 1])
+        weights, kx = slabs.weights[chosen, None], slabs.in_plane[chosen, None]
+        defoci, exposures, transmissions, *offsets = columns[:, slabs.tilts[chosen], None]
+        k_squared = kx * kx + ky * ky
+        defocus = astigmatic_defocus(kx, ky, defoci, microscope)
+        transfer = contrast_transfer(k_squared, defocus, microscope)
         filtered, noise = _correct(transfer, ctf_correction)
-        # Electrons scattered inelastically are lost to the image in proportion to the path.
-        path = tilts.thickness * (1.0 / np.cos(angle) - 1.0)
-        seen = np.exp(-path / INELASTIC_MEAN_FREE_PATH) * dose_filter(k_squared, exposure)
-        blur = microscope.mtf ** (k_squared / nyquist**2)
-        weights = weight[slab[0], 0, slab[1]][:, None]
-        signal[slab[0], :, slab[1]] += weights * filtered * seen * blur
+        seen = dose_filter(k_squared, exposures) * transmissions
+        seen = seen * signal_transfer(k_squared, nyquist, microscope)
         spectrum = 1.0 if microscope.noise_spectrum == "white" else 0.05 + k_squared / nyquist**2
-        squared_noise[slab[0], :, slab[1]] += (weights * noise) ** 2 * spectrum
-        weight_sum[slab[0], :, slab[1]] += weights
-    radius = np.sqrt(kz**2 + kx**2)
+        spectrum = spectrum * noise_transfer(k_squared, nyquist, microscope)
+        image = slabs.ramps[chosen, None] * weights * filtered * seen
+        if shifts:
+            image = image * (_phase(kx * offsets[0]) * _phase(ky * offsets[1]))
+        sums = [(signal, image), (squared_noise, (weights * noise) ** 2 * spectrum)]
+        if per_image:
+            # The corners of a volume hold frequencies that no image has.
+            held = weights * (kx.abs() <= nyquist) * torch.ones_like(k_squared)
+            sums += [(snr_signal, held * (transfer * seen) ** 2), (snr_noise, held * spectrum)]
+        for tilt in group:
+            # Within a tilt each cell occurs once: the sums have one order, on a GPU too.
+            first, last = slabs.bounds[tilt], slabs.bounds[tilt + 1]
+            part = slice(first - chosen.start, last - chosen.start)
+            cells = slabs.cells[first:last]
+            if per_image:
+                scale = 1.0 / (len(angles) * _count_noise(sums[3][1][part], cells, shape, device))
+                sums[2][1][part] *= scale
+                sums[3][1][part] *= scale
+            for total, values in sums:
+                total.index_add_(0, cells, values[part])
+
+    def unfold(sums: Tensor) -> Tensor:
+        """From rows over ky for each (kz, kx) to the layout of a half spectrum."""
+        if mirrored:
+            sums = torch.cat([sums, sums[:, 1 : (height + 1) // 2].flip(1)], dim=1)
+        return sums.reshape(depth, width, height).permute(0, 2, 1).contiguous()
+
+    coverage = slabs.coverage[:, None]
+    transfer = unfold(-signal)
+    amplitude = unfold(squared_noise.sqrt() / coverage.clamp(min=1.0))
+    if snr_stage == "projection":
+        return Optics(transfer, amplitude, unfold(snr_signal), unfold(snr_noise), snr_stage)
+    if snr_stage == "reconstruction":
+        return Optics(transfer, amplitude, _squared(transfer), amplitude**2)
+    gain = _squared(transfer)
+    k = _radius(shape, 1.0, device)
+    outside_wedge = slabs.coverage.clamp(max=1.0).reshape(depth, 1, width)
+    after = torch.exp(-((k / AITOM_LOW_PASS) ** 2)) * outside_wedge
+    band = torch.exp(-(((k - AITOM_BAND).clamp(min=0.0) / AITOM_BAND_EDGE) ** 2))
+    return Optics(transfer * band, (0.5 * (gain + after**2)).sqrt() * band, gain, gain, snr_stage)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slabs:
+    """The samples (kz, kx) that each tilt's slab holds; along ky all samples are alike.
+
+    Attributes
+    ----------
+    bounds
+        Tilt t has the samples ``bounds[t]:bounds[t + 1]``.
+    tilts, cells
+        Of each sample, the number of its tilt and of its cell in the half plane (kz, kx).
+    in_plane
+        Its frequency along x of the tilt image, Å⁻¹.
+    weights, ramps
+        ``w_t`` and ``r_t`` of :func:`optics_of`.
+    coverage
+        ``Σ w_t`` of every cell.
+    """
+
+    bounds: tuple[int, ...]
+    tilts: Int[Tensor, " sample"]
+    cells: Int[Tensor, " sample"]
+    in_plane: Float[Tensor, " sample"]
+    weights: Float[Tensor, " sample"]
+    ramps: Float[Tensor, " sample"]
+    coverage: Float[Tensor, " cell"]
+
+
+@lru_cache(maxsize=4)
+def _slabs_of(
+    shape: tuple[int, int, int],
+    voxel_size: float,
+    angles: tuple[float, ...],
+    spacings: tuple[float, ...],
+    device: str,
+) -> _Slabs:
+    kz, _, kx = _frequencies(shape, voxel_size, device)
+    kz, kx = (kz + 0 * kx)[:, 0].flatten(), (kx + 0 * kz)[:, 0].flatten()
+    length = voxel_size * max(shape[0], shape[2])
     # Density of slabs: where they overlap, r L Δθ < 1; the ramp's value at 0 is that of the
     # discrete filter (a quarter of the first sample; Kak and Slaney 1988, section 3.3).
-    ramp = np.minimum(1.0, np.maximum(radius * length, 0.25) * np.deg2rad(tilts.step))
-    return Optics(
-        signal=torch.from_numpy((-ramp * signal).astype(np.float32)),
-        noise=torch.from_numpy(
-            (np.sqrt(squared_noise) / np.maximum(weight_sum, 1.0)).astype(np.float32)
-        ),
-    )
+    steep = (torch.hypot(kz, kx) * length).clamp(min=0.25)
+    coverage = torch.zeros_like(kz)
+    cells: list[Tensor] = []
+    numbers: list[Tensor] = []
+    columns: list[Tensor] = []
+    for angle, spacing in zip(np.deg2rad(angles), np.deg2rad(spacings), strict=True):
+        # Beam direction of the tilt in specimen coordinates; rotation about y.
+        along_beam = kz * float(np.cos(angle)) + kx * float(np.sin(angle))
+        weight = (1.0 - length * along_beam.abs()).clamp(min=0.0)
+        coverage += weight
+        in_plane = kx * float(np.cos(angle)) - kz * float(np.sin(angle))
+        ramp = (steep * float(spacing)).clamp(max=1.0)
+        seen = weight.nonzero()[:, 0]
+        cells.append(seen)
+        numbers.append(torch.full_like(seen, len(numbers)))
+        columns.append(torch.stack([in_plane, weight, ramp])[:, seen])
+    in_planes, weights, ramps = torch.cat(columns, dim=1).to(torch.float32)
+    bounds = tuple(np.cumsum([0, *(len(seen) for seen in cells)]).tolist())
+    coverage = coverage.to(torch.float32)
+    return _Slabs(bounds, torch.cat(numbers), torch.cat(cells), in_planes, weights, ramps, coverage)
+
+
+def _group_tilts(bounds: tuple[int, ...], num_rows: int) -> list[range]:
+    """Tilts in groups of at most ``CHUNK`` values, or of one tilt."""
+    groups, first = [], 0
+    for tilt in range(1, len(bounds)):
+        if tilt == len(bounds) - 1 or (bounds[tilt + 1] - bounds[first]) * num_rows > CHUNK:
+            groups.append(range(first, tilt))
+            first = tilt
+    return groups
+
+
+def _count_noise(
+    power: Float[Tensor, "sample row"],
+    cells: Int[Tensor, " sample"],
+    shape: tuple[int, int, int],
+    device: str,
+) -> Float[Tensor, ""]:
+    """Sum of a slab's noise power over the full spectrum, k = 0 excluded."""
+    twice = _multiplicity(shape[2], device).to(torch.float32)
+    rows = torch.ones(power.shape[1], device=device)
+    if power.shape[1] < shape[1]:  # only ky >= 0
+        rows = _multiplicity(shape[1], device).to(torch.float32)
+    counted = power * rows * twice[cells % len(twice), None]
+    return counted.sum() - (counted[:, 0] * (cells == 0)).sum()
 
 
 def power_spectrum(density: Float[Tensor, "z y x"]) -> Float[Tensor, "z y kx"]:
     """Squared modulus of a field's half spectrum."""
-    power: Tensor = torch.fft.rfftn(density).abs() ** 2
-    return power
+    return _squared(torch.fft.rfftn(density))
 
 
 def signal_variance(power: Float[Tensor, "z y kx"], optics: Optics, *, width: int) -> float:
@@ -146,7 +371,7 @@ def signal_variance(power: Float[Tensor, "z y kx"], optics: Optics, *, width: in
     width
         Voxels of the field along x.
     """
-    return _variance(power * optics.signal**2, width)
+    return _variance(power * _squared(optics.signal), width)
 
 
 def noise_scale(
@@ -162,19 +387,17 @@ def noise_scale(
     expected_power
         Mean power spectrum of the recipe's scenes.
     optics
-        Of the draw.
+        Of the draw; they know the stage at which the SNR is defined.
     snr
-        Variance of signal over variance of noise in the reconstruction; None: noise-free.
+        Variance of signal over variance of noise at that stage; None: noise-free.
     width
         Voxels of the field along x.
     """
     if snr is None:
         return 0.0
-    unit_noise = _variance(
-        torch.full_like(expected_power, expected_power[..., 0].numel() * width) * optics.noise**2,
-        width,
-    )
-    return float(np.sqrt(signal_variance(expected_power, optics, width=width) / unit_noise / snr))
+    num_voxels = expected_power[..., 0].numel() * width
+    unit_noise = _variance(optics.snr_noise, width) * num_voxels
+    return float(np.sqrt(_variance(expected_power * optics.snr_signal, width) / unit_noise / snr))
 
 
 def image_field(
@@ -194,13 +417,54 @@ def image_field(
     noise_factor
         As :func:`noise_scale` gives it.
     generator
-        Source of the noise.
+        Source of the noise; density and optics must be on its device.
     """
     shape = density.shape
-    signal = torch.fft.irfftn(torch.fft.rfftn(density) * optics.signal, s=shape)
-    white = torch.randn(shape, generator=generator)
-    noise = torch.fft.irfftn(torch.fft.rfftn(white) * optics.noise, s=shape) * noise_factor
-    return signal, noise
+    signal = torch.fft.irfftn(torch.fft.rfftn(density).mul_(optics.signal), s=shape)
+    if noise_factor == 0:
+        return signal, torch.zeros_like(signal)
+    noise = _draw_white(density.shape, generator).mul_(optics.noise * noise_factor)
+    return signal, torch.fft.irfftn(noise, s=shape)
+
+
+def image_and_measure(
+    density: Float[Tensor, "z y x"],
+    optics: Optics,
+    noise_factor: float,
+    generator: torch.Generator,
+    voxel_size: float,
+) -> tuple[Float[Tensor, "z y x"], MeasuredSnr | None]:
+    """Tomogram of a periodic field and its measured SNR; None when noise-free.
+
+    The sum of what :func:`image_field` gives, in two transforms: the noise is drawn in Fourier
+    space, and what is measured is measured there (Parseval).
+
+    Parameters
+    ----------
+    density, optics, noise_factor, generator
+        As of :func:`image_field`.
+    voxel_size
+        In Å.
+    """
+    shape, width = density.shape, density.shape[2]
+    signal = torch.fft.rfftn(density)
+    if noise_factor == 0:
+        return torch.fft.irfftn(signal.mul_(optics.signal), s=shape), None
+    noise = _draw_white(density.shape, generator)
+    stage = None
+    if optics.snr_stage != "reconstruction":
+        of_signal = _variance(_squared(signal) * optics.snr_signal, width)
+        of_noise = _variance(_squared(noise) * optics.snr_noise, width) * noise_factor**2
+        stage = of_signal / of_noise
+    # In place: a real tensor times a complex one is many times slower into a new one.
+    signal.mul_(optics.signal)
+    noise.mul_(optics.noise * noise_factor)
+    powers = _squared(signal), _squared(noise)
+    inside = _sphere(tuple(shape), voxel_size, SNR_RESOLUTION, str(density.device))
+    full = _variance(powers[0], width) / _variance(powers[1], width)
+    low = _variance(powers[0] * inside, width) / _variance(powers[1] * inside, width)
+    tomogram = torch.fft.irfftn(signal.add_(noise), s=shape)
+    return tomogram, MeasuredSnr(full if stage is None else stage, full, low)
 
 
 def low_pass_variance(
@@ -215,11 +479,9 @@ def low_pass_variance(
     voxel_size, resolution
         In Å; a resolution of 0 keeps the full band.
     """
-    kz, ky, kx = _frequencies(tuple(volume.shape), voxel_size)
     power = power_spectrum(volume)
     if resolution > 0:
-        inside = kz**2 + ky**2 + kx**2 <= resolution**-2
-        power = power * torch.from_numpy(inside)
+        power = power * _sphere(tuple(volume.shape), voxel_size, resolution, str(volume.device))
     return _variance(power, volume.shape[2])
 
 
@@ -233,38 +495,90 @@ def measure_snr(
     return full, low_pass_variance(signal, voxel_size) / low_pass_variance(noise, voxel_size)
 
 
+def _draw_white(shape: Sequence[int], generator: torch.Generator) -> Inexact[Tensor, "z y kx"]:
+    """Half spectrum of unit white noise, drawn in Fourier space on the generator's device."""
+    depth, height, width = shape
+    size = (depth, height, width // 2 + 1)
+    white = torch.randn((*size, 2), generator=generator, device=generator.device)
+    spectrum = torch.view_as_complex(white.mul_(np.sqrt(0.5 * depth * height * width)))
+    # These planes hold both k and -k, and a real volume has conjugate values there.
+    for plane in {0, width // 2} if width % 2 == 0 else {0}:
+        values = spectrum[:, :, plane]
+        mirror = values.flip(0, 1).roll((1, 1), (0, 1)).conj()
+        spectrum[:, :, plane] = (values + mirror) / np.sqrt(2.0)
+    return spectrum
+
+
 def _frequencies(
-    shape: tuple[int, ...], voxel_size: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    shape: tuple[int, ...], voxel_size: float, device: str
+) -> tuple[Float[Tensor, "z 1 1"], Float[Tensor, "1 y 1"], Float[Tensor, "1 1 kx"]]:
     """Spatial frequencies in Å⁻¹ of the half spectrum, ready to broadcast."""
     depth, height, width = shape
+    kind: Any = {"dtype": torch.float64, "device": device}
     return (
-        np.fft.fftfreq(depth, voxel_size).astype(np.float64)[:, None, None],
-        np.fft.fftfreq(height, voxel_size).astype(np.float64)[None, :, None],
-        np.fft.rfftfreq(width, voxel_size).astype(np.float64)[None, None, :],
+        torch.fft.fftfreq(depth, voxel_size, **kind)[:, None, None],
+        torch.fft.fftfreq(height, voxel_size, **kind)[None, :, None],
+        torch.fft.rfftfreq(width, voxel_size, **kind)[None, None, :],
     )
 
 
+def _radius(shape: tuple[int, ...], voxel_size: float, device: str) -> Float[Tensor, "z y kx"]:
+    kz, ky, kx = _frequencies(shape, voxel_size, device)
+    return (kz**2 + ky**2 + kx**2).sqrt().to(torch.float32)
+
+
+@lru_cache(maxsize=4)
+def _sphere(
+    shape: tuple[int, ...], voxel_size: float, resolution: float, device: str
+) -> Float[Tensor, "z y kx"]:
+    """1 up to the frequency 1 / resolution, 0 beyond."""
+    inside = _radius(shape, voxel_size, device) <= 1.0 / resolution
+    return inside.to(torch.float32)
+
+
+def _phase(turns: Float[Tensor, "..."]) -> Inexact[Tensor, "..."]:
+    """exp(-2πi x)."""
+    return torch.polar(torch.ones_like(turns), -2 * np.pi * turns)
+
+
 def _correct(
-    transfer: NDArray[np.float64], correction: CtfCorrection
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    transfer: Float[Tensor, "..."], correction: CtfCorrection
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """CTF after correction, and what the correction did to the noise."""
     if correction == "none":
-        return transfer, np.ones_like(transfer)
+        return transfer, torch.ones_like(transfer)
     if correction == "phase_flip":
-        return np.abs(transfer), np.ones_like(transfer)
+        return transfer.abs(), torch.ones_like(transfer)
     if correction == "premultiplied":
-        return transfer**2, np.abs(transfer)
-    wiener = np.abs(transfer) / (transfer**2 + WIENER_CONSTANT)
-    return np.abs(transfer) * wiener, wiener
+        return transfer**2, transfer.abs()
+    wiener = transfer.abs() / (transfer**2 + WIENER_CONSTANT)
+    return transfer.abs() * wiener, wiener
+
+
+def _squared(spectrum: Inexact[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    if spectrum.is_complex():
+        parts = torch.view_as_real(spectrum)
+        return parts[..., 0] ** 2 + parts[..., 1] ** 2
+    return spectrum**2
+
+
+def _multiplicity(width: int, device: str) -> Float[Tensor, " kx"]:
+    """How many samples of the full spectrum each kx of the half spectrum stands for."""
+    twice = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64, device=device)
+    twice[0] = 1.0
+    if width % 2 == 0:
+        twice[-1] = 1.0
+    return twice
 
 
 def _variance(power: Float[Tensor, "z y kx"], width: int) -> float:
     """Variance of the real volume with this half power spectrum (Parseval), k = 0 excluded."""
-    twice = torch.full((power.shape[2],), 2.0, dtype=torch.float64)
-    twice[0] = 1.0
-    if width % 2 == 0:
-        twice[-1] = 1.0
-    total = (power.to(torch.float64) * twice).sum() - power[0, 0, 0].to(torch.float64)
+    columns = power.sum(dim=(0, 1)).to(torch.float64)
+    columns[0] -= power[0, 0, 0]
     num_voxels = power.shape[0] * power.shape[1] * width
-    return float(total) / num_voxels**2
+    return float(columns @ _multiplicity(width, str(power.device))) / num_voxels**2
+
+
+def _count_bytes(optics: Optics) -> int:
+    tensors = (optics.signal, optics.noise, optics.snr_signal, optics.snr_noise)
+    return sum(tensor.nbytes for tensor in tensors)

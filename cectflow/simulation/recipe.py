@@ -32,13 +32,12 @@ from cectflow.particles import make_particle_rows
 from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
 from cectflow.simulation.imaging import (
     SnrStage,
-    image_field,
-    measure_snr,
+    image_and_measure,
     noise_scale,
     optics_of,
     power_spectrum,
 )
-from cectflow.simulation.microscope import Microscope, TiltScheme
+from cectflow.simulation.microscope import Microscope, OpticsDraw, TiltScheme, draw_optics
 from cectflow.simulation.scene import Scene, pack_scene
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut
@@ -47,6 +46,7 @@ __all__ = [
     "SimulatedField",
     "SimulationRecipe",
     "Specimen",
+    "draw_field_optics",
     "prepare_specimen",
     "simulate_dataset",
     "simulate_field",
@@ -54,8 +54,9 @@ __all__ = [
 
 MIN_BLUR = 0.68
 """Voxels: below it a Gaussian is undersampled (design.md, section 4)."""
-NUM_REFERENCE_FIELDS = 6
-"""Fields over which the expected power spectrum is averaged."""
+REFERENCE_VOXELS = 2**22
+"""Voxels of the fields over which the expected power spectrum is averaged, 2 to 32 fields: the
+power of a field of 32³ varies by 4 %, of larger ones by less."""
 
 
 class SimulationRecipe(Config):
@@ -80,6 +81,8 @@ class SimulationRecipe(Config):
     """Molecular volume (1.21 Å³/Da) over the volume of the field."""
     blur: float = Field(gt=0)
     """Gaussian sigma in Å of the specimen's density."""
+    bead_spacing: float = Field(10.0, gt=0)
+    """Å: structures are coarse-grained to beads of this size; 7.5 is finer, and slower."""
     jitter: float = Field(0.0, ge=0)
     """Largest offset in Å of a target from the box centre along each axis; the half voxel by which
     cubes are cut to whole voxels comes on top."""
@@ -88,9 +91,12 @@ class SimulationRecipe(Config):
     snr: tuple[float, float] | None
     """Lowest and highest SNR, drawn log-uniformly per field; null: noise-free."""
     snr_stage: SnrStage = "reconstruction"
+    """Where that SNR is defined: :func:`~cectflow.simulation.imaging.optics_of`."""
     ctf_correction: CtfCorrection = "none"
     microscope: Microscope = Microscope()
     tilts: TiltScheme = TiltScheme()
+    num_optics: int | None = Field(None, ge=1)
+    """Fields share this many draws of microscope and tilts; null: each field has its own."""
 
     @model_validator(mode="after")
     def _check(self) -> SimulationRecipe:
@@ -105,6 +111,14 @@ class SimulationRecipe(Config):
             raise ValueError(msg)
         if self.box > min(self.field_shape):
             msg = f"box {self.box} is larger than the field {self.field_shape}: enlarge the field"
+            raise ValueError(msg)
+        plain = self.ctf_correction == "none" and self.microscope.noise_spectrum == "white"
+        if self.snr_stage == "aitom" and not plain:
+            msg = (
+                f"snr_stage aitom with ctf_correction {self.ctf_correction} and noise_spectrum "
+                f"{self.microscope.noise_spectrum}: expected none and white, that laboratory's "
+                f"recipe has no others; use snr_stage reconstruction or projection"
+            )
             raise ValueError(msg)
         if not self.fields or any(count < 1 for count in self.fields.values()):
             msg = f"fields is {self.fields}: expected at least one field in each split named"
@@ -167,7 +181,7 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
             )
             raise ValueError(msg)
     content = recipe.digest() + "".join(structure.digest for structure in structures)
-    beads = tuple(coarse_grain(structure) for structure in structures)
+    beads = tuple(coarse_grain(structure, spacing=recipe.bead_spacing) for structure in structures)
     thresholds = np.array(
         [
             label_threshold(
@@ -184,7 +198,8 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
     specimen = Specimen(recipe, digest, beads, thresholds, nothing)
     with single_thread():
         spectra = []
-        for index in range(NUM_REFERENCE_FIELDS):
+        num_fields = REFERENCE_VOXELS // int(np.prod(recipe.field_shape))
+        for index in range(min(max(num_fields, 2), 32)):
             generator = np.random.default_rng(_seed(specimen, "reference", index))
             density = _render(specimen, _pack(specimen, generator))[0]
             spectra.append(power_spectrum(torch.from_numpy(density)))
@@ -197,36 +212,50 @@ def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField
     recipe = specimen.recipe
     generator = np.random.default_rng(_seed(specimen, split, index))
     scene = _pack(specimen, generator)
-    defocus = float(generator.uniform(*recipe.microscope.defocus_um))
     snr = None
     if recipe.snr is not None:
         snr = float(np.exp(generator.uniform(*np.log(recipe.snr))))
+    draw = draw_field_optics(specimen, split, index)
     optics = optics_of(
         recipe.field_shape,
         recipe.voxel_size,
-        recipe.microscope,
-        recipe.tilts,
-        defocus,
+        draw.microscope,
+        draw.tilts,
+        draw.defoci_um,
         recipe.ctf_correction,
+        shifts=draw.shifts,
+        snr_stage=recipe.snr_stage,
     )
     density, owners = _render(specimen, scene)
     factor = noise_scale(specimen.expected_power, optics, snr, width=recipe.field_shape[2])
     noise_generator = torch.Generator().manual_seed(int(generator.integers(2**63 - 1)))
-    signal, noise = image_field(torch.from_numpy(density), optics, factor, noise_generator)
-    tomogram = (signal + noise).numpy()
-    measured = measure_snr(signal, noise, recipe.voxel_size)
+    imaged, measured = image_and_measure(
+        torch.from_numpy(density), optics, factor, noise_generator, recipe.voxel_size
+    )
+    tomogram, numbers = imaged.numpy(), draw.numbers()
     record = FieldRecord(
         field=f"{split}-{index:05d}",
         mean=float(tomogram.mean()),
         std=float(tomogram.std()),
-        defocus_um=defocus,
+        defocus_um=numbers["defocus_um"],
+        drawn=numbers,
         requested_snr=snr,
-        snr=None if measured is None else measured[0],
-        snr_60=None if measured is None else measured[1],
+        snr=None if measured is None else measured.stage,
+        snr_reconstruction=None if measured is None else measured.reconstruction,
+        snr_60=None if measured is None else measured.low_passed,
         occupancy=scene.occupancy,
         num_particles=len(scene),
     )
     return SimulatedField(scene, tomogram, owners, density, record)
+
+
+def draw_field_optics(specimen: Specimen, split: str, index: int) -> OpticsDraw:
+    """Optics of field number ``index`` of a split; one of ``num_optics`` where these are shared."""
+    recipe = specimen.recipe
+    seed = _seed(specimen, f"{split}-optics", index)
+    if recipe.num_optics is not None:
+        seed = _seed(specimen, "optics", seed % recipe.num_optics)
+    return draw_optics(recipe.microscope, recipe.tilts, np.random.default_rng(seed))
 
 
 def simulate_dataset(
@@ -349,7 +378,7 @@ def _start_manifest(
         box=recipe.box,
         voxel_size=recipe.voxel_size,
         ctf_correction=recipe.ctf_correction,
-        tilt_range=(recipe.tilts.lowest, recipe.tilts.highest),
+        tilt_range=recipe.tilts.range,
         snr_stage=recipe.snr_stage,
         snr=recipe.snr,
         noise_spectrum=recipe.microscope.noise_spectrum,

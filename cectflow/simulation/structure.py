@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,20 +61,32 @@ MAP_THRESHOLD = 0.46
 # A map sampled at its Nyquist limit is at least as blurred as this Gaussian, in voxels; the
 # voxels above the threshold have a sharp edge, and this spread makes it that of the map again.
 MAP_SPREAD = 0.665
+MAX_ATOMS = 5_000_000
+"""Of an assembly: they take about 0.5 GB while it is built. 1ihm's capsid has 0.7 million."""
 
 Kind = Literal["atoms", "map", "builtin"]
 
 
 @dataclass(frozen=True)
 class StructureSource:
-    """Where a structure comes from: a name, and a file unless it is built in."""
+    """Where a structure comes from: a name, and a file unless it is built in.
+
+    Parameters
+    ----------
+    name, path, kind
+        Of the structure and its file.
+    body
+        Of a map that shows several complexes, which one: 1 is the largest; None is all of it.
+    """
 
     name: str
     path: Path | None
     kind: Kind
+    body: int | None = None
 
     def __str__(self) -> str:
-        return "builtin" if self.path is None else str(self.path)
+        file = "builtin" if self.path is None else str(self.path)
+        return file if self.body is None else f"{file}#{self.body}"
 
 
 @dataclass(frozen=True)
@@ -157,14 +170,16 @@ def find_structures(argument: str) -> tuple[StructureSource, ...]:
     ----------
     argument
         ``builtin``, or files and folders, separated by commas; a folder stands for all its
-        structures in alphabetical order.
+        structures in alphabetical order. ``MAP#1`` is the largest of the separate bodies that a
+        map shows, ``MAP#2`` the next; their names end in ``_1`` and ``_2``.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file or folder.
     ValueError
-        If a file's suffix is unknown, a folder holds no structure, or two have the same name.
+        If a file's suffix is unknown, a folder holds no structure, two have the same name, or a
+        body is asked of a file that is no map.
     """
     found: dict[str, StructureSource] = {}
     for source in _list_sources(argument):
@@ -188,7 +203,8 @@ def load_structure(source: StructureSource) -> Structure:
     is heavier than chlorine, displace their van der Waals sphere; unknown elements count as carbon.
     An atom on an axis of the assembly is copied onto itself.
 
-    Maps: the voxels above 0.46 of the maximum, weighted by density, protein bright. Their volume at
+    Maps: the voxels above 0.46 of the maximum, weighted by density, protein bright; of a body
+    (``MAP#1``) those that touch one another by their faces. Their volume at
     1.21 A^3/Da gives the mass, an estimate: at 10 A voxels right for ribosomes, 10 % too high for
     compact proteins, up to 40 % for hollow ones. Their weights sum to what protein of it has.
 
@@ -197,13 +213,14 @@ def load_structure(source: StructureSource) -> Structure:
     FileNotFoundError
         If the file is gone.
     ValueError
-        If the file cannot be read, holds no atoms, or is a map that is empty or dark.
+        If the file cannot be read, holds no atoms, is a map that is empty or dark or has not that
+        many bodies, or if its assembly has more than 5 million atoms.
 
     Warns
     -----
     UserWarning
-        If a file has no biological assembly (its atoms are taken as they are), or a map looks like
-        several complexes.
+        If a file has no biological assembly (its atoms are taken as they are), or a map taken whole
+        looks like several complexes.
     """
     if source.path is None:
         return _load_phantom(source)
@@ -245,6 +262,8 @@ def _list_sources(argument: str) -> Iterator[StructureSource]:
             yield from _list_folder(path)
         elif part and path.is_file():
             yield _source_of_file(path)
+        elif (found := re.fullmatch(r"(.+)#([1-9]\d*)", part)) and Path(found[1]).is_file():
+            yield _source_of_body(_source_of_file(Path(found[1])), int(found[2]))
         else:
             msg = (
                 f"there is no file or folder {part!r} (given {argument!r}): expected 'builtin', or "
@@ -268,6 +287,13 @@ def _source_of_file(path: Path) -> StructureSource:
         raise ValueError(msg)
     kind: Kind = "map" if suffix.removesuffix(".gz") in MAP_SUFFIXES else "atoms"
     return StructureSource(path.name.lower().removesuffix(suffix), path, kind)
+
+
+def _source_of_body(whole: StructureSource, body: int) -> StructureSource:
+    if whole.kind != "map":
+        msg = f"{whole}#{body}: expected a map before the #; atoms have an assembly, not bodies"
+        raise ValueError(msg)
+    return replace(whole, name=f"{whole.name}_{body}", body=body)
 
 
 def _suffix(path: Path) -> str | None:
@@ -311,7 +337,7 @@ def _load_map(source: StructureSource, path: Path) -> Structure:
         )
         raise ValueError(msg)
     inside = data > MAP_THRESHOLD * highest
-    _warn_of_several_bodies(path, inside)
+    inside = _choose_body(source, inside)
     mass = int(inside.sum()) * volume.voxel_size**3 / PROTEIN_VOLUME
     weights = data[inside].astype(np.float64)
     weights *= PROTEIN_EXCESS * mass / weights.sum()
@@ -327,20 +353,44 @@ def _load_map(source: StructureSource, path: Path) -> Structure:
     )
 
 
-def _warn_of_several_bodies(path: Path, inside: Bool[NDArray[np.bool], "z y x"]) -> None:
+def _choose_body(
+    source: StructureSource, inside: Bool[NDArray[np.bool], "z y x"]
+) -> Bool[NDArray[np.bool], "z y x"]:
+    """Voxels of the body that the source names; of all, with a warning where they look several."""
     labels, num_bodies = ndimage.label(inside)
-    sizes = sorted(np.bincount(labels.ravel())[1:].tolist(), reverse=True)
-    if num_bodies > 1 and 2 * sizes[1] > sizes[0]:
+    sizes = np.bincount(labels.ravel())[1:]
+    order = np.argsort(-sizes, kind="stable")
+    if source.body is None:
+        if num_bodies > 1 and 2 * sizes[order[1]] > sizes[order[0]]:
+            msg = (
+                f"map {source} holds separate bodies of {sizes[order[0]]} and {sizes[order[1]]} "
+                f"voxels and is read as one complex: if it shows several, give {source}#1 or "
+                f"{source}#2"
+            )
+            warnings.warn(msg, stacklevel=1)
+        return inside
+    if source.body > num_bodies:
         msg = (
-            f"map {path} holds separate bodies of {sizes[0]} and {sizes[1]} voxels and is read as "
-            "one complex: split it if it shows several"
+            f"map {source.path} holds {num_bodies} separate bodies, the largest of "
+            f"{', '.join(map(str, sizes[order[:5]]))} voxels: expected #1 to #{num_bodies}, "
+            f"given #{source.body}"
         )
-        warnings.warn(msg, stacklevel=1)
+        raise ValueError(msg)
+    chosen: Bool[NDArray[np.bool], "z y x"] = labels == order[source.body - 1] + 1
+    return chosen
 
 
 def _load_atoms(source: StructureSource, path: Path) -> Structure:
     digest = _digest(path)
     atoms = _read_atoms(path)
+    num_atoms = sum(len(copy.chosen) for copy in atoms.copies)
+    if num_atoms > MAX_ATOMS:
+        msg = (
+            f"{path}: {len(atoms.copies)} operators make an assembly of {num_atoms} atoms, "
+            f"{atoms.extent() / 10:.0f} nm across: expected at most {MAX_ATOMS}; give a density "
+            f"map of it, or a file with fewer operators"
+        )
+        raise ValueError(msg)
     weights = np.concatenate([atoms.weights[copy.chosen] for copy in atoms.copies])
     return Structure(
         name=source.name,
@@ -457,11 +507,12 @@ def _find_copies(
 ) -> Iterator[_Copy]:
     """Each copy in the first assembly, which names chains (PDB) or subchains (mmCIF)."""
     for generator in assemblies[0].generators if assemblies else ():
-        chosen = np.isin(chains, generator.chains) | np.isin(subchains, generator.subchains)
-        for operator in generator.operators if chosen.any() else ():
+        named = np.isin(chains, generator.chains) | np.isin(subchains, generator.subchains)
+        chosen = np.flatnonzero(named)  # shared by all copies: there may be thousands
+        for operator in generator.operators if len(chosen) else ():
             rotation_xyz = np.array(operator.transform.mat.tolist())
             shift_xyz = np.array(operator.transform.vec.tolist())
-            yield _Copy(np.flatnonzero(chosen), rotation_xyz[::-1, ::-1], shift_xyz[::-1])
+            yield _Copy(chosen, rotation_xyz[::-1, ::-1], shift_xyz[::-1])
 
 
 def _weigh(

@@ -17,12 +17,13 @@ from scipy.optimize import minimize
 from cectflow.dataset import Subtomograms, check_dataset
 from cectflow.simulation.beads import label_threshold, render_field
 from cectflow.simulation.imaging import image_field, noise_scale, optics_of
-from cectflow.simulation.microscope import Microscope
+from cectflow.simulation.microscope import Microscope, TiltScheme
 from cectflow.simulation.recipe import (
     SimulatedField,
     SimulationRecipe,
     Specimen,
     _cut_targets,
+    draw_field_optics,
     prepare_specimen,
     simulate_dataset,
     simulate_field,
@@ -43,14 +44,17 @@ def with_recipe(specimen: Specimen, **changes: Any) -> Specimen:
 def image_again(specimen: Specimen, field: SimulatedField) -> tuple[Array, Array]:
     """Signal and noise whose sum is the tomogram of a field."""
     recipe = specimen.recipe
-    assert field.record.defocus_um is not None
+    split, index = field.record.field.split("-")
+    draw = draw_field_optics(specimen, split, int(index))
     optics = optics_of(
         recipe.field_shape,
         recipe.voxel_size,
-        recipe.microscope,
-        recipe.tilts,
-        field.record.defocus_um,
+        draw.microscope,
+        draw.tilts,
+        draw.defoci_um,
         recipe.ctf_correction,
+        shifts=draw.shifts,
+        snr_stage=recipe.snr_stage,
     )
     signal = image_field(torch.from_numpy(field.density), optics, 0.0, torch.Generator())[0].numpy()
     return signal.astype(np.float64), field.tomogram.astype(np.float64) - signal
@@ -76,6 +80,7 @@ def test_a_box_too_small_for_a_structure_is_refused_with_the_box_it_needs(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"bead_spacing": 0.0}, "bead_spacing"),
         ({"blur": 10.8}, r"blur is 10\.8 Å: expected at least 0\.68 voxel, 10\.88 Å at 16 Å"),
         ({"snr": (0.0, 1.0)}, r"snr is \(0\.0, 1\.0\): expected 0 < lowest <= highest"),
         ({"snr": (-1.0, 1.0)}, r"snr is \(-1\.0, 1\.0\): expected 0 < lowest <= highest"),
@@ -86,6 +91,12 @@ def test_a_box_too_small_for_a_structure_is_refused_with_the_box_it_needs(
         ({"fields": {"training": 1}}, "train"),
         ({"occupancy": 0.5}, "occupancy"),
         ({"voltage": 300.0}, "voltage"),
+        ({"num_optics": 0}, "num_optics"),
+        ({"snr_stage": "camera"}, "snr_stage"),
+        (
+            {"snr_stage": "aitom", "ctf_correction": "wiener"},
+            r"aitom with ctf_correction wiener .* expected none and white",
+        ),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(
@@ -145,16 +156,56 @@ def test_another_recipe_seed_gives_other_fields(
     assert not np.isin(first.positions_zyx, second.positions_zyx).any()
 
 
-def test_defocus_and_snr_are_drawn_per_field_within_their_range(specimen: Specimen) -> None:
-    varied = with_recipe(specimen, snr=(0.1, 10.0), microscope=Microscope(defocus_um=(3.0, 5.0)))
+RANDOMISED: dict[str, Any] = {
+    "snr": (0.1, 10.0),
+    "microscope": Microscope(
+        defocus_um=(3.0, 5.0),
+        amplitude_contrast=(0.05, 0.1),
+        mtf=(0.4, 0.8),
+        defocus_spread_um=0.1,
+        astigmatism_um=(0.0, 0.2),
+    ),
+    "tilts": TiltScheme(step=6.0, thickness=(1000.0, 3000.0), alignment_jitter=(2.0, 6.0)),
+}
+
+
+def test_optics_and_snr_are_drawn_per_field_within_their_ranges(specimen: Specimen) -> None:
+    varied = with_recipe(specimen, **RANDOMISED)
     records = [simulate_field(varied, "train", index).record for index in range(12)]
-    defoci = np.array([record.defocus_um for record in records])
     requested = np.log10([record.requested_snr for record in records])
-    assert ((defoci >= 3) & (defoci <= 5)).all()
-    assert np.ptp(defoci) > 1
     # Uniform in the logarithm: about as many below 1 as above.
     assert ((requested >= -1) & (requested <= 1)).all()
     assert 2 <= (requested < 0).sum() <= 10
+    ranges = {
+        name: getattr(config, name)
+        for config in (RANDOMISED["microscope"], RANDOMISED["tilts"])
+        for name in config.drawn
+    }
+    for name, given in ranges.items():
+        drawn = [record.drawn.get(name) for record in records]
+        if isinstance(given, tuple):
+            assert all(value is not None and given[0] <= value <= given[1] for value in drawn)
+            assert np.ptp(np.array(drawn, float)) > 0.5 * (given[1] - given[0])
+        else:
+            assert set(drawn) == {given}
+    assert [record.defocus_um for record in records] == [r.drawn["defocus_um"] for r in records]
+
+
+def test_a_randomised_field_is_that_of_its_record(specimen: Specimen) -> None:
+    varied = with_recipe(specimen, **RANDOMISED)
+    field = simulate_field(varied, "train", 3)
+    np.testing.assert_array_equal(field.tomogram, simulate_field(varied, "train", 3).tomogram)
+    signal, noise = image_again(varied, field)
+    assert field.record.snr == pytest.approx(signal.var() / noise.var(), rel=0.01)
+    assert draw_field_optics(varied, "train", 3).numbers() == field.record.drawn
+
+
+def test_fields_may_share_a_number_of_optics(specimen: Specimen) -> None:
+    shared = with_recipe(specimen, **RANDOMISED, num_optics=3)
+    draws = {draw_field_optics(shared, split, i) for split in ("train", "test") for i in range(20)}
+    assert len(draws) == 3
+    own = with_recipe(specimen, **RANDOMISED)
+    assert len({draw_field_optics(own, "train", i) for i in range(20)}) == 20
 
 
 # --- labels ---------------------------------------------------------------------------------------
@@ -277,19 +328,23 @@ def test_no_more_targets_than_asked_for(specimen: Specimen) -> None:
 # --- noise ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("snr_stage", ["reconstruction", "projection", "aitom"])
 def test_the_measured_snr_is_on_average_the_one_asked_for(
-    phantom: Phantom, make_recipe: MakeRecipe
+    phantom: Phantom, make_recipe: MakeRecipe, snr_stage: str
 ) -> None:
-    recipe = make_recipe(snr=(0.5, 0.5), field_shape=(36, 36, 36))
+    recipe = make_recipe(snr=(0.5, 0.5), snr_stage=snr_stage, field_shape=(24, 24, 24))
     specimen = prepare_specimen(recipe, [phantom("ring"), phantom("rod")])
-    fields = [simulate_field(specimen, "train", index) for index in range(16)]
-    reported = np.array([field.record.snr for field in fields])
-    own = []
-    for field in fields:
+    fields = [simulate_field(specimen, "train", index) for index in range(50)]
+    in_reconstruction = np.array([field.record.snr_reconstruction for field in fields])
+    for field, reported in zip(fields[:8], in_reconstruction[:8], strict=True):
         signal, noise = image_again(specimen, field)
-        own.append(signal.var() / noise.var())
-    np.testing.assert_allclose(reported, own, rtol=2e-3)
-    assert reported.mean() == pytest.approx(0.5, rel=0.05)
+        assert reported == pytest.approx(signal.var() / noise.var(), rel=2e-3)
+    at_stage = np.array([field.record.snr for field in fields])
+    assert at_stage.mean() == pytest.approx(0.5, rel=0.05)
+    if snr_stage == "reconstruction":
+        np.testing.assert_allclose(at_stage, in_reconstruction, rtol=1e-6)
+    elif snr_stage == "aitom":  # three quarters and more of its noise are cut away
+        assert in_reconstruction.mean() > 1.5 * at_stage.mean()
 
 
 def test_without_an_snr_the_tomogram_is_the_signal(specimen: Specimen) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
+from cectflow.simulation.beads import coarse_grain, render_field
 from cectflow.simulation.structure import (
     PROTEIN_EXCESS,
     Structure,
@@ -252,6 +253,36 @@ def test_a_virus_capsid_stays_small_in_memory(shared_data: Path) -> None:
     assert structure.mass_kda == pytest.approx(1.076 * 8932, rel=0.02)
 
 
+def test_an_assembly_of_1680_operators_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    """As of the capsid of PBCV-1 (1m4x)."""
+    path = write_model(tmp_path / "capsid.cif", [ALANINE] * 700)
+    model = gemmi.read_structure(str(write_model(tmp_path / "unit.pdb", [ALANINE] * 700)))
+    model.setup_entities()
+    assembly, generator = gemmi.Assembly("1"), gemmi.Assembly.Gen()
+    generator.subchains = [chain.subchains()[0].subchain_id() for chain in model[0]]
+    for index in range(1680):
+        operator = gemmi.Assembly.Operator()
+        operator.name = str(index + 1)
+        operator.transform = gemmi.Transform(gemmi.Mat33(), gemmi.Vec3(0, 0, 10.0 * index))
+        generator.operators.append(operator)
+    assembly.generators.append(generator)
+    model.assemblies.append(assembly)
+    model.make_mmcif_document().write_file(str(path))
+    (source,) = find_structures(str(path))
+    tracemalloc.start()
+    try:
+        summary = summarise_structure(source)
+        with pytest.raises(
+            ValueError, match=r"1680 operators make an assembly of 5880000 atoms, \d+ nm across: "
+        ):
+            load_structure(source)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (summary.num_operators, summary.num_atoms) == (1680, 5_880_000)
+    assert peak < 20e6
+
+
 @pytest.mark.parametrize("name", ["1xnr", "1gyt"])
 def test_a_file_without_an_assembly_warns_and_is_taken_as_it_is(
     name: str, shared_data: Path
@@ -271,6 +302,69 @@ def test_nucleic_acid_is_heavier_per_dalton_and_per_volume(load: Load) -> None:
 def test_the_digest_is_that_of_the_file(load: Load, shared_data: Path) -> None:
     content = (shared_data / "structures" / "3qm1.pdb.gz").read_bytes()
     assert load("3qm1").digest == hashlib.sha256(content).hexdigest()
+
+
+# --- against gemmi --------------------------------------------------------------------------------
+
+
+def read_dry(path: Path) -> gemmi.Structure:
+    model = gemmi.read_structure(str(path))
+    model.remove_waters()
+    if np.array(gemmi.FlatStructure(model).altlocs).any():
+        model.remove_alternative_conformations()
+    return model
+
+
+def density_of_gemmi(
+    path: Path, sigma: float, centre_xyz: np.ndarray, edge: int, spacing: float
+) -> np.ndarray:
+    """Potential in V of a file's atoms, blurred, by gemmi's electron density calculator."""
+    structure = read_dry(path)
+    structure.cell = gemmi.UnitCell(*[edge * spacing] * 3, 90, 90, 90)
+    structure.spacegroup_hm = "P 1"
+    for cra in structure[0].all():
+        cra.atom.pos += gemmi.Position(*(edge // 2 * spacing - centre_xyz))
+        cra.atom.b_iso, cra.atom.occ = 8 * np.pi**2 * sigma**2, 1.0
+        cra.atom.aniso = gemmi.SMat33f(0, 0, 0, 0, 0, 0)
+    calculator = gemmi.DensityCalculatorE()
+    calculator.cutoff = 1e-7
+    calculator.grid.set_unit_cell(structure.cell)
+    calculator.grid.set_size(edge, edge, edge)
+    calculator.add_model_density_to_grid(structure[0])
+    return 47.878 * np.array(calculator.grid).transpose(2, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["1s3x", "1u6g", "1xnr"])
+def test_density_agrees_with_that_of_gemmi(name: str, load: Load, shared_data: Path) -> None:
+    """Where they must differ, by ice and missing hydrogens, they differ by a known factor."""
+    sigma, spacing, edge = 6.75, 10.0, 32
+    (path,) = (shared_data / "structures").glob(f"{name}.*")
+    structure = load(name)
+    flat = gemmi.FlatStructure(read_dry(path))
+    assert len(flat.pos) == len(structure.weights)
+    centre_zyx = np.array(flat.pos)[:, ::-1].mean(0) - structure.positions_zyx.mean(0)
+    theirs = density_of_gemmi(path, sigma, centre_zyx[::-1], edge, spacing)
+    # The potential of the atoms in the file, from their factors at zero angle.
+    elements = [gemmi.Element(e.decode()) for e in np.array(flat.element_names)]
+    factors = np.array([sum(element.c4322.a) for element in elements])
+    assert theirs.sum() * spacing**3 == pytest.approx(47.878 * factors.sum(), rel=5e-3)
+    beads = coarse_grain(structure)
+    ours, _ = render_field(
+        (beads,),
+        np.array([1]),
+        np.full((1, 3), edge / 2),
+        np.zeros((1, 3)),
+        shape=(edge, edge, edge),
+        voxel_size=spacing,
+        sigma=sigma,
+        thresholds=np.array([1e9]),
+    )
+    factor = float(structure.weights.sum() / (47.878 * factors.sum()))
+    # Excess of protein over ice 4.28 V A^3/Da, of its bare heavy atoms' potential about 10.
+    assert 0.35 < factor < 0.55
+    error = ours - factor * theirs
+    assert np.sqrt((error**2).mean() / ((factor * theirs) ** 2).mean()) < 0.05
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.998
 
 
 # --- maps and the common unit ---------------------------------------------------------------------
@@ -320,10 +414,51 @@ def test_a_map_of_two_complexes_warns(tmp_path: Path) -> None:
     data = np.zeros((8, 8, 20))
     data[2:6, 2:6, 2:6] = data[2:6, 2:6, 12:15] = 1
     source = write_map(tmp_path / "two.mrc", data)
-    with pytest.warns(UserWarning, match=r"separate bodies of 64 and 48 voxels .* split it"):
+    with pytest.warns(
+        UserWarning, match=r"separate bodies of 64 and 48 voxels .* give .*two\.mrc#1"
+    ):
         load_structure(source)
     data[2:6, 2:6, 13:15] = 0  # a crumb is no complex
     load_structure(write_map(tmp_path / "crumb.mrc", data))
+
+
+def test_the_bodies_of_a_map_are_told_apart(tmp_path: Path) -> None:
+    data = np.zeros((8, 8, 20))
+    data[2:6, 2:6, 2:6], data[2:6, 2:6, 12:15] = 1, 2
+    path = tmp_path / "two.mrc"
+    write_map(path, data)
+    sources = find_structures(f"{path}#1,{path}#2")
+    assert [source.name for source in sources] == ["two_1", "two_2"]
+    assert [str(source) for source in sources] == [f"{path}#1", f"{path}#2"]
+    first, second = map(load_structure, sources)
+    assert [len(body.weights) for body in (first, second)] == [64, 48]
+    np.testing.assert_allclose(np.ptp(first.positions_zyx, axis=0), [24, 24, 24])
+    np.testing.assert_allclose(np.ptp(second.positions_zyx, axis=0), [24, 24, 16])
+    assert summarise_structure(sources[1]).num_atoms == 48
+    with pytest.raises(ValueError, match=r"2 separate bodies, .* 64, 48 voxels: .* given #3"):
+        load_structure(find_structures(f"{path}#3")[0])
+
+
+def test_only_maps_have_bodies(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "ala.pdb", [ALANINE])
+    with pytest.raises(ValueError, match=r"ala\.pdb#1: expected a map before the #"):
+        find_structures(f"{path}#1")
+    with pytest.raises(FileNotFoundError, match=r"no file or folder '.*ala\.pdb#0'"):
+        find_structures(f"{path}#0")
+
+
+@pytest.mark.parametrize("file", ["4v94.mrc.gz", "EMD-3197.map.gz"])
+def test_the_two_complexes_of_a_real_map_are_alike(file: str, shared_data: Path) -> None:
+    path = shared_data / "maps" / file
+    first, second = (load_structure(source) for source in find_structures(f"{path}#1,{path}#2"))
+    with pytest.warns(UserWarning, match="separate bodies"):
+        whole = load_structure(find_structures(str(path))[0])
+    assert first.mass_kda + second.mass_kda == pytest.approx(whole.mass_kda, rel=1e-3)
+    assert max(first.extent, second.extent) < whole.extent
+    if file.startswith("4v94"):  # two TRiC side by side, of 0.95 MDa by their sequence
+        assert max(first.extent, second.extent) < 0.7 * whole.extent
+        assert first.mass_kda == pytest.approx(second.mass_kda, rel=0.01)
+        assert first.mass_kda == pytest.approx(950, rel=0.2)
 
 
 @pytest.mark.parametrize("sign", [-1, 0])
