@@ -16,7 +16,7 @@ from benchmarks.report import parse_options, write_report
 from cectflow.execution import single_thread
 from cectflow.flows.simulation import load_structures
 from cectflow.simulation.imaging import image_field, optics_of
-from cectflow.simulation.microscope import Microscope
+from cectflow.simulation.microscope import Microscope, draw_optics
 from cectflow.simulation.recipe import (
     SimulationRecipe,
     Specimen,
@@ -98,7 +98,8 @@ def _measure_paths(specimen: Specimen, *, repeats: int) -> dict[str, float]:
 def _image_fast(density: NDArray[np.float32], defocus_um: float) -> None:
     depth, height, width = density.shape
     optics = optics_of(
-        (depth, height, width), SHARED.voxel_size, SHARED.microscope, SHARED.tilts, defocus_um,
+        (depth, height, width), SHARED.voxel_size,
+        SHARED.microscope.model_copy(update={"defocus_um": defocus_um}), SHARED.tilts, defocus_um,
         SHARED.ctf_correction,
     )  # fmt: skip
     image_field(torch.from_numpy(density), optics, 1.0, torch.Generator().manual_seed(0))
@@ -106,10 +107,11 @@ def _image_fast(density: NDArray[np.float32], defocus_um: float) -> None:
 
 def _image_literally(density: NDArray[np.float32], defocus_um: float) -> None:
     depth, height, width = density.shape
+    microscope = SHARED.microscope.model_copy(update={"defocus_um": defocus_um})
+    draw = draw_optics(microscope, SHARED.tilts, np.random.default_rng(0))
     series = record_tilt_series(
-        density, SHARED.voxel_size, SHARED.microscope, SHARED.tilts, defocus_um,
-        SHARED.ctf_correction, 1.0, np.random.default_rng(0),
-    )  # fmt: skip
+        density, SHARED.voxel_size, draw, SHARED.ctf_correction, 1.0, np.random.default_rng(0)
+    )
     back_project(series, (depth, height, width))
 
 

@@ -29,11 +29,14 @@ from scipy.sparse import csr_array
 from cectflow.model_card import CtfCorrection
 from cectflow.simulation.imaging import INELASTIC_MEAN_FREE_PATH, WIENER_CONSTANT
 from cectflow.simulation.microscope import (
-    Microscope,
-    TiltScheme,
+    OpticsDraw,
+    astigmatic_defocus,
     contrast_transfer,
     dose_filter,
     electron_wavelength,
+    noise_transfer,
+    signal_transfer,
+    single_number,
 )
 
 __all__ = [
@@ -78,15 +81,14 @@ class TiltSeries:
     pixel_size: float
 
 
-def detector_width(
-    shape: tuple[int, int, int], voxel_size: float, microscope: Microscope, defocus_um: float
-) -> int:
+def detector_width(shape: tuple[int, int, int], voxel_size: float, draw: OpticsDraw) -> int:
     """Pixels across the tilt axis that a reconstruction of this shape draws upon.
 
     Its shadow at any tilt, the tails of the ramp filter, and on either side the distance
     ``lambda dz k`` by which the CTF displaces the highest frequency.
     """
-    displacement = electron_wavelength(microscope.voltage_kv) * abs(defocus_um) * 1e4
+    wavelength = electron_wavelength(draw.microscope.voltage_kv)
+    displacement = wavelength * float(np.abs(draw.defoci_um).max()) * 1e4
     spread = displacement * 0.5 / voxel_size / voxel_size
     return 2 * int(np.ceil(np.hypot(shape[0], shape[2]) / 2 + spread + RAMP_MARGIN))
 
@@ -127,17 +129,16 @@ def project_field(
 def record_tilt_series(
     density: Float[NDArray[np.float32], "z y x"],
     voxel_size: float,
-    microscope: Microscope,
-    tilts: TiltScheme,
-    defocus_um: float,
+    draw: OpticsDraw,
     ctf_correction: CtfCorrection,
     noise_factor: float,
     generator: np.random.Generator,
 ) -> TiltSeries:
     """Tilt series of a field, CTF-corrected tilt by tilt.
 
-    Each projection is attenuated by dose, inelastic loss and detector and turned over by the
-    CTF; noise of the microscope's spectrum is added; then signal and noise are corrected.
+    Each projection is attenuated by dose, inelastic loss and detector, turned over by the CTF and
+    displaced by what its alignment is off; noise of the microscope's spectrum is added; then
+    signal and noise are corrected.
 
     Parameters
     ----------
@@ -145,10 +146,8 @@ def record_tilt_series(
         Potential above ice, bright protein; periodic along x and y.
     voxel_size
         In Å.
-    microscope, tilts
-        See there.
-    defocus_um
-        Positive is underfocus.
+    draw
+        Microscope, tilts, and each tilt's defocus and shift.
     ctf_correction
         Applied to each projection.
     noise_factor
@@ -157,33 +156,33 @@ def record_tilt_series(
     generator
         Source of the noise.
     """
-    width = detector_width(density.shape, voxel_size, microscope, defocus_um)
+    tilts = draw.tilts
+    width = detector_width((density.shape[0], density.shape[1], density.shape[2]), voxel_size, draw)
     projections = project_field(density, tilts.angles, width)
-    ky, ku = _frequencies(projections.shape[1:], voxel_size)
-    k_squared = ky**2 + ku**2
-    share = k_squared * (2.0 * voxel_size) ** 2
-    grain = np.sqrt(1.0 if microscope.noise_spectrum == "white" else 0.05 + share)
-    transfer = contrast_transfer(k_squared, defocus_um, microscope)
-    correction = _correction(transfer, ctf_correction)
-    tilted = zip(projections, np.deg2rad(tilts.angles), tilts.exposures, strict=True)
-    for projection, angle, exposure in tilted:
-        path = tilts.thickness * (1.0 / np.cos(angle) - 1.0)
-        seen = np.exp(-path / INELASTIC_MEAN_FREE_PATH) * dose_filter(k_squared, float(exposure))
-        image = -transfer * seen * microscope.mtf**share * np.fft.rfft2(projection)
+    shape = (density.shape[1], width)
+    ky, ku = _frequencies(shape, voxel_size)
+    k_squared, nyquist = ky**2 + ku**2, 0.5 / voxel_size
+    grain = np.sqrt(_noise_power(shape, voxel_size, draw))
+    detected = signal_transfer(k_squared, nyquist, draw.microscope)
+    shifts = draw.shifts or ((0.0, 0.0),) * len(projections)
+    for index, projection in enumerate(projections):
+        tilt, (along_u, along_y) = np.deg2rad(tilts.angles[index]), shifts[index]
+        path = single_number(tilts, "thickness") * (1.0 / np.cos(tilt) - 1.0)
+        seen = np.exp(-path / INELASTIC_MEAN_FREE_PATH)
+        seen = seen * dose_filter(k_squared, float(tilts.exposures[index])) * detected
+        transfer = _transfer(shape, voxel_size, draw, index)
+        image = -transfer * seen * np.fft.rfft2(projection)
+        image *= np.exp(-2j * np.pi * (ku * along_u + ky * along_y))
         if noise_factor > 0:
             white = generator.standard_normal(projection.shape, np.float32)
             image += noise_factor * grain * np.fft.rfft2(white)
-        projection[...] = np.fft.irfft2(correction * image, s=projection.shape)
+        corrected = _correction(transfer, ctf_correction) * image
+        projection[...] = np.fft.irfft2(corrected, s=projection.shape)
     return TiltSeries(projections, tilts.angles, voxel_size)
 
 
 def projection_noise(
-    variance: float,
-    voxel_size: float,
-    microscope: Microscope,
-    tilts: TiltScheme,
-    defocus_um: float,
-    ctf_correction: CtfCorrection,
+    variance: float, voxel_size: float, draw: OpticsDraw, ctf_correction: CtfCorrection
 ) -> float:
     """Factor for :func:`record_tilt_series` at which the reconstructed noise has a variance.
 
@@ -194,18 +193,18 @@ def projection_noise(
     ----------
     variance
         Of the noise in the reconstruction, V².
-    voxel_size, microscope, tilts, defocus_um, ctf_correction
+    voxel_size, draw, ctf_correction
         As for :func:`record_tilt_series`.
     """
-    ky, ku = _frequencies((256, 256), voxel_size)
-    k_squared = ky**2 + ku**2
-    share = k_squared * (2.0 * voxel_size) ** 2
-    power = np.ones_like(share) if microscope.noise_spectrum == "white" else 0.05 + share
-    gain = _correction(contrast_transfer(k_squared, defocus_um, microscope), ctf_correction)
-    filtered = (ku * voxel_size) ** 2 * power * gain**2
-    twice = np.where((ku == 0) | (ku == ku.max()), 1.0, 2.0)
-    unit = float((filtered * twice).sum()) / 256**2
-    return float(np.sqrt(variance / (unit * np.square(_angular_spacing(tilts.angles)).sum())))
+    shape = (256, 256)
+    _, ku = _frequencies(shape, voxel_size)
+    ramped = (ku * voxel_size) ** 2 * _noise_power(shape, voxel_size, draw)
+    ramped *= np.where((ku == 0) | (ku == ku.max()), 1.0, 2.0) / np.prod(shape)
+    unit = 0.0
+    for index, spacing in enumerate(_angular_spacing(draw.tilts.angles)):
+        gain = _correction(_transfer(shape, voxel_size, draw, index), ctf_correction)
+        unit += float(spacing**2 * (ramped * gain**2).sum())
+    return float(np.sqrt(variance / unit))
 
 
 def back_project(
@@ -316,6 +315,27 @@ def _line_coefficients(
     # A spline takes half the noise at the Nyquist frequency, where the ramp has put most of it.
     finer: NDArray[np.float32] = resample(filtered, FINER * width, axis=1)
     return spline_filter1d(finer, SPLINE, 1, output=np.float32, mode="grid-wrap")
+
+
+def _transfer(
+    shape: tuple[int, int], pixel_size: float, draw: OpticsDraw, index: int
+) -> NDArray[np.float64]:
+    """CTF of one tilt on the half spectrum of its image."""
+    ky, ku = _frequencies(shape, pixel_size)
+    defocus = astigmatic_defocus(ku, ky, draw.defoci_um[index], draw.microscope)
+    transfer: NDArray[np.float64] = contrast_transfer(ky**2 + ku**2, defocus, draw.microscope)
+    return transfer
+
+
+def _noise_power(
+    shape: tuple[int, int], pixel_size: float, draw: OpticsDraw
+) -> NDArray[np.float64]:
+    """Power spectrum of the noise that the camera adds, 1 for white noise."""
+    ky, ku = _frequencies(shape, pixel_size)
+    k_squared, nyquist = ky**2 + ku**2, 0.5 / pixel_size
+    blue = draw.microscope.noise_spectrum == "blue"
+    power = 0.05 + k_squared / nyquist**2 if blue else np.ones_like(k_squared)
+    return power * noise_transfer(k_squared, nyquist, draw.microscope)
 
 
 def _correction(

@@ -21,7 +21,7 @@ from torch import Tensor
 from cectflow.dataset import FieldRecord
 from cectflow.execution import single_thread
 from cectflow.simulation.microscope import electron_wavelength
-from cectflow.simulation.recipe import Specimen, simulate_field
+from cectflow.simulation.recipe import Specimen, draw_field_optics, simulate_field
 from cectflow.simulation.structure import Structure
 from cectflow.simulation.tilt_series import (
     TiltSeries,
@@ -106,7 +106,7 @@ def surround(specimen: Specimen, shape: tuple[int, int, int]) -> Specimen:
     """
     recipe = specimen.recipe
     wavelength = electron_wavelength(recipe.microscope.voltage_kv)
-    displacement = wavelength * max(np.abs(recipe.microscope.defocus_um)) * 1e4 / 2
+    displacement = wavelength * float(np.abs(recipe.microscope.defocus_um).max()) * 1e4 / 2
     longest = max(grains.diameter for grains in specimen.beads) + BLURS_ACROSS * recipe.blur
     gap = longest / recipe.voxel_size + 2 * displacement / recipe.voxel_size**2
     depth, height, width = (next_fast_len(n + int(np.ceil(gap)), real=True) for n in shape)
@@ -171,21 +171,17 @@ def simulate_tomogram(
 def _record(
     surrounded: Specimen, density: NDArray[np.float32], record: FieldRecord, index: int
 ) -> TiltSeries:
-    recipe, defocus = surrounded.recipe, record.defocus_um
-    assert record.std is not None
-    assert defocus is not None
-    factor = 0.0
-    if record.snr is not None:
+    recipe, factor = surrounded.recipe, 0.0
+    draw = draw_field_optics(surrounded, "tomogram", index)
+    if record.snr_reconstruction is not None:
         # Signal and noise add their variances, and their ratio is known.
-        factor = projection_noise(
-            record.std**2 / (1.0 + record.snr), recipe.voxel_size, recipe.microscope,
-            recipe.tilts, defocus, recipe.ctf_correction,
-        )  # fmt: skip
+        variance = record.std**2 / (1.0 + record.snr_reconstruction)
+        factor = projection_noise(variance, recipe.voxel_size, draw, recipe.ctf_correction)
     text = f"{surrounded.recipe_digest}/tilt series/{index}"
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return record_tilt_series(
-        density, recipe.voxel_size, recipe.microscope, recipe.tilts, defocus,
-        recipe.ctf_correction, factor, np.random.default_rng(seed),
+        density, recipe.voxel_size, draw, recipe.ctf_correction, factor,
+        np.random.default_rng(seed),
     )  # fmt: skip
 
 
