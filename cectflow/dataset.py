@@ -76,6 +76,8 @@ class FieldRecord(Config):
     """Measured in the reconstruction, full band."""
     snr_60: float | None = None
     """Measured in the reconstruction, low-passed to 60 Å."""
+    noise_std: float | None = None
+    """Measured standard deviation of the noise in the reconstruction; None as for ``snr``."""
     occupancy: float | None = None
     num_particles: int | None = None
 

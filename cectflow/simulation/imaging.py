@@ -92,7 +92,7 @@ class Optics:
 
 @dataclass(frozen=True)
 class MeasuredSnr:
-    """Variance of signal over variance of noise in one field, k = 0 excluded.
+    """Variance of signal over variance of noise in one field, k = 0 excluded, and the noise.
 
     Attributes
     ----------
@@ -100,11 +100,14 @@ class MeasuredSnr:
         Where the recipe defines it, its ``snr_stage``.
     reconstruction, low_passed
         In the reconstruction, full band and low-passed to 60 Å.
+    noise_std
+        Standard deviation of the noise in the reconstruction.
     """
 
     stage: float
     reconstruction: float
     low_passed: float
+    noise_std: float
 
 
 _cached: OrderedDict[Any, Optics] = OrderedDict()
@@ -460,10 +463,12 @@ def image_and_measure(
     noise.mul_(optics.noise * noise_factor)
     powers = _squared(signal), _squared(noise)
     inside = _sphere(tuple(shape), voxel_size, SNR_RESOLUTION, str(density.device))
-    full = _variance(powers[0], width) / _variance(powers[1], width)
+    noise_variance = _variance(powers[1], width)
+    full = _variance(powers[0], width) / noise_variance
     low = _variance(powers[0] * inside, width) / _variance(powers[1] * inside, width)
     tomogram = torch.fft.irfftn(signal.add_(noise), s=shape)
-    return tomogram, MeasuredSnr(full if stage is None else stage, full, low)
+    stage = full if stage is None else stage
+    return tomogram, MeasuredSnr(stage, full, low, float(np.sqrt(noise_variance)))
 
 
 def low_pass_variance(

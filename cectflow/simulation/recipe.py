@@ -345,6 +345,7 @@ def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField
         snr=None if measured is None else measured.stage,
         snr_reconstruction=None if measured is None else measured.reconstruction,
         snr_60=None if measured is None else measured.low_passed,
+        noise_std=None if measured is None else measured.noise_std,
         occupancy=scene.occupancy,
         num_particles=len(scene),
     )

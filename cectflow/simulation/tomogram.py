@@ -173,10 +173,10 @@ def _record(
 ) -> TiltSeries:
     recipe, factor = surrounded.recipe, 0.0
     draw = draw_field_optics(surrounded, "tomogram", index)
-    if record.snr_reconstruction is not None:
-        # Signal and noise add their variances, and their ratio is known.
-        variance = record.std**2 / (1.0 + record.snr_reconstruction)
-        factor = projection_noise(variance, recipe.voxel_size, draw, recipe.ctf_correction)
+    if record.noise_std is not None:
+        factor = projection_noise(
+            record.noise_std**2, recipe.voxel_size, draw, recipe.ctf_correction
+        )
     text = f"{surrounded.recipe_digest}/tilt series/{index}"
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return record_tilt_series(
