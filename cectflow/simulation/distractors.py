@@ -100,6 +100,15 @@ class Distractors(Config):
                 raise ValueError(msg)
         return self
 
+    def in_volume(self, growth: float) -> Distractors:
+        """Numbers for a field so many times larger: as many per volume, sheets of as much area."""
+        numbers = {
+            "vesicles": self.vesicles * growth,
+            "gold": self.gold * growth,
+            "sheets": self.sheets * growth ** (1 / 3),
+        }
+        return self.model_copy(update=numbers)
+
     @property
     def expects_any(self) -> bool:
         """Whether a field can hold one at all."""

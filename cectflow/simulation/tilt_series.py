@@ -34,7 +34,7 @@ from cectflow.simulation.microscope import (
     contrast_transfer,
     dose_filter,
     electron_wavelength,
-    noise_transfer,
+    noise_power,
     signal_transfer,
     single_number,
 )
@@ -333,9 +333,7 @@ def _noise_power(
     """Power spectrum of the noise that the camera adds, 1 for white noise."""
     ky, ku = _frequencies(shape, pixel_size)
     k_squared, nyquist = ky**2 + ku**2, 0.5 / pixel_size
-    blue = draw.microscope.noise_spectrum == "blue"
-    power = 0.05 + k_squared / nyquist**2 if blue else np.ones_like(k_squared)
-    return power * noise_transfer(k_squared, nyquist, draw.microscope)
+    return np.ones_like(k_squared) * noise_power(k_squared, nyquist, draw.microscope)
 
 
 def _correction(

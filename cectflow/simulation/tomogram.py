@@ -111,10 +111,17 @@ def surround(specimen: Specimen, shape: tuple[int, int, int]) -> Specimen:
     gap = longest / recipe.voxel_size + 2 * displacement / recipe.voxel_size**2
     depth, height, width = (next_fast_len(n + int(np.ceil(gap)), real=True) for n in shape)
     field_shape = (depth, height, width)
+    growth = float(np.prod(field_shape)) / float(np.prod(recipe.field_shape))
     text = f"{specimen.recipe_digest}/tomogram/{shape}"
     return replace(
         specimen,
-        recipe=recipe.model_copy(update={"field_shape": field_shape}),
+        recipe=recipe.model_copy(
+            update={
+                "field_shape": field_shape,
+                "independent": False,
+                "distractors": recipe.distractors.in_volume(growth),
+            }
+        ),
         recipe_digest=hashlib.sha256(text.encode()).hexdigest(),
         expected_power=_carry_over(specimen.expected_power, recipe.field_shape, field_shape),
     )

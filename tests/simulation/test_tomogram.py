@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -134,13 +135,7 @@ def test_a_tilt_series_reconstructs_to_the_same_specimen(
 
 def test_without_noise_both_paths_are_one(specimen: Specimen) -> None:
     silent = specimen.recipe.model_copy(update={"snr": None})
-    wide = surround(
-        Specimen(
-            silent, specimen.recipe_digest, specimen.beads, specimen.thresholds,
-            specimen.expected_power,
-        ),
-        SHAPE,
-    )  # fmt: skip
+    wide = surround(replace(specimen, recipe=silent), SHAPE)
     quick, literal = (simulate_tomogram(wide, SHAPE, 0, tilt_series=t) for t in (False, True))
     assert quick.record.snr is None
     assert np.corrcoef(quick.data.ravel(), literal.data.ravel())[0, 1] > 0.95
