@@ -176,11 +176,12 @@ def make_particle_rows(
     angles
         RELION's rot, tilt, psi in degrees.
     """
-    columns: dict[str, Any] = {"rlnTomoName": np.full(len(positions_zyx), tomogram, dtype=object)}
+    names = pd.array([tomogram] * len(positions_zyx), dtype="str")
+    columns: dict[str, Any] = {"rlnTomoName": names}
     columns |= zip(CORNER, positions_zyx.T[::-1], strict=True)
     if angles is not None:
         columns |= zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), angles.T, strict=True)
-    return pd.DataFrame(columns).astype({"rlnTomoName": "str"})
+    return pd.DataFrame(columns)
 
 
 def read_particles(path: Path) -> ParticleTable:
