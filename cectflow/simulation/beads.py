@@ -7,7 +7,7 @@ exact, so no map is ever interpolated, and one set of beads serves density, labe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, no_type_check
 
 import numba
@@ -57,7 +57,7 @@ class Beads:
     variance: float
     molecular_volume: float
 
-    @property
+    @cached_property
     def diameter(self) -> float:
         """Twice the largest distance of a bead from the centre, in Å."""
         return 2.0 * float(np.linalg.norm(self.positions_zyx, axis=1).max())

@@ -485,16 +485,18 @@ def _cut_targets(specimen: Specimen, field: SimulatedField, seed: int) -> Subtom
     )
     halves = torch.from_numpy(field.tomogram).half().numpy()
     cubes = cut(halves, centres[kept], recipe.box, periodic=True)
-    rows = make_particle_rows(positions[kept], angles=angles[kept], tomogram=field.record.field)
-    columns: dict[str, Any] = {
-        "rlnClassNumber": class_ids[kept],
-        "cectflowClassName": pd.array(
-            [specimen.classes[i - 1] for i in class_ids[kept]], dtype="str"
-        ),
-    }
-    for column, axis in (("X", 2), ("Y", 1), ("Z", 0)):
-        columns[f"cectflowCentre{column}"] = centres[kept, axis].astype(np.int64)
-    rows = pd.DataFrame({**rows, **columns})
+    names = [specimen.classes[class_id - 1] for class_id in class_ids[kept]]
+    z, y, x = centres[kept].astype(np.int64).T
+    rows = make_particle_rows(
+        positions[kept],
+        angles=angles[kept],
+        tomogram=field.record.field,
+        rlnClassNumber=class_ids[kept],
+        cectflowClassName=pd.array(names, dtype="str"),
+        cectflowCentreX=x,
+        cectflowCentreY=y,
+        cectflowCentreZ=z,
+    )
     return Subtomograms(cubes, voxel_labels, instances, rows)
 
 
