@@ -164,6 +164,7 @@ def make_particle_rows(
     *,
     tomogram: str,
     angles: Num[NDArray[Any], "n 3"] | None = None,
+    **further: Any,
 ) -> pd.DataFrame:
     """Rows with tomogram name, position and, where known, orientation.
 
@@ -175,12 +176,15 @@ def make_particle_rows(
         Written as ``rlnTomoName``.
     angles
         RELION's rot, tilt, psi in degrees.
+    further
+        Columns that follow, by name.
     """
-    columns: dict[str, Any] = {"rlnTomoName": np.full(len(positions_zyx), tomogram, dtype=object)}
+    names = pd.array([tomogram] * len(positions_zyx), dtype="str")
+    columns: dict[str, Any] = {"rlnTomoName": names}
     columns |= zip(CORNER, positions_zyx.T[::-1], strict=True)
     if angles is not None:
         columns |= zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), angles.T, strict=True)
-    return pd.DataFrame(columns).astype({"rlnTomoName": "str"})
+    return pd.DataFrame(columns | further)
 
 
 def read_particles(path: Path) -> ParticleTable:

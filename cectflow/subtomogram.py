@@ -6,6 +6,8 @@ voxel size and box that a network expects. The centre of a box of n is voxel n//
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -63,8 +65,8 @@ def cut(
         if (stops - starts == box).all():
             cube[...] = volume_data[_box(starts, stops)]
         elif periodic:
-            steps = [(first + np.arange(box)) % n for first, n in zip(corner, shape, strict=True)]
-            cube[...] = volume_data[np.ix_(*steps)]
+            for here, there in _periodic_blocks(corner, box, shape):
+                cube[here] = volume_data[there]
         elif (stops > starts).all():
             part = volume_data[_box(starts, stops)]
             cube[...] = _as_type(part.mean(dtype=np.float64) if fill is None else fill, cube.dtype)
@@ -176,6 +178,22 @@ def _corners(centres_zyx: NDArray[Any], box: int) -> NDArray[np.int64]:
 
 def _box(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> tuple[slice, ...]:
     return tuple(slice(int(a), int(b)) for a, b in zip(starts, stops, strict=True))
+
+
+def _periodic_blocks(
+    corner: NDArray[np.int64], box: int, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Blocks of a cube, and of the periodic volume where each of them is: eight at most."""
+    stretches = []
+    for first, size in zip((corner % shape).tolist(), shape, strict=True):
+        inner = min(box, size - first)
+        pairs = [(slice(0, inner), slice(first, first + inner))]
+        if inner < box:
+            pairs.append((slice(inner, box), slice(0, box - inner)))
+        stretches.append(pairs)
+    for block in product(*stretches):
+        here, there = zip(*block, strict=True)
+        yield here, there
 
 
 def _as_type(value: float | int, dtype: np.dtype[Any]) -> Any:

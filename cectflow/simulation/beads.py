@@ -7,11 +7,14 @@ exact, so no map is ever interpolated, and one set of beads serves density, labe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import no_type_check
+from functools import cached_property, lru_cache
+from typing import Any, no_type_check
 
 import numba
 import numpy as np
 from jaxtyping import Float, Int
+from llvmlite import ir
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
@@ -19,8 +22,14 @@ from cectflow.simulation.structure import Structure
 
 __all__ = ["Beads", "coarse_grain", "label_threshold", "render_field", "rotate_beads"]
 
-GAUSSIAN_REACH = 3.5
-"""Half-width of a rendered bead in sigmas; what is cut off is renormalised, so mass is exact."""
+GAUSSIAN_REACH = 3.3
+"""Half-width of a rendered bead in sigmas; what is cut off is renormalised, so mass is exact.
+
+The 0.1 % of a Gaussian beyond it change the density by 0.2 % rms, the coarse-graining by 3 %."""
+STEPS = 512
+"""Places within a voxel to which a bead is rounded along each axis: 0.01 Å at 10 Å per voxel."""
+LANES = 8
+"""Voxels along x that are added to at once, the float32 of one vector register."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +57,7 @@ class Beads:
     variance: float
     molecular_volume: float
 
-    @property
+    @cached_property
     def diameter(self) -> float:
         """Twice the largest distance of a bead from the centre, in Å."""
         return 2.0 * float(np.linalg.norm(self.positions_zyx, axis=1).max())
@@ -99,9 +108,8 @@ def rotate_beads(
     The angles, in degrees, turn the reference into the particle: intrinsic ZYZ, acting on x y z
     columns.
     """
-    turn = Rotation.from_euler("ZYZ", angles, degrees=True)
-    turned: NDArray[np.float64] = turn.apply(beads.positions_zyx[:, ::-1])[:, ::-1]
-    return np.ascontiguousarray(turned)
+    turned: NDArray[np.float64] = beads.positions_zyx @ _matrices_zyx(angles[None])[0].T
+    return turned
 
 
 def render_field(
@@ -147,14 +155,13 @@ def render_field(
     density = np.zeros(shape, np.float32)
     strongest = np.zeros(shape, np.float32)
     owners = np.zeros(shape, np.int32)
-    for index, (class_id, position) in enumerate(zip(class_ids, positions_zyx, strict=True)):
-        grains = beads[class_id - 1]
-        centres = rotate_beads(grains, angles[index]) / voxel_size + position
-        sigma_voxels = float(np.sqrt(sigma**2 + grains.variance)) / voxel_size
-        local, corner = _render_particle(
-            centres, grains.weights / np.float32(voxel_size**3), sigma_voxels
+    turns = _matrices_zyx(angles)
+    for index, class_id in enumerate(class_ids.tolist()):
+        local, corner = _render_pose(
+            beads[class_id - 1], turns[index], positions_zyx[index], voxel_size, sigma
         )
-        _place(local, corner, index + 1, thresholds[class_id - 1], density, strongest, owners)
+        threshold = np.float32(thresholds[class_id - 1])
+        _place(local, corner, np.int32(index + 1), threshold, density, strongest, owners)
     return density, owners
 
 
@@ -175,14 +182,11 @@ def label_threshold(
         Of the orientations over which the threshold is averaged.
     """
     num_voxels = volume_factor * beads.molecular_volume / voxel_size**3
-    sigma_voxels = float(np.sqrt(sigma**2 + beads.variance)) / voxel_size
     generator = np.random.default_rng(seed)
     thresholds = []
-    for angles in Rotation.random(8, rng=generator).as_euler("ZYZ", degrees=True):
-        centres = rotate_beads(beads, angles) / voxel_size + generator.uniform(-0.5, 0.5, 3)
-        local, _ = _render_particle(
-            centres, beads.weights / np.float32(voxel_size**3), sigma_voxels
-        )
+    for turn in _matrices_zyx(Rotation.random(8, rng=generator).as_euler("ZYZ", degrees=True)):
+        position = generator.uniform(-0.5, 0.5, 3)
+        local, _ = _render_pose(beads, turn, position, voxel_size, sigma)
         rank = min(round(num_voxels), local.size - 1)
         thresholds.append(float(np.partition(local.ravel(), -rank - 1)[-rank - 1]))
     return max(float(np.mean(thresholds)), 1e-6)
@@ -199,45 +203,123 @@ def _farthest_first(points: NDArray[np.float64], leading: int = 32) -> NDArray[n
     return np.concatenate([np.array(chosen, np.int64), rest])
 
 
-@numba.njit(cache=True)
+def _matrices_zyx(
+    angles: Float[NDArray[np.float64], "n 3"],
+) -> Float[NDArray[np.float64], "n 3 3"]:
+    """Matrices of RELION's ZYZ angles that act on z y x columns."""
+    matrices = Rotation.from_euler("ZYZ", angles, degrees=True).as_matrix()
+    return np.ascontiguousarray(matrices[:, ::-1, ::-1])
+
+
+def _render_pose(
+    beads: Beads,
+    turn: NDArray[np.float64],
+    position: NDArray[np.float64],
+    voxel_size: float,
+    sigma: float,
+) -> tuple[Float[NDArray[np.float32], "z y x"], Int[NDArray[np.int64], "3"]]:
+    """Density of one particle, turned and placed, in a box of its own, and that box's corner."""
+    sigma_voxels = float(np.sqrt(sigma**2 + beads.variance)) / voxel_size
+    rows, width = _gaussian_rows(sigma_voxels)
+    local, corner, length = _render_particle(
+        beads.positions_zyx, beads.weights, turn, position, voxel_size, rows, width
+    )
+    return local[:, :, :length], corner
+
+
+@lru_cache(maxsize=256)
+def _gaussian_rows(sigma: float) -> tuple[Float[NDArray[np.float32], "step lane"], int]:
+    """Gaussians of unit sum at each step of a voxel, and how many of their lanes are not 0.
+
+    A bead at c has the voxels from ceil(c - width / 2) on; a step is the distance of the first
+    of them from c - width / 2.
+    """
+    width = int(np.ceil(2 * GAUSSIAN_REACH * sigma))
+    steps = (np.arange(STEPS) + 0.5) / STEPS
+    distances = steps[:, None] + np.arange(width) - width / 2
+    gaussians = np.exp(-0.5 * (distances / sigma) ** 2)
+    rows = np.zeros((STEPS, -(-width // LANES) * LANES), np.float32)
+    rows[:, :width] = gaussians / gaussians.sum(axis=1, keepdims=True)
+    return rows, width
+
+
+@intrinsic
 @no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
-def _gaussian_row(centre: float, first: int, sigma: float, row: NDArray[np.float64]) -> None:
-    total = 0.0
-    for i in range(row.size):
-        row[i] = np.exp(-0.5 * ((first + i - centre) / sigma) ** 2)
-        total += row[i]
-    for i in range(row.size):
-        row[i] /= total
+def _add_lanes(typing_context, target, place, row, lane, factor):
+    """``target[place + i] += factor * row[lane + i]`` for ``LANES`` values of flat float32 arrays.
+
+    As one vector: numba unrolls so short a loop into single numbers, which takes twice as long.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector = ir.VectorType(ir.FloatType(), LANES)
+        pointers = []
+        for array, index in ((0, 1), (2, 3)):
+            struct = context.make_array(signature.args[array])
+            data = struct(context, builder, arguments[array]).data
+            first = builder.gep(data, [arguments[index]])
+            pointers.append(builder.bitcast(first, vector.as_pointer()))
+        undefined = ir.Constant(vector, ir.Undefined)
+        integer = ir.IntType(32)
+        single = builder.insert_element(undefined, arguments[4], ir.Constant(integer, 0))
+        nowhere = ir.Constant(ir.VectorType(integer, LANES), [0] * LANES)
+        factors = builder.shuffle_vector(single, undefined, nowhere)
+        old, added = (builder.load(pointer, align=4) for pointer in pointers)
+        total = builder.fadd(old, builder.fmul(factors, added))
+        builder.store(total, pointers[0], align=4)
+        return context.get_dummy_value()
+
+    return numba.void(target, place, row, lane, factor), generate
 
 
 @numba.njit(cache=True)
 @no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
 def _render_particle(
-    centres: NDArray[np.float64], weights: NDArray[np.float32], sigma: float
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Density of one particle in the smallest box that holds it, and that box's corner."""
-    reach = int(np.ceil(GAUSSIAN_REACH * sigma))
+    positions: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    turn: NDArray[np.float64],
+    position: NDArray[np.float64],
+    voxel_size: float,
+    gaussians: NDArray[np.float32],
+    width: int,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], int]:
+    """Density in a box that holds one particle, the box's corner, and its length along x.
+
+    Beyond that length the rows have room for the lanes that are 0.
+    """
+    starts = np.empty((positions.shape[0], 3))
+    for axis in range(3):
+        to_z, to_y, to_x = turn[axis] / voxel_size
+        origin = position[axis] - 0.5 * width
+        for bead in range(positions.shape[0]):
+            z, y, x = positions[bead, 0], positions[bead, 1], positions[bead, 2]
+            starts[bead, axis] = origin + to_z * z + to_y * y + to_x * x
     corner = np.empty(3, np.int64)
     edges = np.empty(3, np.int64)
     for axis in range(3):
-        corner[axis] = int(np.floor(centres[:, axis].min() + 0.5)) - reach
-        edges[axis] = int(np.floor(centres[:, axis].max() + 0.5)) + reach + 1 - corner[axis]
-    local = np.zeros((edges[0], edges[1], edges[2]), np.float32)
-    width = 2 * reach + 1
-    rows = np.empty((3, width))
-    for bead in range(centres.shape[0]):
-        first = np.empty(3, np.int64)
-        for axis in range(3):
-            first[axis] = int(np.floor(centres[bead, axis] + 0.5)) - reach
-            _gaussian_row(centres[bead, axis], first[axis], sigma, rows[axis])
-        z0, y0, x0 = first[0] - corner[0], first[1] - corner[1], first[2] - corner[2]
+        corner[axis] = int(np.ceil(starts[:, axis].min()))
+        edges[axis] = int(np.ceil(starts[:, axis].max())) + width - corner[axis]
+    num_lanes = gaussians.shape[1]
+    pitch = edges[2] + num_lanes - width
+    local = np.zeros((edges[0], edges[1], pitch), np.float32)
+    flat, rows = local.ravel(), gaussians.ravel()
+    scale = np.float32(1.0 / voxel_size**3)
+    for bead in range(positions.shape[0]):
+        z, y, x = np.ceil(starts[bead, 0]), np.ceil(starts[bead, 1]), np.ceil(starts[bead, 2])
+        # Rounding can make a step of exactly 1.
+        along_z = min(int((z - starts[bead, 0]) * STEPS), STEPS - 1)
+        along_y = min(int((y - starts[bead, 1]) * STEPS), STEPS - 1)
+        along_x = min(int((x - starts[bead, 2]) * STEPS), STEPS - 1) * num_lanes
+        plane = ((int(z) - corner[0]) * edges[1] + int(y) - corner[1]) * pitch + int(x) - corner[2]
+        weight = weights[bead] * scale
         for i in range(width):
-            along_z = weights[bead] * rows[0, i]
+            weight_z = weight * gaussians[along_z, i]
             for j in range(width):
-                along_zy = along_z * rows[1, j]
-                for k in range(width):
-                    local[z0 + i, y0 + j, x0 + k] += np.float32(along_zy * rows[2, k])
-    return local, corner
+                place = plane + (i * edges[1] + j) * pitch
+                weight_zy = weight_z * gaussians[along_y, j]
+                for lane in range(0, num_lanes, LANES):
+                    _add_lanes(flat, place + lane, rows, along_x + lane, weight_zy)
+    return local, corner, edges[2]
 
 
 @numba.njit(cache=True)
@@ -253,14 +335,22 @@ def _place(
 ) -> None:
     """Add a particle to the periodic field; claim the voxels where it is dense, and densest."""
     depth, height, width = density.shape
+    length = local.shape[2]
     for i in range(local.shape[0]):
         z = (corner[0] + i) % depth
         for j in range(local.shape[1]):
             y = (corner[1] + j) % height
-            for k in range(local.shape[2]):
-                x = (corner[2] + k) % width
-                value = local[i, j, k]
-                density[z, y, x] += value
-                if value > threshold and value > strongest[z, y, x]:
-                    strongest[z, y, x] = value
-                    owners[z, y, x] = owner
+            x, first = corner[2] % width, 0
+            while first < length:  # stretches between the faces of the field
+                stop = min(length, first + width - x)
+                row = local[i, j, first:stop]
+                total = density[z, y, x : x + stop - first]
+                highest = strongest[z, y, x : x + stop - first]
+                owned = owners[z, y, x : x + stop - first]
+                for k in range(row.size):
+                    value = row[k]
+                    total[k] += value
+                    claimed = (value > threshold) & (value > highest[k])
+                    highest[k] = value if claimed else highest[k]
+                    owned[k] = owner if claimed else owned[k]
+                first, x = stop, 0

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
+import numba
 import numpy as np
 import pandas as pd
 import torch
@@ -450,8 +451,9 @@ def _cut_targets(specimen: Specimen, field: SimulatedField, seed: int) -> Subtom
     recipe, scene = specimen.recipe, field.scene
     generator = np.random.default_rng(seed)
     # A particle that its neighbours' densities hide has no voxel to segment: no target.
-    visible = np.unique(field.owners)
-    targets = generator.permutation(visible[visible > 0] - 1)[: recipe.targets_per_field]
+    whole = np.zeros((1, 3), np.int64)
+    (visible,) = _find_owners(field.owners, whole, field.owners.shape, len(scene) + 2)
+    targets = generator.permutation(np.flatnonzero(visible[1:]))[: recipe.targets_per_field]
     targets.sort()
     if recipe.independent:
         targets = targets[targets == 0]
@@ -460,31 +462,43 @@ def _cut_targets(specimen: Specimen, field: SimulatedField, seed: int) -> Subtom
         targets = targets[:0]
     offsets = generator.uniform(-1.0, 1.0, (len(targets), 3)) * recipe.jitter / recipe.voxel_size
     centres = np.round(np.concatenate([scene.positions_zyx[targets] + offsets, junk]))
-    cubes = cut(field.tomogram, centres, recipe.box, periodic=True).astype(np.float16)
-    owners = cut(field.owners, centres, recipe.box, periodic=True)
-    class_of_owner = np.concatenate([[0], scene.class_ids]).astype(np.int8)
-    numbers = np.concatenate([targets + 1, np.full(len(junk), len(scene) + 1)])
-    instances = np.empty(owners.shape, np.int16)
-    for row, (cube, number) in enumerate(zip(owners, numbers, strict=True)):
-        instances[row] = _renumber(cube, int(number))
-    # Junk has no target that could be missing.
-    present = (instances == 1).any(axis=(1, 2, 3)) | (numbers > len(scene))
-    rows = make_particle_rows(
-        np.concatenate([scene.positions_zyx[targets], junk]),
-        angles=np.concatenate([scene.angles[targets], np.zeros((len(junk), 3))]),
-        tomogram=field.record.field,
-    )
     class_ids = np.concatenate(
         [scene.class_ids[targets], np.full(len(junk), len(specimen.classes), np.int64)]
     )
-    rows["rlnClassNumber"] = class_ids
-    rows["cectflowClassName"] = [specimen.classes[i - 1] for i in class_ids]
-    for column, axis in (("X", 2), ("Y", 1), ("Z", 0)):
-        rows[f"cectflowCentre{column}"] = centres[:, axis].astype(np.int64)
-    return Subtomograms(
-        cubes[present], class_of_owner[owners][present], instances[present],
-        rows[present].reset_index(drop=True),
-    )  # fmt: skip
+    positions = np.concatenate([scene.positions_zyx[targets], junk])
+    angles = np.concatenate([scene.angles[targets], np.zeros((len(junk), 3))])
+    # One more than the last particle stands for junk, which has no voxel.
+    owners = np.concatenate([targets + 1, np.full(len(junk), len(scene) + 1)])
+    corners = centres.astype(np.int64) - recipe.box // 2
+    box = (recipe.box, recipe.box, recipe.box)
+    present = _find_owners(field.owners, corners, box, len(scene) + 2)
+    # Junk has no target that could be missing.
+    kept = present[np.arange(len(owners)), owners] | (owners > len(scene))
+    instances = np.empty((int(kept.sum()), *box), np.int16)
+    voxel_labels = np.empty(instances.shape, np.int8)
+    _write_labels(
+        field.owners,
+        corners[kept],
+        np.concatenate([[0], scene.class_ids, [0]]).astype(np.int8),
+        _number_instances(present[kept], owners[kept]),
+        voxel_labels,
+        instances,
+    )
+    halves = torch.from_numpy(field.tomogram).half().numpy()
+    cubes = cut(halves, centres[kept], recipe.box, periodic=True)
+    names = [specimen.classes[class_id - 1] for class_id in class_ids[kept]]
+    z, y, x = centres[kept].astype(np.int64).T
+    rows = make_particle_rows(
+        positions[kept],
+        angles=angles[kept],
+        tomogram=field.record.field,
+        rlnClassNumber=class_ids[kept],
+        cectflowClassName=pd.array(names, dtype="str"),
+        cectflowCentreX=x,
+        cectflowCentreY=y,
+        cectflowCentreZ=z,
+    )
+    return Subtomograms(cubes, voxel_labels, instances, rows)
 
 
 def _choose_junk_of(
@@ -522,14 +536,73 @@ def _choose_junk_of(
     return np.concatenate([nowhere, *found])
 
 
-def _renumber(owners: NDArray[Any], target: int) -> NDArray[np.int16]:
-    """Instances of one cube: 1 the target, 2… its neighbours in the order of their numbers."""
-    present = np.bincount(owners.ravel(), minlength=target + 1) > 0
-    present[[0, target]] = False
-    number_of_owner = (np.cumsum(present) + 1).astype(np.int16)
-    number_of_owner[[0, target]] = 0, 1
-    renumbered: NDArray[np.int16] = number_of_owner[owners]
-    return renumbered
+def _number_instances(present: NDArray[np.bool_], targets: NDArray[np.int64]) -> NDArray[np.int16]:
+    """Instance of each owner in each cube: 1 the target, 2… its neighbours in their order."""
+    cubes = np.arange(len(targets))
+    neighbours = present.copy()
+    neighbours[:, 0] = neighbours[cubes, targets] = False
+    numbers = (np.cumsum(neighbours, axis=1) + 1).astype(np.int16)
+    numbers[:, 0], numbers[cubes, targets] = 0, 1
+    return numbers
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _find_owners(
+    owners: NDArray[np.int32],
+    corners: NDArray[np.int64],
+    box: tuple[int, int, int],
+    num_owners: int,
+) -> NDArray[np.bool_]:
+    """Which owners have voxels in each box of a periodic field."""
+    depth, height, width = owners.shape
+    present = np.zeros((corners.shape[0], num_owners), np.bool_)
+    for cube in range(corners.shape[0]):
+        for i in range(box[0]):
+            z = (corners[cube, 0] + i) % depth
+            for j in range(box[1]):
+                y = (corners[cube, 1] + j) % height
+                x, first = corners[cube, 2] % width, 0
+                while first < box[2]:  # stretches between the faces of the field
+                    stop = min(box[2], first + width - x)
+                    last = -1
+                    for owner in owners[z, y, x : x + stop - first]:
+                        if owner != last:  # voxels of one owner lie together
+                            present[cube, owner] = True
+                            last = owner
+                    first, x = stop, 0
+    return present
+
+
+@numba.njit(cache=True)
+@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
+def _write_labels(
+    owners: NDArray[np.int32],
+    corners: NDArray[np.int64],
+    classes: NDArray[np.int8],
+    numbers: NDArray[np.int16],
+    voxel_labels: NDArray[np.int8],
+    instances: NDArray[np.int16],
+) -> None:
+    """Class and instance of each voxel of the cubes, from those of each owner in each cube."""
+    depth, height, width = owners.shape
+    box = instances.shape[1:]
+    for cube in range(corners.shape[0]):
+        number_of_owner = numbers[cube]
+        for i in range(box[0]):
+            z = (corners[cube, 0] + i) % depth
+            for j in range(box[1]):
+                y = (corners[cube, 1] + j) % height
+                x, first = corners[cube, 2] % width, 0
+                while first < box[2]:
+                    stop = min(box[2], first + width - x)
+                    row = owners[z, y, x : x + stop - first]
+                    labels = voxel_labels[cube, i, j, first:stop]
+                    numbered = instances[cube, i, j, first:stop]
+                    for k in range(row.size):
+                        labels[k] = classes[row[k]]
+                        numbered[k] = number_of_owner[row[k]]
+                    first, x = stop, 0
 
 
 def _start_manifest(

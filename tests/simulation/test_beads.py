@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,37 @@ def test_density_keeps_its_mass_and_follows_the_position(phantom: Phantom, name:
         mass = density.sum(dtype=np.float64) * VOXEL_SIZE**3
         assert mass == pytest.approx(beads.weights.sum(dtype=np.float64), rel=1e-4)
         np.testing.assert_allclose(centre_of_mass(density), position, atol=0.01)
+
+
+@pytest.mark.parametrize("voxel_size", [2.0, 4.0, 7.0, 10.0])
+def test_beads_are_rendered_as_gaussians(phantom: Phantom, voxel_size: float) -> None:
+    """Rows of one to four vectors, against untruncated Gaussians at unrounded places."""
+    whole = coarse_grain(phantom("rod"))
+    beads = dataclasses.replace(
+        whole, positions_zyx=whole.positions_zyx[:40] * 0.3, weights=whole.weights[:40]
+    )
+    sigma = np.sqrt(SIGMA**2 + beads.variance) / voxel_size
+    (angles,), size = random_angles(1, seed=7), 2 * int(30 / voxel_size + 5 * sigma)
+    position = np.array([size / 2 - 0.3, size / 2, size / 2 + 0.4])
+    density, _ = render_field(
+        (beads,),
+        np.array([1]),
+        position[None],
+        angles[None],
+        shape=(size, size + 2, size + 5),
+        voxel_size=voxel_size,
+        sigma=SIGMA,
+        thresholds=np.array([NEVER]),
+    )
+    centres = rotate(beads, angles) / voxel_size + position
+    rows = [
+        np.exp(-0.5 * ((np.arange(length) - centres[:, axis, None]) / sigma) ** 2)
+        for axis, length in enumerate(density.shape)
+    ]
+    exact = np.einsum("b,bz,by,bx->zyx", beads.weights.astype(float), *rows)
+    exact /= (voxel_size * sigma * np.sqrt(2 * np.pi)) ** 3
+    assert np.sqrt(((density - exact) ** 2).mean() / (exact**2).mean()) < 0.004
+    assert np.abs(density - exact).max() < 0.01 * exact.max()
 
 
 def test_what_leaves_a_periodic_field_comes_in_again(phantom: Phantom) -> None:
