@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cectflow.dataset import Dataset
+from cectflow.dataset import SPLITS, Dataset
 from cectflow.figures import draw_slices
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.recipe import Recipe, load_recipe
@@ -166,7 +166,7 @@ def _log_measured(run: Run, dataset: Dataset) -> None:
 
 def _log_slices(run: Run, dataset: Dataset) -> None:
     """One subtomogram of each class with its target outlined."""
-    split = dataset.split("train")
+    split = dataset.split(next(name for name in SPLITS if dataset.manifest.count(name)))
     classes = dataset.manifest.classes[:10]
     first = [int(np.argmax(split.class_ids == i)) for i in range(1, len(classes) + 1)]
     batch = split.read(np.array(first))
