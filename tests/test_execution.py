@@ -71,7 +71,10 @@ def test_processes_beside_this_one_leave_ctrl_c_to_it() -> None:
     with open_processes(1) as executor:
         worker = executor.submit(os.getpid).result()
         assert worker != os.getpid()
+        busy = executor.submit(time.sleep, 1.5)
+        time.sleep(0.5)
         os.kill(worker, signal.SIGINT)
+        assert busy.result() is None
         assert executor.submit(os.getpid).result() == worker
 
 

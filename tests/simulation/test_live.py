@@ -259,9 +259,9 @@ def test_processes_give_the_same_batches_and_end_with_the_consumer(
             assert same(list(source.batches(BATCH, seeded(epoch))), expected)
         assert len(active_children()) == workers
         for _ in source.batches(5, seeded(3)):  # more fields are on their way
-            if failure is KeyboardInterrupt:
-                signal.raise_signal(signal.SIGINT)
-            raise failure
+            if failure is not KeyboardInterrupt:
+                raise failure
+            signal.raise_signal(signal.SIGINT)
     assert not active_children()
 
 
