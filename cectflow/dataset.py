@@ -121,6 +121,8 @@ class Manifest(Config):
     """Split → number of shards when complete."""
     shards: dict[str, tuple[ShardRecord, ...]]
     """Split → finished shards, in the order of their names."""
+    live_subtomograms: int | None = Field(None, ge=1)
+    """Of a training's every epoch, where they are simulated as it goes on and lie in no shard."""
 
     @property
     def is_complete(self) -> bool:
@@ -143,7 +145,10 @@ class Manifest(Config):
         return float(np.mean(measured)) if measured else None
 
     def content_digest(self) -> str:
-        """Name of the data themselves: sha256 over the digests of all shards."""
+        """Name of the data: sha256 over the digests of all shards, or the recipe of live data."""
+        if self.live_subtomograms is not None:
+            content = f"live/{self.recipe_digest}/{self.live_subtomograms}"
+            return hashlib.sha256(content.encode()).hexdigest()
         lines = [
             f"{split}/{name} {digest}"
             for split in sorted(self.shards)

@@ -8,14 +8,25 @@ how many cores a worker happens to see.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-__all__ = ["InProcessExecutor", "open_executor", "run_all", "single_thread", "track"]
+__all__ = [
+    "InProcessExecutor",
+    "open_executor",
+    "open_processes",
+    "run_all",
+    "single_thread",
+    "track",
+]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -52,6 +63,38 @@ def open_executor(workers: int) -> Executor:
         return InProcessExecutor()
     # Spawned, not forked: a fork copies the locks of the parent's threads in whatever state.
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def open_processes(workers: int) -> Executor:
+    """Worker processes that work beside this one, even if it is only one.
+
+    They leave Ctrl-C to this process, which shuts the executor down, and end with it if it is
+    killed.
+
+    Raises
+    ------
+    ValueError
+        If ``workers`` is below 1.
+    """
+    if workers < 1:
+        msg = f"workers is {workers}: expected 1 or more"
+        raise ValueError(msg)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+
+
+def _follow_parent() -> None:
+    """Make a worker process end when its parent does, and not before."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        # The queue of jobs does not tell: each worker holds both ends of it.
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def run_all(

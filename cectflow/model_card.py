@@ -74,6 +74,9 @@ class ModelCard(Config):
     jitter: float
     """Largest offset of the target from the box centre along each axis, in angstrom."""
     dataset_digest: str
+    """Of the dataset folder on which the network was trained, validated and judged."""
+    live_digest: str | None = None
+    """Of the live data on which it was trained instead; None: on the folder's train split."""
     recipe_digest: str
     commit: str
     """Of cectflow; ``unknown`` outside a git checkout."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cectflow.config import Config, find_named_file
 from cectflow.learning.fit import FitRecipe
 from cectflow.learning.objective import DistillMethod
 from cectflow.simulation.recipe import SimulationRecipe
 
-__all__ = ["Recipe", "SegmenterRecipe", "StudentRecipe", "load_recipe"]
+__all__ = ["LiveRecipe", "Recipe", "SegmenterRecipe", "StudentRecipe", "load_recipe"]
 
 
 class SegmenterRecipe(Config):
@@ -34,14 +34,34 @@ class StudentRecipe(Config):
     """Also train the same student from labels alone, for comparison."""
 
 
+class LiveRecipe(Config):
+    """Training on fields that are simulated as it goes on, none of them twice."""
+
+    subtomograms_per_epoch: int = Field(gt=0)
+
+
 class Recipe(Config):
     """The whole road: what is simulated, and how segmenter, teacher and student are trained."""
 
     description: str
     simulation: SimulationRecipe
+    live: LiveRecipe | None = None
+    """Trainings take live data; the dataset's train split is not used, and may be left out of
+    ``simulation.fields``. null: they take that split."""
     segmenter: SegmenterRecipe
     teacher: FitRecipe
     student: StudentRecipe
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        missing = [name for name in ("validation", "test") if name not in self.simulation.fields]
+        if self.live is not None and missing:
+            msg = (
+                f"live is given, but simulation.fields names no {' and no '.join(missing)}: live "
+                f"data only train, add fields on which networks are validated and judged"
+            )
+            raise ValueError(msg)
+        return self
 
 
 def load_recipe(name_or_path: str) -> Recipe:

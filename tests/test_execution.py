@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from cectflow import execution
-from cectflow.execution import InProcessExecutor, open_executor, run_all, single_thread, track
+from cectflow.execution import (
+    InProcessExecutor,
+    open_executor,
+    open_processes,
+    run_all,
+    single_thread,
+    track,
+)
 
 
 def test_results_do_not_depend_on_the_number_of_workers() -> None:
@@ -54,7 +67,58 @@ def test_the_executor_of_one_worker_calls_at_once_and_keeps_the_failure() -> Non
         failed.result()
 
 
+def test_processes_beside_this_one_leave_ctrl_c_to_it() -> None:
+    with open_processes(1) as executor:
+        worker = executor.submit(os.getpid).result()
+        assert worker != os.getpid()
+        busy = executor.submit(time.sleep, 1.5)
+        time.sleep(0.5)
+        os.kill(worker, signal.SIGINT)
+        assert busy.result() is None
+        assert executor.submit(os.getpid).result() == worker
+
+
+SCRIPT = """
+import os, time
+from cectflow.execution import open_processes
+
+if __name__ == "__main__":
+    with open_processes(2) as executor:
+        print(executor.submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    with subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        assert is_alive(worker)
+        process.kill()
+    for _ in range(400):
+        if not is_alive(worker):
+            break
+        time.sleep(0.05)
+    assert not is_alive(worker)
+
+
 def test_less_than_one_worker_is_refused() -> None:
+    with pytest.raises(ValueError, match="workers is 0: expected 1 or more"):
+        open_processes(0)
     with pytest.raises(ValueError, match="workers is 0: expected 1"):
         open_executor(0)
     with pytest.raises(ValueError, match="workers is -2"):

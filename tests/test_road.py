@@ -25,8 +25,9 @@ import pytest
 from cectflow.cli import main
 from cectflow.dataset import check_dataset, open_dataset
 from cectflow.flows.simulation import write_tomogram
+from cectflow.model_card import ModelCard
 from cectflow.particles import read_particles
-from cectflow.recipe import load_recipe
+from cectflow.recipe import LiveRecipe, load_recipe
 from cectflow.volume import read_volume
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -234,6 +235,37 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_student_is_distilled_from_live_data(road: Road) -> None:
+    recipe = load_recipe("tiny")
+    fit = recipe.student.fit.model_copy(update={"epochs": 2})
+    fields = {"validation": 2, "test": 2}
+    live = recipe.model_copy(
+        update={
+            "simulation": recipe.simulation.model_copy(update={"fields": fields}),
+            "live": LiveRecipe(subtomograms_per_epoch=50),
+            "student": recipe.student.model_copy(update={"fit": fit}),
+        }
+    )
+    (road.folder / "live.yaml").write_text(live.to_yaml())
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--recipe", "live.yaml", "--out", "live", "--device", "cpu"])
+    assert not stop.value.code
+    cards = [ModelCard.from_folder(Path("live") / name / "model")
+             for name in ("student", "labels_only")]  # fmt: skip
+    manifest = open_dataset(Path("live/dataset")).manifest
+    assert manifest.count("train") == 0
+    assert {card.dataset_digest for card in cards} == {manifest.content_digest()}
+    assert {card.live_digest for card in cards} == {
+        manifest.model_copy(update={"live_subtomograms": 50}).content_digest()
+    }
+    # A folder that is not of this recipe is refused, and nothing is trained.
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--recipe", "live.yaml", "--dataset", "tour/dataset", "--out", "other"])
+    assert stop.value.code == 2
+    assert not Path("other/student").exists()
 
 
 @pytest.mark.parametrize("page", PAGES)

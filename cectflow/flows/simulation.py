@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cectflow.config import Config
-from cectflow.dataset import Dataset
+from cectflow.dataset import SPLITS, Dataset
 from cectflow.execution import run_all
 from cectflow.figures import draw_slices
 from cectflow.files import appearing, refuse_existing_folder, replacing
@@ -321,7 +321,7 @@ def _log_measured(run: Run, dataset: Dataset) -> None:
 
 def _log_slices(run: Run, dataset: Dataset) -> None:
     """One subtomogram of each class with its target outlined."""
-    split = dataset.split("train")
+    split = dataset.split(next(name for name in SPLITS if dataset.manifest.count(name)))
     classes = dataset.manifest.classes[:10]
     first = [int(np.argmax(split.class_ids == i)) for i in range(1, len(classes) + 1)]
     batch = split.read(np.array(first))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cectflow.dataset import Dataset, open_dataset
+from cectflow.dataset import BatchSource, Dataset, open_dataset
 from cectflow.figures import draw_confusion, draw_learning_curves, draw_slices
-from cectflow.flows.simulation import choose_recipe, new_folder, simulate
+from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
 from cectflow.learning.augmentation import allowed_turns
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
 from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
@@ -26,6 +27,8 @@ from cectflow.model_card import ModelCard, Role
 from cectflow.networks import create_network
 from cectflow.recipe import Recipe
 from cectflow.runtime import load_program, load_runtime
+from cectflow.simulation.live import open_live
+from cectflow.simulation.recipe import prepare_specimen
 from cectflow.tracking.registry import find_registered, register_model, resolve_model
 from cectflow.tracking.runs import Run, cectflow_commit, start_run
 from cectflow.tracking.versions import RegisteredVersion, registered_name
@@ -160,9 +163,11 @@ def distill(
         program = load_program(teacher_folder, device.type)
         student = recipe.student.fit
         turns = allowed_turns(data.manifest.tilt_range) if student.augment else ("identity",)
+        # Of live data no view comes twice: there the teacher is asked with every batch.
+        trained_on = () if recipe.live else ((data.split("train"), turns),)
         known = KnownLogits(
             program,
-            ((data.split("train"), turns), (data.split("validation"), ("identity",))),
+            (*trained_on, (data.split("validation"), ("identity",))),
             batch_size=student.batch_size,
             device=device,
         )
@@ -236,15 +241,20 @@ def _train(
     run.log_dataset(
         manifest.kind, manifest.content_digest(), str(data.folder.resolve()), "training"
     )
-    trained = train_network(
-        role, objective, data, fit_recipe,
-        recipe_digest=recipe.digest(),
-        fabric=open_fabric(hardware.device, hardware.precision),
-        folder=folder / role,
-        log=run.log,
-        commit=cectflow_commit(),
-        teacher=teacher,
-    )  # fmt: skip
+    with _live(recipe, data, hardware, role) as live:
+        if live is not None:
+            digest = live.manifest.content_digest()
+            run.log_dataset("live", digest, str(data.folder.resolve()), "live")
+        trained = train_network(
+            role, objective, data, fit_recipe,
+            recipe_digest=recipe.digest(),
+            fabric=open_fabric(hardware.device, hardware.precision),
+            folder=folder / role,
+            log=run.log,
+            live=live,
+            commit=cectflow_commit(),
+            teacher=teacher,
+        )  # fmt: skip
     card = trained.card
     run.log_figure(
         draw_learning_curves(trained.result.history, f"{role}: {card.network}"),
@@ -264,13 +274,17 @@ def _train_control(
     recipe: Recipe, labels: Classify, data: Dataset, folder: Path, hardware: Hardware
 ) -> float:
     """Test accuracy of the student trained from labels alone: same data, seed and budget."""
-    with start_run("labels_only", tags={"role": "control"}, nested=True) as run:
+    with (
+        start_run("labels_only", tags={"role": "control"}, nested=True) as run,
+        _live(recipe, data, hardware, "student") as live,
+    ):
         trained = train_network(
             "student", labels, data, recipe.student.fit,
             recipe_digest=recipe.digest(),
             fabric=open_fabric(hardware.device, hardware.precision),
             folder=folder / "labels_only",
             log=run.log,
+            live=live,
         )  # fmt: skip
         run.log({"test_accuracy": trained.card.scores["accuracy"].value})
         return trained.card.scores["accuracy"].value
@@ -282,6 +296,22 @@ def _open_or_simulate(
     if dataset is not None:
         return open_dataset(dataset)
     return simulate(recipe, folder / "dataset", workers=hardware.workers, nested=True)
+
+
+@contextmanager
+def _live(
+    recipe: Recipe, data: Dataset, hardware: Hardware, role: Role
+) -> Iterator[BatchSource | None]:
+    """Live data of a recipe that asks for them; each role sees fields of its own."""
+    if recipe.live is None:
+        yield None
+        return
+    specimen = prepare_specimen(recipe.simulation, load_structures(recipe.simulation))
+    with open_live(
+        specimen, data.manifest, recipe.live.subtomograms_per_epoch,
+        workers=hardware.workers, name=role,
+    ) as source:  # fmt: skip
+        yield source
 
 
 def _card_metrics(card: ModelCard) -> Mapping[str, float]:

@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from cectflow.cost import measure_cost
-from cectflow.dataset import Dataset, Manifest, SplitName
+from cectflow.dataset import BatchSource, Dataset, Manifest, SplitName
 from cectflow.export import export_network
 from cectflow.learning.fit import FitRecipe, FitResult, Log, fit
 from cectflow.learning.objective import Objective
@@ -69,6 +69,7 @@ def train_network(
     fabric: Fabric,
     folder: Path,
     log: Log,
+    live: BatchSource | None = None,
     commit: str = "unknown",
     teacher: str | None = None,
 ) -> TrainedNetwork:
@@ -82,7 +83,7 @@ def train_network(
     role, objective
         What the network is to be, and what it learns.
     dataset
-        Train, validation and test splits.
+        Train, validation and test splits; train is not asked for with live data.
     recipe
         Of the fit.
     recipe_digest
@@ -93,6 +94,8 @@ def train_network(
         For checkpoints (``checkpoints/``) and the model folder (``model/``).
     log
         Receives metrics per epoch.
+    live
+        What to train on instead of the dataset's train split.
     commit, teacher
         For the card.
 
@@ -104,13 +107,16 @@ def train_network(
         If the network is of another task, the box does not suit it, or a split is missing.
     """
     manifest = dataset.manifest
+    live_digest = None if live is None else live.manifest.content_digest()
     model_folder = folder / "model"
     if model_folder.exists():
         _refuse_other(
             model_folder, role=role, network=recipe.network, teacher=teacher,
             recipe_digest=recipe_digest, dataset_digest=manifest.content_digest(),
+            live_digest=live_digest,
         )  # fmt: skip
-    train, validation, test = (dataset.split(name) for name in ("train", "validation", "test"))
+    train = dataset.split("train") if live is None else live
+    validation, test = dataset.split("validation"), dataset.split("test")
     network = _make_network(recipe, objective.task, manifest)
     result = fit(
         network, objective, train, validation, recipe,
@@ -126,7 +132,8 @@ def train_network(
     shutil.rmtree(unfinished, ignore_errors=True)
     card = _describe(
         role, objective.task, recipe, manifest,
-        recipe_digest=recipe_digest, commit=commit, epochs=result.best_epoch, teacher=teacher,
+        recipe_digest=recipe_digest, live_digest=live_digest, commit=commit,
+        epochs=result.best_epoch, teacher=teacher,
     )  # fmt: skip
     card = export_network(network, card, unfinished)
     evaluation = evaluate_folder(unfinished, dataset)
@@ -222,7 +229,7 @@ def _count_outputs(task: Task, manifest: Manifest) -> int:
 
 def _describe(
     role: Role, task: Task, recipe: FitRecipe, manifest: Manifest, *,
-    recipe_digest: str, commit: str, epochs: int, teacher: str | None,
+    recipe_digest: str, live_digest: str | None, commit: str, epochs: int, teacher: str | None,
 ) -> ModelCard:  # fmt: skip
     """Card of what is known before anything is measured: network, data and descent."""
     return ModelCard(
@@ -238,11 +245,13 @@ def _describe(
         tilt_range=manifest.tilt_range,
         snr_stage=manifest.snr_stage,
         snr=manifest.snr,
-        snr_60=manifest.mean_snr_60(),
+        # Fields of live data are not kept to be asked; those of validation are of their recipe.
+        snr_60=manifest.mean_snr_60("train" if live_digest is None else "validation"),
         noise_spectrum=manifest.noise_spectrum,
         occupancy=manifest.occupancy,
         jitter=manifest.jitter,
         dataset_digest=manifest.content_digest(),
+        live_digest=live_digest,
         recipe_digest=recipe_digest,
         commit=commit,
         epochs=epochs,

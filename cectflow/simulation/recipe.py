@@ -60,6 +60,7 @@ __all__ = [
     "prepare_specimen",
     "simulate_dataset",
     "simulate_field",
+    "simulate_subtomograms",
 ]
 
 MIN_BLUR = 0.68
@@ -362,6 +363,15 @@ def draw_field_optics(specimen: Specimen, split: str, index: int) -> OpticsDraw:
     return draw_optics(recipe.microscope, recipe.tilts, np.random.default_rng(seed))
 
 
+def simulate_subtomograms(
+    specimen: Specimen, split: str, index: int
+) -> tuple[Subtomograms, FieldRecord]:
+    """Subtomograms of field number ``index`` of a split, and what was measured of the field."""
+    field = simulate_field(specimen, split, index)
+    seed = _seed(specimen, f"{split}-cut", index)
+    return _cut_targets(specimen, field, seed), field.record
+
+
 def simulate_dataset(
     recipe: SimulationRecipe,
     structures: Sequence[Structure],
@@ -421,10 +431,9 @@ def _simulate_shard(job: _Job) -> tuple[SplitName, ShardRecord]:
     recipe, parts, records = job.specimen.recipe, [], []
     with single_thread():
         for index in recipe.fields_of(job.split, job.index):
-            field = simulate_field(job.specimen, job.split, index)
-            seed = _seed(job.specimen, f"{job.split}-cut", index)
-            parts.append(_cut_targets(job.specimen, field, seed))
-            records.append(field.record)
+            part, record_of_field = simulate_subtomograms(job.specimen, job.split, index)
+            parts.append(part)
+            records.append(record_of_field)
     name = _shard_name(job.split, job.index)
     content = _concatenate(parts)
     record = write_shard(job.folder, name, content, tuple(records), recipe.voxel_size)

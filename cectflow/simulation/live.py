@@ -1,0 +1,277 @@
+"""Live data: the dataset protocol without a disk, simulated ahead of a training by processes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from cectflow.dataset import Batch, Manifest
+from cectflow.execution import open_processes, single_thread
+from cectflow.simulation.recipe import Specimen, simulate_subtomograms
+
+__all__ = ["FIELDS_PER_BLOCK", "LiveSource", "open_live"]
+
+FIELDS_PER_BLOCK = 4
+"""Fields whose cubes are shuffled together, so that a batch holds more than neighbours."""
+LARGEST_GAP = 100
+"""Fields in a row without a subtomogram after which the recipe is taken to give none."""
+
+
+class LiveSource:
+    """A :class:`~cectflow.dataset.BatchSource` whose every pass is of newly simulated fields.
+
+    The seeds of its fields come from the recipe's digest, the name and the generator given to
+    :meth:`batches`, in a namespace that no split of a dataset folder shares. A training that
+    seeds a generator for each epoch, as :func:`~cectflow.learning.fit.fit` does, therefore sees
+    no field twice, and sees the same ones again when it is resumed. Batches do not depend on the
+    executor.
+
+    Parameters
+    ----------
+    specimen
+        What is simulated.
+    manifest
+        Of the dataset folder that validates and judges; of the same recipe.
+    subtomograms_per_epoch
+        Exact length of a pass.
+    executor
+        Where fields are simulated.
+    ahead
+        At most this many fields are in the executor's hands, begun, waiting or finished. In
+        memory are besides them the fields of one block and of the batch before it.
+    name
+        Sources of other names have other fields: a student does not meet those on which its
+        teacher was trained.
+
+    Raises
+    ------
+    ValueError
+        If the manifest is of another recipe, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        specimen: Specimen,
+        manifest: Manifest,
+        subtomograms_per_epoch: int,
+        executor: Executor,
+        *,
+        ahead: int,
+        name: str = "training",
+    ) -> None:
+        if manifest.recipe_digest != specimen.recipe_digest:
+            msg = (
+                f"the dataset is of the recipe {manifest.recipe_digest[:12]}…, live data would be "
+                f"of {specimen.recipe_digest[:12]}…: give the dataset of this very recipe, "
+                f"structures and seed, or none, so that it is simulated"
+            )
+            raise ValueError(msg)
+        for what, number in (("subtomograms_per_epoch", subtomograms_per_epoch), ("ahead", ahead)):
+            if number < 1:
+                msg = f"{what} is {number}: expected 1 or more"
+                raise ValueError(msg)
+        self._specimen = specimen
+        self._length = subtomograms_per_epoch
+        self._executor = executor
+        self._ahead = ahead
+        self._name = name
+        self._manifest = manifest.model_copy(
+            update={
+                "live_subtomograms": subtomograms_per_epoch, "planned_shards": {}, "shards": {},
+            }
+        )  # fmt: skip
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the dataset, but for its shards: it names the recipe and the length of a pass."""
+        return self._manifest
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Batches of one pass over new fields; all but the last are full.
+
+        Parameters
+        ----------
+        batch_size
+            Cubes of a batch.
+        generator
+            Another seed, or another use of it, gives other fields; cubes are shuffled within
+            blocks of :data:`FIELDS_PER_BLOCK` fields. Without a generator every pass has the
+            same fields, of their own, in order.
+
+        Yields
+        ------
+        Batch
+            As of a split of a folder, but without views: no cube comes twice. ``fields`` counts
+            the fields of the pass.
+        """
+        stream, shuffle = f"live-{self._name}-in-order", None
+        if generator is not None:
+            drawn = int(torch.randint(2**62, (1,), generator=generator))
+            stream = f"live-{self._name}-{generator.initial_seed()}-{drawn}"
+            # Of its own: the consumer may draw from the other one between two batches.
+            shuffle = np.random.default_rng(drawn)
+        waiting: list[_Cubes] = []
+        missing = self._length
+        for block in self._blocks(stream):
+            order = np.arange(len(block)) if shuffle is None else shuffle.permutation(len(block))
+            chosen = order[:missing]
+            missing -= len(chosen)
+            cubes = _concatenate([*waiting, block.take(chosen)])
+            full = len(cubes) // batch_size * batch_size
+            for start in range(0, full, batch_size):
+                yield cubes.take(np.arange(start, start + batch_size)).as_batch()
+            waiting = [cubes.take(np.arange(full, len(cubes)))]
+        if len(waiting[0]):
+            yield waiting[0].as_batch()
+
+    def _blocks(self, stream: str) -> Iterator[_Cubes]:
+        """Cubes of a few fields together, until there are enough."""
+        block: list[_Cubes] = []
+        for cubes in self._fields(stream):
+            block.append(cubes)
+            if len(block) == FIELDS_PER_BLOCK:
+                yield _concatenate(block)
+                block = []
+        if block:
+            yield _concatenate(block)
+
+    def _fields(self, stream: str) -> Iterator[_Cubes]:
+        """Cubes of field after field, until there are enough; others are simulated meanwhile."""
+        pending: deque[Future[_Cubes]] = deque()
+        finished, received, gap = 0, 0, 0
+        try:
+            while received < self._length:
+                # No more than will be needed, as far as the fields until now can tell.
+                per_field = max(received / max(finished, 1), 1.0)
+                while len(pending) < self._ahead and (
+                    not pending or received + len(pending) * per_field < self._length
+                ):
+                    index = finished + len(pending)
+                    pending.append(self._executor.submit(_simulate, self._specimen, stream, index))
+                cubes = pending.popleft().result()
+                finished += 1
+                received += len(cubes)
+                gap = 0 if len(cubes) else gap + 1
+                if gap == LARGEST_GAP:
+                    msg = (
+                        f"{gap} fields in a row gave no subtomogram: raise occupancy or the "
+                        f"abundances, or enlarge field_shape"
+                    )
+                    raise ValueError(msg)
+                yield cubes
+        except BrokenProcessPool:
+            msg = (
+                "a process that simulates live data has died, perhaps for want of memory: use "
+                "fewer --workers or a smaller field_shape; the same command goes on from the "
+                "last epoch"
+            )
+            raise RuntimeError(msg) from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@contextmanager
+def open_live(
+    specimen: Specimen,
+    manifest: Manifest,
+    subtomograms_per_epoch: int,
+    *,
+    workers: int = 1,
+    name: str = "training",
+) -> Iterator[LiveSource]:
+    """Live data from worker processes, which end with the context, however that ends.
+
+    Parameters
+    ----------
+    specimen, manifest, subtomograms_per_epoch, name
+        See :class:`LiveSource`.
+    workers
+        Processes that simulate beside this one. They need not keep up: whoever reads waits.
+
+    Raises
+    ------
+    ValueError
+        As :class:`LiveSource`, or if ``workers`` is below 1.
+    """
+    executor = open_processes(workers)
+    try:
+        # While one block is learned the next is made, and no process waits for work.
+        ahead = FIELDS_PER_BLOCK + workers
+        yield LiveSource(
+            specimen, manifest, subtomograms_per_epoch, executor, ahead=ahead, name=name
+        )
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cubes:
+    """Subtomograms as they pass from a process, each with the number of its field."""
+
+    subtomograms: Float[NDArray[np.float16], "n z y x"]
+    voxel_labels: Int[NDArray[np.int8], "n z y x"]
+    instances: Int[NDArray[np.int16], "n z y x"]
+    class_ids: Int[NDArray[np.int64], " n"]
+    fields: Int[NDArray[np.int64], " n"]
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def take(self, rows: Int[NDArray[np.int64], " m"]) -> _Cubes:
+        """Some of them, copied, so that the others can be forgotten."""
+        return _Cubes(
+            self.subtomograms[rows],
+            self.voxel_labels[rows],
+            self.instances[rows],
+            self.class_ids[rows],
+            self.fields[rows],
+        )
+
+    def as_batch(self) -> Batch:
+        """As a network is shown them."""
+        return Batch(
+            torch.from_numpy(self.subtomograms.astype(np.float32))[:, None],
+            torch.from_numpy(self.voxel_labels),
+            torch.from_numpy(self.instances),
+            torch.from_numpy(self.class_ids),
+            torch.from_numpy(self.fields),
+        )
+
+
+def _concatenate(parts: Sequence[_Cubes]) -> _Cubes:
+    return _Cubes(
+        np.concatenate([part.subtomograms for part in parts]),
+        np.concatenate([part.voxel_labels for part in parts]),
+        np.concatenate([part.instances for part in parts]),
+        np.concatenate([part.class_ids for part in parts]),
+        np.concatenate([part.fields for part in parts]),
+    )
+
+
+def _simulate(specimen: Specimen, stream: str, index: int) -> _Cubes:
+    """Cubes of one field of a stream."""
+    with single_thread():
+        content, _ = simulate_subtomograms(specimen, stream, index)
+    assert content.voxel_labels is not None
+    assert content.instances is not None
+    class_ids = content.rows["rlnClassNumber"].to_numpy(np.int64)
+    return _Cubes(
+        content.cubes,
+        content.voxel_labels,
+        content.instances,
+        class_ids,
+        np.full(len(class_ids), index, np.int64),
+    )
