@@ -28,7 +28,7 @@ from cectflow.config import Config
 from cectflow.files import sha256_of
 from cectflow.model_card import Contrast, CtfCorrection
 from cectflow.particles import particles_from, read_particles
-from cectflow.volume import read_stack, write_stack
+from cectflow.volume import create_volume, read_stack
 
 __all__ = [
     "JUNK_CLASS",
@@ -403,8 +403,19 @@ def write_shard(
 ) -> ShardRecord:
     """Write one shard and return its record; a shard of that name is replaced.
 
-    All files are written in a temporary folder first and moved when complete.
+    All files are written in a temporary folder first and moved when complete. The statistics in
+    their headers are marked as undetermined: they would take as long as all the rest.
+
+    Raises
+    ------
+    ValueError
+        If there is no subtomogram, or a value is not finite.
     """
+    for row, cube in enumerate(content.cubes):
+        # One sum tells of any value that is not finite; float64 holds that of any finite ones.
+        if not np.isfinite(float(torch.from_numpy(cube).double().sum())):
+            msg = f"shard {name}: subtomogram {row} has values that are not finite: remove it first"
+            raise ValueError(msg)
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     stacks: Mapping[str, NDArray[Any] | None] = dict(
@@ -414,7 +425,9 @@ def write_shard(
         temporary = Path(scratch)
         for kind, stack in stacks.items():
             if stack is not None:
-                write_stack(temporary / f"{target.name}{kind}.mrcs", stack, voxel_size)
+                path = temporary / f"{target.name}{kind}.mrcs"
+                with create_volume(path, stack.shape, voxel_size, stack.dtype) as written:
+                    written[...] = stack
         particles_from(content.rows).write(temporary / f"{target.name}.star")
         digests = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
         for file_name in digests:

@@ -157,11 +157,12 @@ def render_field(
     owners = np.zeros(shape, np.int32)
     turns = _matrices_zyx(angles)
     for index, class_id in enumerate(class_ids.tolist()):
-        local, corner = _render_pose(
+        local, corner, length = _render_pose(
             beads[class_id - 1], turns[index], positions_zyx[index], voxel_size, sigma
         )
         threshold = np.float32(thresholds[class_id - 1])
-        _place(local, corner, np.int32(index + 1), threshold, density, strongest, owners)
+        owner = np.int32(index + 1)
+        _place(local, corner, length, owner, threshold, density, strongest, owners)
     return density, owners
 
 
@@ -186,7 +187,8 @@ def label_threshold(
     thresholds = []
     for turn in _matrices_zyx(Rotation.random(8, rng=generator).as_euler("ZYZ", degrees=True)):
         position = generator.uniform(-0.5, 0.5, 3)
-        local, _ = _render_pose(beads, turn, position, voxel_size, sigma)
+        local, _, length = _render_pose(beads, turn, position, voxel_size, sigma)
+        local = local[:, :, :length]
         rank = min(round(num_voxels), local.size - 1)
         thresholds.append(float(np.partition(local.ravel(), -rank - 1)[-rank - 1]))
     return max(float(np.mean(thresholds)), 1e-6)
@@ -217,14 +219,14 @@ def _render_pose(
     position: NDArray[np.float64],
     voxel_size: float,
     sigma: float,
-) -> tuple[Float[NDArray[np.float32], "z y x"], Int[NDArray[np.int64], "3"]]:
-    """Density of one particle, turned and placed, in a box of its own, and that box's corner."""
+) -> tuple[Float[NDArray[np.float32], "z y x"], Int[NDArray[np.int64], "3"], int]:
+    """Density of one particle, turned and placed: see :func:`_render_particle`."""
     sigma_voxels = float(np.sqrt(sigma**2 + beads.variance)) / voxel_size
     rows, width = _gaussian_rows(sigma_voxels)
-    local, corner, length = _render_particle(
+    rendered: tuple[NDArray[np.float32], NDArray[np.int64], int] = _render_particle(
         beads.positions_zyx, beads.weights, turn, position, voxel_size, rows, width
     )
-    return local[:, :, :length], corner
+    return rendered
 
 
 @lru_cache(maxsize=256)
@@ -287,29 +289,31 @@ def _render_particle(
 
     Beyond that length the rows have room for the lanes that are 0.
     """
-    starts = np.empty((positions.shape[0], 3))
-    for axis in range(3):
-        to_z, to_y, to_x = turn[axis] / voxel_size
-        origin = position[axis] - 0.5 * width
-        for bead in range(positions.shape[0]):
-            z, y, x = positions[bead, 0], positions[bead, 1], positions[bead, 2]
-            starts[bead, axis] = origin + to_z * z + to_y * y + to_x * x
+    starts = np.empty((3, positions.shape[0]))
     corner = np.empty(3, np.int64)
     edges = np.empty(3, np.int64)
     for axis in range(3):
-        corner[axis] = int(np.ceil(starts[:, axis].min()))
-        edges[axis] = int(np.ceil(starts[:, axis].max())) + width - corner[axis]
+        to_z, to_y, to_x = turn[axis] / voxel_size
+        origin = position[axis] - 0.5 * width
+        lowest, highest = np.inf, -np.inf
+        for bead in range(positions.shape[0]):
+            z, y, x = positions[bead, 0], positions[bead, 1], positions[bead, 2]
+            start = origin + to_z * z + to_y * y + to_x * x
+            lowest, highest = min(lowest, start), max(highest, start)
+            starts[axis, bead] = start
+        corner[axis] = int(np.ceil(lowest))
+        edges[axis] = int(np.ceil(highest)) + width - corner[axis]
     num_lanes = gaussians.shape[1]
     pitch = edges[2] + num_lanes - width
     local = np.zeros((edges[0], edges[1], pitch), np.float32)
     flat, rows = local.ravel(), gaussians.ravel()
     scale = np.float32(1.0 / voxel_size**3)
     for bead in range(positions.shape[0]):
-        z, y, x = np.ceil(starts[bead, 0]), np.ceil(starts[bead, 1]), np.ceil(starts[bead, 2])
+        z, y, x = np.ceil(starts[0, bead]), np.ceil(starts[1, bead]), np.ceil(starts[2, bead])
         # Rounding can make a step of exactly 1.
-        along_z = min(int((z - starts[bead, 0]) * STEPS), STEPS - 1)
-        along_y = min(int((y - starts[bead, 1]) * STEPS), STEPS - 1)
-        along_x = min(int((x - starts[bead, 2]) * STEPS), STEPS - 1) * num_lanes
+        along_z = min(int((z - starts[0, bead]) * STEPS), STEPS - 1)
+        along_y = min(int((y - starts[1, bead]) * STEPS), STEPS - 1)
+        along_x = min(int((x - starts[2, bead]) * STEPS), STEPS - 1) * num_lanes
         plane = ((int(z) - corner[0]) * edges[1] + int(y) - corner[1]) * pitch + int(x) - corner[2]
         weight = weights[bead] * scale
         for i in range(width):
@@ -327,6 +331,7 @@ def _render_particle(
 def _place(
     local: NDArray[np.float32],
     corner: NDArray[np.int64],
+    length: int,
     owner: int,
     threshold: float,
     density: NDArray[np.float32],
@@ -335,7 +340,6 @@ def _place(
 ) -> None:
     """Add a particle to the periodic field; claim the voxels where it is dense, and densest."""
     depth, height, width = density.shape
-    length = local.shape[2]
     for i in range(local.shape[0]):
         z = (corner[0] + i) % depth
         for j in range(local.shape[1]):
@@ -347,10 +351,13 @@ def _place(
                 total = density[z, y, x : x + stop - first]
                 highest = strongest[z, y, x : x + stop - first]
                 owned = owners[z, y, x : x + stop - first]
+                dense = 0
                 for k in range(row.size):
-                    value = row[k]
-                    total[k] += value
-                    claimed = (value > threshold) & (value > highest[k])
-                    highest[k] = value if claimed else highest[k]
-                    owned[k] = owner if claimed else owned[k]
+                    total[k] += row[k]
+                    dense += row[k] > threshold
+                if dense:
+                    for k in range(row.size):
+                        if row[k] > threshold and row[k] > highest[k]:
+                            highest[k] = row[k]
+                            owned[k] = owner
                 first, x = stop, 0

@@ -441,6 +441,8 @@ def _simulate_shard(job: _Job) -> tuple[SplitName, ShardRecord]:
 
 
 def _concatenate(parts: Sequence[Subtomograms]) -> Subtomograms:
+    if len(parts) == 1:
+        return parts[0]
     labels = [part.voxel_labels for part in parts if part.voxel_labels is not None]
     instances = [part.instances for part in parts if part.instances is not None]
     return Subtomograms(

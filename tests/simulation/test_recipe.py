@@ -311,6 +311,32 @@ def test_instance_one_is_of_the_class_of_its_row(targets: tuple[Specimen, Subtom
         np.testing.assert_array_equal(labels == 0, instances == 0)
 
 
+def test_labels_and_instances_are_those_of_the_owners(
+    targets: tuple[Specimen, Subtomograms],
+) -> None:
+    """Neighbours are numbered from 2 in the order of the scene; cubes wrap around the field."""
+    specimen, content = targets
+    assert content.voxel_labels is not None
+    assert content.instances is not None
+    field = simulate_field(specimen, "train", 0)
+    class_of_owner = np.concatenate([[0], field.scene.class_ids])
+    centres = content.rows[[f"cectflowCentre{axis}" for axis in "ZYX"]].to_numpy()
+    assert ((centres < 8) | (centres > 24)).any(), "some cubes are meant to wrap around"
+    for centre, labels, instances in zip(
+        centres, content.voxel_labels, content.instances, strict=True
+    ):
+        steps = [(place - 8 + np.arange(16)) % 32 for place in centre]
+        owners = field.owners[np.ix_(*steps)]
+        np.testing.assert_array_equal(labels, class_of_owner[owners])
+        (target,) = np.unique(owners[instances == 1])
+        neighbours = np.setdiff1d(owners, [0, target])
+        expected = np.zeros_like(owners)
+        expected[owners == target] = 1
+        for number, neighbour in enumerate(neighbours, start=2):
+            expected[owners == neighbour] = number
+        np.testing.assert_array_equal(instances, expected)
+
+
 def test_targets_lie_within_the_jitter_of_the_box_centre(
     targets: tuple[Specimen, Subtomograms],
 ) -> None:
