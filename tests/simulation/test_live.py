@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
@@ -259,9 +258,7 @@ def test_processes_give_the_same_batches_and_end_with_the_consumer(
             assert same(list(source.batches(BATCH, seeded(epoch))), expected)
         assert len(active_children()) == workers
         for _ in source.batches(5, seeded(3)):  # more fields are on their way
-            if failure is not KeyboardInterrupt:
-                raise failure
-            signal.raise_signal(signal.SIGINT)
+            raise failure
     assert not active_children()
 
 
