@@ -116,7 +116,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 ) -> None:
     tiny = (Path(__file__).parents[1] / "cectflow/recipes/tiny.yaml").read_text()
     for name, old, new in (
-        ("bad", "snr: [5.0, 5.0]", "snr: [0.0, 5.0]"),
+        ("bad", "snr: [10.0, 10.0]", "snr: [0.0, 5.0]"),
         ("typo", "occupancy:", "occupency:"),
         ("small", "box: 16", "box: 12"),
         ("network", "network: dsrf3d_v2_bn", "network: resnet50"),
