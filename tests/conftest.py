@@ -19,3 +19,8 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data folder {SHARED_DATA} is absent")
     return SHARED_DATA
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long walks: at the end they would keep one of two workers waiting."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
