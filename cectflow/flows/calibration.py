@@ -17,7 +17,8 @@ from cectflow.flows.simulation import load_structures
 from cectflow.model_card import Contrast
 from cectflow.particles import read_particles
 from cectflow.recipe import Recipe
-from cectflow.simulation.calibration import Calibration, RadialPower, calibrate, radial_power
+from cectflow.simulation.calibration.calibrate import Calibration, calibrate
+from cectflow.simulation.calibration.radial_power import RadialPower, radial_power
 from cectflow.simulation.recipe import SimulationRecipe, prepare_specimen, simulate_field
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut

@@ -18,12 +18,9 @@ from cectflow.flows.calibration import simulate_radial_power
 from cectflow.flows.simulation import load_structures
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.recipe import load_recipe
-from cectflow.simulation.calibration import (
-    Calibration,
-    calibrate,
-    estimate_defocus,
-    radial_power,
-)
+from cectflow.simulation.calibration.calibrate import Calibration, calibrate
+from cectflow.simulation.calibration.noise_fit import estimate_defocus
+from cectflow.simulation.calibration.radial_power import radial_power
 from cectflow.simulation.imaging import optics_of
 from cectflow.simulation.microscope import Microscope, NoiseSpectrum, TiltScheme, noise_power
 from cectflow.simulation.recipe import (
