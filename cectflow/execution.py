@@ -16,8 +16,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import lru_cache
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "InProcessExecutor",
@@ -135,6 +139,14 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@lru_cache(maxsize=1)
+def _console() -> Console:
+    """The one console: bars within bars share its screen."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def track(
     items: Iterable[Item],
     *,
@@ -157,10 +169,9 @@ def track(
     """
     told = status or str
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with Progress(console=_console(), transient=True) as progress:
             task = progress.add_task(title, total=total)
             for item in items:
                 yield item

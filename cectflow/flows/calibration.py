@@ -19,7 +19,8 @@ from cectflow.particles import read_particles
 from cectflow.recipe import Recipe
 from cectflow.simulation.calibration.calibrate import Calibration, calibrate
 from cectflow.simulation.calibration.radial_power import RadialPower, radial_power
-from cectflow.simulation.recipe import SimulationRecipe, prepare_specimen, simulate_field
+from cectflow.simulation.field import prepare_specimen, simulate_field
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut
 from cectflow.volume import find_stacks, read_stack

@@ -27,7 +27,8 @@ from cectflow.simulation.calibration.radial_power import (
 )
 from cectflow.simulation.calibration.snr_bounds import SnrInterval, bound_snr, signal_power
 from cectflow.simulation.calibration.tilt_range import TiltRange, measure_tilts
-from cectflow.simulation.recipe import SimulationRecipe, Specimen
+from cectflow.simulation.field import Specimen
+from cectflow.simulation.recipe import SimulationRecipe
 
 __all__ = ["Calibration", "calibrate"]
 

@@ -19,7 +19,8 @@ from cectflow.simulation.calibration.radial_power import (
     shell_numbers,
 )
 from cectflow.simulation.distractors import render_distractors
-from cectflow.simulation.recipe import SimulationRecipe, Specimen, simulate_field
+from cectflow.simulation.field import Specimen, simulate_field
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.subtomogram import cut
 
 __all__ = ["SnrInterval", "bound_snr", "signal_power"]
@@ -53,17 +54,18 @@ def signal_power(
     for index in track(range(SIGNAL_FIELDS), total=SIGNAL_FIELDS, title="signal of the recipe"):
         field = simulate_field(specimen, "calibration", index)
         transfer = typical_optics(recipe, float(defoci[index % len(defoci)])).signal.cpu().numpy()
+        everything = field.density.astype(np.float64)
         foreign, _ = render_distractors(
             field.scene.distractors,
             shape=recipe.field_shape,
             voxel_size=recipe.voxel_size,
             sigma=recipe.blur,
         )
-        imaged, of_distractors = (
-            fft.irfftn(fft.rfftn(density.astype(np.float64)) * transfer, s=recipe.field_shape)
-            for density in (field.density, foreign)
+        imaged, of_particles = (
+            fft.irfftn(fft.rfftn(density) * transfer, s=recipe.field_shape)
+            for density in (everything, everything - foreign)
         )
-        variances.append((imaged - of_distractors).var())
+        variances.append(of_particles.var())
         cubes = cut(imaged, np.round(field.scene.positions_zyx), sample.box, periodic=True)
         weight = sample.window / sample.window.sum()
         means = (cubes * weight).sum(axis=(1, 2, 3))
