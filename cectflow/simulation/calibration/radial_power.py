@@ -19,8 +19,10 @@ from scipy.ndimage import gaussian_filter
 __all__ = [
     "BAND",
     "MIN_CUBES",
+    "PowerRatio",
     "RadialPower",
     "TaperedCubes",
+    "compare_power",
     "group_by_tomogram",
     "mean_power",
     "over_shells",
@@ -33,6 +35,8 @@ MIN_CUBES = 4
 """Below it neither the power per shell nor its standard error can be told."""
 BAND = (0.05, 0.45)
 """Cycles per voxel that judge SNR and agreement: below lies the mean, above the corners' cut."""
+TOLERANCE = 0.15
+"""Of the power in a shell, within which simulated and real cubes agree."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +68,60 @@ class RadialPower:
     def between(self, low: float, high: float) -> Bool[NDArray[np.bool_], " shell"]:
         """Shells between two frequencies, cycles per voxel."""
         return (self.frequencies >= low) & (self.frequencies <= high)
+
+
+@dataclass(frozen=True, eq=False)
+class PowerRatio:
+    """Simulated over real radial power, between 0.05 and 0.45 cycles per voxel.
+
+    Power has no scale: both have the same over all of this band. (Over all frequencies they would
+    be compared by the corners of Fourier space, half of it, which no tilt image fills.)
+
+    Attributes
+    ----------
+    frequencies
+        Of the shells, cycles per voxel.
+    ratio
+        1 where they agree.
+    standard_error
+        That it has where they agree.
+    scale
+        Factor that the simulated power was given.
+    """
+
+    frequencies: Float[NDArray[np.float64], " shell"]
+    ratio: Float[NDArray[np.float64], " shell"]
+    standard_error: Float[NDArray[np.float64], " shell"]
+    scale: float
+
+    @property
+    def agrees(self) -> Bool[NDArray[np.bool_], " shell"]:
+        """Shells within 15 % or 2 standard errors."""
+        bound = np.maximum(TOLERANCE, 2 * self.standard_error)
+        return np.asarray(np.abs(self.ratio - 1.0) <= bound)
+
+
+def compare_power(
+    real: RadialPower, simulated: RadialPower, *, fitted: RadialPower | None = None
+) -> PowerRatio:
+    """Ratio of simulated to real radial power, of cubes of one edge.
+
+    Parameters
+    ----------
+    real, simulated
+        Up to the Nyquist frequency.
+    fitted
+        Of the cubes to which the recipe was fitted, where these are others than the real ones:
+        their error is the recipe's own.
+    """
+    band = real.in_band
+    powers = [power for power in (real, simulated, fitted) if power is not None]
+    errors = [(power.standard_error / power.power)[band] for power in powers]
+    of_real, of_simulated = real.power[band], simulated.power[band]
+    weight = real.frequencies[band] ** 2  # a shell holds so many frequencies
+    scale = float((of_real * weight).sum() / (of_simulated * weight).sum())
+    ratio, error = scale * of_simulated / of_real, np.linalg.norm(errors, axis=0)
+    return PowerRatio(real.frequencies[band], ratio, error, scale)
 
 
 def radial_power(
