@@ -298,7 +298,7 @@ def test_the_wedge_of_both_is_empty() -> None:
 
 
 def test_both_agree_with_torch_fourier_slice_and_torch_ctf() -> None:
-    alone, wide = isolated()
+    _, wide = isolated()
     reconstruction = back_project(record(wide), SHAPE)
     quick = fast(wide)[:, :, 96:-96]
     oracle = oracle_reconstruction()
