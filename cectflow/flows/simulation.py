@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from cectflow.config import Config
-from cectflow.dataset import SPLITS, Dataset
-from cectflow.execution import run_all
+from cectflow.dataset import SPLITS, Dataset, SplitName
+from cectflow.execution import run_all, single_thread
 from cectflow.figures import draw_slices
 from cectflow.files import appearing, refuse_existing_folder, replacing
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation.delivery import simulate_dataset
-from cectflow.simulation.field import Specimen, prepare_specimen
+from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
+from cectflow.simulation.figures import (
+    draw_optics,
+    draw_simulated_field,
+    draw_snr,
+    draw_spectra,
+    draw_tomogram,
+)
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, find_structures, load_structure
 from cectflow.simulation.tomogram import (
@@ -39,6 +47,8 @@ __all__ = [
     "simulate_tomograms",
     "write_tomogram",
 ]
+
+FIGURE_DPI = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +147,11 @@ def new_folder(name: str) -> Path:
 
 
 def simulate(recipe: Recipe, folder: Path, *, workers: int = 1, nested: bool = False) -> Dataset:
-    """Dataset of a recipe, logged as a run with its manifest and pictures."""
+    """Dataset of a recipe, logged as a run with its manifest and pictures.
+
+    The pictures lie in the dataset's folder ``figures``, which is no part of its content: they
+    are drawn anew whenever the dataset is asked for.
+    """
     structures = load_structures(recipe.simulation)
     with start_run("simulate", tags={"role": "dataset"}, nested=nested) as run:
         run.log_config(recipe.simulation, "recipe")
@@ -148,7 +162,8 @@ def simulate(recipe: Recipe, folder: Path, *, workers: int = 1, nested: bool = F
         run.log_dataset("simulated", manifest.content_digest(), str(folder.resolve()), "output")
         run.log_files(folder / "manifest.json")
         _log_measured(run, dataset)
-        _log_slices(run, dataset)
+        _write_figures(dataset, prepare_specimen(recipe.simulation, structures))
+        run.log_files(folder / "figures", "figures")
     return dataset
 
 
@@ -189,8 +204,8 @@ def simulate_tomograms(
 
     In each: ``tomogram.mrc``, ``particles.star`` with the column ``cectflowTrueClass``,
     ``true_classes.mrc`` and ``true_instances.mrc``, ``record.json`` with what was drawn and
-    measured; of a tilt series also ``tilt_series.mrc``, an image stack after CTF correction, and
-    ``tilt_series.tlt``, its angles in degrees, one a line.
+    measured, ``slices.png``, its central slices; of a tilt series also ``tilt_series.mrc``, an
+    image stack after CTF correction, and ``tilt_series.tlt``, its angles in degrees, one a line.
 
     Parameters
     ----------
@@ -236,8 +251,8 @@ def simulate_tomograms(
             for index in range(count)
         ]
         missing = [job for job in jobs if not job.folder.exists()]
-        for _ in run_all(_simulate_one, missing, workers=workers, title="simulating tomograms"):
-            pass
+        for made in run_all(_simulate_one, missing, workers=workers, title="simulating tomograms"):
+            run.log_files(made / "slices.png", f"figures/{made.name}")
         run.log_files(folder / "tomograms.json")
     return tuple(job.folder for job in jobs)
 
@@ -251,11 +266,12 @@ class _TomogramJob:
     tilt_series: bool
 
 
-def _simulate_one(job: _TomogramJob) -> None:
+def _simulate_one(job: _TomogramJob) -> Path:
     surrounded = surround(job.specimen, job.shape)
     tomogram = simulate_tomogram(surrounded, job.shape, job.index, tilt_series=job.tilt_series)
     with appearing(job.folder) as folder:
         _write_tomogram(tomogram, folder, job.folder.name, job.specimen, overwrite=False)
+    return job.folder
 
 
 def _start_folder(folder: Path, description: TomogramSet) -> None:
@@ -293,6 +309,7 @@ def _write_tomogram(
     particles_from(rows).write(folder / "particles.star", overwrite=overwrite)
     with replacing(folder / "record.json", overwrite=overwrite) as temporary:
         temporary.write_text(tomogram.record.to_json(), encoding="utf-8")
+    _save(draw_tomogram(specimen, tomogram, name), folder / "slices.png")
     if tomogram.series is not None:
         series = tomogram.series
         write_images(
@@ -316,18 +333,42 @@ def _log_measured(run: Run, dataset: Dataset) -> None:
         run.log(metrics)
 
 
-def _log_slices(run: Run, dataset: Dataset) -> None:
+def _write_figures(dataset: Dataset, specimen: Specimen) -> None:
+    """Pictures of the dataset, and of the first field of its first split, which is made again."""
+    recipe, manifest = specimen.recipe, dataset.manifest
+    split = next(name for name in SPLITS if manifest.count(name))
+    with single_thread():
+        field = simulate_field(specimen, split, 0)
+    pictures = {
+        "field": draw_simulated_field(specimen, field),
+        "power_spectra": draw_spectra(specimen, field),
+        "ctf": draw_optics(field.optics, field.draw, recipe),
+        "subtomograms": _draw_classes(dataset, split),
+    }
+    if recipe.snr is not None:
+        records = [record for name in SPLITS for record in manifest.field_records(name)]
+        pictures["snr"] = draw_snr(records, stage=recipe.snr_stage, requested=recipe.snr)
+    folder = dataset.folder / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        _save(picture, folder / f"{name}.png")
+
+
+def _draw_classes(dataset: Dataset, name: SplitName) -> Figure:
     """One subtomogram of each class with its target outlined."""
-    split = dataset.split(next(name for name in SPLITS if dataset.manifest.count(name)))
-    classes = dataset.manifest.classes[:10]
+    split, classes = dataset.split(name), dataset.manifest.classes[:10]
     first = [int(np.argmax(split.class_ids == i)) for i in range(1, len(classes) + 1)]
     batch = split.read(np.array(first))
     assert batch.instances is not None
-    figure = draw_slices(
+    return draw_slices(
         batch.subtomograms[:, 0].numpy(),
         (batch.instances == 1).numpy(),
         None,
         voxel_size=dataset.manifest.voxel_size,
         titles=classes,
     )
-    run.log_figure(figure, "figures/subtomograms.png")
+
+
+def _save(picture: Figure, path: Path) -> None:
+    with replacing(path, overwrite=True) as temporary:
+        picture.savefig(temporary, dpi=FIGURE_DPI, format="png")

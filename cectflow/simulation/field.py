@@ -16,6 +16,7 @@ from cectflow.execution import single_thread
 from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
 from cectflow.simulation.distractors import render_distractors
 from cectflow.simulation.imaging import (
+    Optics,
     image_and_measure,
     image_field,
     noise_scale,
@@ -83,6 +84,8 @@ class SimulatedField:
     distractor_kinds: NDArray[np.int8]
     """Kind of distractor of each voxel, 0 none; see :func:`render_distractors`."""
     record: FieldRecord
+    draw: OpticsDraw
+    optics: Optics
 
 
 def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) -> Specimen:
@@ -182,7 +185,7 @@ def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField
         occupancy=scene.occupancy,
         num_particles=len(scene),
     )
-    return SimulatedField(scene, tomogram, owners, density, kinds, record)
+    return SimulatedField(scene, tomogram, owners, density, kinds, record, draw, optics)
 
 
 def draw_field_optics(specimen: Specimen, split: str, index: int) -> OpticsDraw:
