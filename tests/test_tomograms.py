@@ -48,7 +48,7 @@ def test_tomograms_with_their_truth_and_tilt_series(run, tmp_path: Path) -> None
     folder = tmp_path / "t" / "tomo_000"
     assert {path.name for path in folder.iterdir()} == {
         "tomogram.mrc", "particles.star", "true_classes.mrc", "true_instances.mrc", "record.json",
-        "tilt_series.mrc", "tilt_series.tlt",
+        "slices.png", "tilt_series.mrc", "tilt_series.tlt",
     }  # fmt: skip
     recipe = load_recipe("tiny").simulation
     for name, kind in (

@@ -47,7 +47,6 @@ def draw_for(recipe: SimulationRecipe) -> Figure:
         recipe.ctf_correction, shifts=draw.shifts,
     )  # fmt: skip
     figure = draw_optics(optics, draw, recipe)
-    save(figure)
     # Every sample of H, both signs of k, zero frequency in the middle.
     point_spread = torch.fft.irfftn(optics.signal.to(torch.complex64), s=recipe.field_shape)
     whole = np.fft.fftshift(np.fft.fftn(point_spread.numpy()).real)
@@ -72,7 +71,7 @@ def planes_of(axes: Axes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_the_planes_of_h_are_where_their_axes_say(make_recipe: MakeRecipe) -> None:
-    draw_for(make_recipe(field_shape=(24, 36, 30)))
+    save(draw_for(make_recipe(field_shape=(24, 36, 30))))
     draw_for(make_recipe(field_shape=(24, 35, 33), tilts={"alignment_jitter": 3.0}))
 
 
@@ -84,7 +83,6 @@ def test_no_signal_lies_in_the_wedge_that_is_drawn(
     values, kx, kz = planes_of(figure.axes[0])
     slopes = sorted(line.get_slope() for line in figure.axes[0].lines)
     assert len(slopes) == 2
-    assert figure.axes[0].images[0].get_array().size > 0
     seen = (np.sign(kx) * kz >= np.abs(kx) * slopes[0]) & (
         np.sign(kx) * kz <= np.abs(kx) * slopes[1]
     )
