@@ -1,7 +1,8 @@
-"""``simulate``: pictures beside the dataset and in the run, and no part of the data."""
+"""Simulated data: pictures beside the dataset and in the run, and no part of the data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -16,12 +17,14 @@ from cectflow.tracking.runs import connect
 PICTURES = {"field.png", "power_spectra.png", "ctf.png", "snr.png", "subtomograms.png"}
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/store.db"
-    connect(uri)
-    return mlflow.MlflowClient(uri)
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mlflow.MlflowClient]:
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        uri = f"sqlite:///{folder}/store.db"
+        connect(uri)
+        yield mlflow.MlflowClient(uri)
 
 
 def make_recipe(**changes: object) -> Recipe:
@@ -32,15 +35,15 @@ def make_recipe(**changes: object) -> Recipe:
     return recipe.model_copy(update={"simulation": simulation})
 
 
-def artifacts(store: mlflow.MlflowClient, folder: str) -> list[dict[str, int]]:
-    """Name and bytes of each picture of every run, the newest run first."""
+def artifacts(store: mlflow.MlflowClient, folder: str, runs: int) -> list[dict[str, int]]:
+    """Name and bytes of each picture of the newest runs, the newest run first."""
     experiments = [experiment.experiment_id for experiment in store.search_experiments()]
     return [
         {
             Path(file.path).name: file.file_size
             for file in store.list_artifacts(run.info.run_id, folder)
         }
-        for run in store.search_runs(experiments)
+        for run in store.search_runs(experiments, max_results=runs)
     ]
 
 
@@ -54,7 +57,7 @@ def test_pictures_lie_beside_the_dataset_and_in_the_run(
     for name in written:
         pixels = imread(folder / "figures" / name)
         assert pixels[..., :3].std() > 0.05, name
-    assert artifacts(store, "figures") == [written]
+    assert artifacts(store, "figures", 1) == [written]
     assert check_dataset(folder) == ()
     digest = dataset.manifest.content_digest()
 
@@ -65,7 +68,7 @@ def test_pictures_lie_beside_the_dataset_and_in_the_run(
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.mrcs")} == before
     again = {path.name: path.stat().st_size for path in (folder / "figures").iterdir()}
     assert again == written
-    assert artifacts(store, "figures") == [written] * 2
+    assert artifacts(store, "figures", 2) == [written] * 2
 
     # They are no part of the data: without them nothing is amiss.
     for path in (folder / "figures").iterdir():
@@ -91,5 +94,5 @@ def test_each_tomogram_has_a_picture_of_its_slices(
         folders = simulate_tomograms(recipe, tmp_path / "t", count=count, shape=(18, 32, 40))
     sizes = [(folder / "slices.png").stat().st_size for folder in folders]
     # A run holds the pictures of those that it made.
-    assert artifacts(store, "figures/tomo_000") == [{}, {"slices.png": sizes[0]}]
-    assert artifacts(store, "figures/tomo_001") == [{"slices.png": sizes[1]}, {}]
+    assert artifacts(store, "figures/tomo_000", 2) == [{}, {"slices.png": sizes[0]}]
+    assert artifacts(store, "figures/tomo_001", 2) == [{"slices.png": sizes[1]}, {}]
