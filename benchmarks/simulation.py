@@ -15,16 +15,12 @@ from numpy.typing import NDArray
 from benchmarks.report import parse_options, write_report
 from cectflow.execution import single_thread
 from cectflow.flows.simulation import load_structures
+from cectflow.simulation.delivery import simulate_dataset
+from cectflow.simulation.extraction import simulate_subtomograms
+from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
 from cectflow.simulation.imaging import image_field, optics_of
 from cectflow.simulation.microscope import Microscope, draw_optics
-from cectflow.simulation.recipe import (
-    SimulationRecipe,
-    Specimen,
-    prepare_specimen,
-    simulate_dataset,
-    simulate_field,
-    simulate_subtomograms,
-)
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.tilt_series import back_project, record_tilt_series
 
 SHARED = SimulationRecipe(

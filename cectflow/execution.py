@@ -17,9 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "WorkerProcesses",
@@ -137,6 +141,14 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@lru_cache(maxsize=1)
+def _console() -> Console:
+    """The one console: bars within bars share its screen."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def track(
     items: Iterable[Item],
     *,
@@ -159,10 +171,9 @@ def track(
     """
     told = status or str
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with Progress(console=_console(), transient=True) as progress:
             task = progress.add_task(title, total=total)
             for item in items:
                 yield item

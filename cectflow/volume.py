@@ -33,7 +33,6 @@ __all__ = [
     "Volume",
     "create_volume",
     "find_stacks",
-    "read_labels",
     "read_stack",
     "read_volume",
     "write_images",
@@ -174,19 +173,6 @@ def find_stacks(pattern: str) -> tuple[Path, ...]:
         )
         raise FileNotFoundError(msg)
     return tuple(found)
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """Text labels of an MRC header, empty ones left out.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As :func:`read_volume`.
-    """
-    header, _ = _parse_header(path, _read_bytes(path, 1024))
-    labels = (bytes(label).decode("ascii", "replace").strip("\0 ") for label in header.label)
-    return tuple(label for label in labels if label)
 
 
 def write_volume(

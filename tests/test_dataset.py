@@ -26,8 +26,9 @@ from cectflow.dataset import (
     write_shard,
 )
 from cectflow.files import sha256_of
+from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.microscope import TiltScheme
-from cectflow.simulation.recipe import SimulationRecipe, simulate_dataset
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, find_structures, load_structure
 from cectflow.volume import read_stack, write_stack
 

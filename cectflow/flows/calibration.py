@@ -18,7 +18,8 @@ from cectflow.model_card import Contrast
 from cectflow.particles import read_particles
 from cectflow.recipe import Recipe
 from cectflow.simulation.calibration import Calibration, RadialPower, calibrate, radial_power
-from cectflow.simulation.recipe import SimulationRecipe, prepare_specimen, simulate_field
+from cectflow.simulation.field import prepare_specimen, simulate_field
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut
 from cectflow.volume import find_stacks, read_stack

@@ -16,12 +16,9 @@ from cectflow.figures import draw_slices
 from cectflow.files import appearing, refuse_existing_folder, replacing
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.recipe import Recipe, load_recipe
-from cectflow.simulation.recipe import (
-    SimulationRecipe,
-    Specimen,
-    prepare_specimen,
-    simulate_dataset,
-)
+from cectflow.simulation.delivery import simulate_dataset
+from cectflow.simulation.field import Specimen, prepare_specimen
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, find_structures, load_structure
 from cectflow.simulation.tomogram import (
     Tomogram,

@@ -27,8 +27,8 @@ from cectflow.model_card import ModelCard, Role
 from cectflow.networks import create_network
 from cectflow.recipe import Recipe
 from cectflow.runtime import load_program, load_runtime
+from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
-from cectflow.simulation.recipe import prepare_specimen
 from cectflow.tracking.registry import find_registered, register_model, resolve_model
 from cectflow.tracking.runs import Run, cectflow_commit, start_run
 from cectflow.tracking.versions import RegisteredVersion, registered_name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -111,13 +112,14 @@ class Segment:
         )
 
 
+@dataclass(frozen=True, eq=False)
 class KnownLogits:
-    """A teacher's logits of every view of a few sources, computed once.
+    """A teacher's logits of every view of a few sources, computed at the first question.
 
     A turned cube is one of at most four views, so a training of many epochs would ask the teacher
     the same questions over and over.
 
-    Parameters
+    Attributes
     ----------
     teacher
         Cubes → logits ``(n, class)``.
@@ -127,30 +129,30 @@ class KnownLogits:
         How the teacher is asked; always in the same order, so that the answers are the same.
     """
 
-    def __init__(
-        self,
-        teacher: Callable[[Tensor], Tensor],
-        sources: Sequence[tuple[BatchSource, tuple[str, ...]]],
-        *,
-        batch_size: int,
-        device: torch.device,
-    ) -> None:
-        views, logits = [], []
-        passes = [(source, axis) for source, turns in sources for axis in turns]
-        for source, axis in track(passes, total=len(passes), title="asking the teacher"):
-            for batch in source.batches(batch_size):
-                shown = turned_batch(batch, axis)
-                assert shown.views is not None
-                with torch.no_grad():
-                    logits.append(teacher(shown.subtomograms.to(device)).float().cpu())
-                views.append(shown.views)
-        numbers, order = torch.cat(views).sort()
-        self._views = numbers
-        self._logits = torch.cat(logits)[order]
+    teacher: Callable[[Tensor], Tensor]
+    sources: Sequence[tuple[BatchSource, tuple[str, ...]]]
+    batch_size: int
+    device: torch.device
 
     def __call__(self, views: Int[Tensor, " n"]) -> Float[Tensor, "n class"]:
         """Logits of these views, on the CPU."""
-        return self._logits[torch.searchsorted(self._views, views)]
+        known, logits = self._answers
+        return logits[torch.searchsorted(known, views)]
+
+    @cached_property
+    def _answers(self) -> tuple[Int[Tensor, " view"], Float[Tensor, "view class"]]:
+        """All views in ascending order, and the logits of each."""
+        views, logits = [], []
+        passes = [(source, axis) for source, turns in self.sources for axis in turns]
+        for source, axis in track(passes, total=len(passes), title="asking the teacher"):
+            for batch in source.batches(self.batch_size):
+                shown = turned_batch(batch, axis)
+                assert shown.views is not None
+                with torch.no_grad():
+                    logits.append(self.teacher(shown.subtomograms.to(self.device)).float().cpu())
+                views.append(shown.views)
+        known, order = torch.cat(views).sort()
+        return known, torch.cat(logits)[order]
 
 
 class Distill:

@@ -26,6 +26,7 @@ from scipy.stats import norm
 
 from cectflow.execution import track
 from cectflow.model_card import Contrast
+from cectflow.simulation.field import Specimen, simulate_field
 from cectflow.simulation.imaging import WIENER_CONSTANT, Optics, optics_of
 from cectflow.simulation.microscope import (
     Microscope,
@@ -34,7 +35,7 @@ from cectflow.simulation.microscope import (
     contrast_transfer,
     single_number,
 )
-from cectflow.simulation.recipe import SimulationRecipe, Specimen, simulate_field
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.subtomogram import cut
 
 __all__ = [

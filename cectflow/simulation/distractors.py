@@ -110,11 +110,6 @@ class Distractors(Config):
         return self.model_copy(update=numbers)
 
     @property
-    def expects_any(self) -> bool:
-        """Whether a field can hold one at all."""
-        return self.vesicles + self.sheets + self.gold > 0
-
-    @property
     def largest(self) -> float:
         """Diameter in Å of the largest vesicle or bead that can be drawn."""
         vesicle = 2 * (self.vesicle_radius[1] + HALF_MEMBRANE) if self.vesicles else 0.0

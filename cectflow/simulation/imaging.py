@@ -37,12 +37,9 @@ __all__ = [
     "SnrStage",
     "image_and_measure",
     "image_field",
-    "low_pass_variance",
-    "measure_snr",
     "noise_scale",
     "optics_of",
     "power_spectrum",
-    "signal_variance",
 ]
 
 SnrStage = Literal["reconstruction", "projection", "aitom"]
@@ -361,21 +358,6 @@ def power_spectrum(density: Float[Tensor, "z y x"]) -> Float[Tensor, "z y kx"]:
     return _squared(torch.fft.rfftn(density))
 
 
-def signal_variance(power: Float[Tensor, "z y kx"], optics: Optics, *, width: int) -> float:
-    """Variance of the imaged signal of a field with this power spectrum, k = 0 excluded.
-
-    Parameters
-    ----------
-    power
-        Of the density, as :func:`power_spectrum` gives it.
-    optics
-        Of the draw.
-    width
-        Voxels of the field along x.
-    """
-    return _variance(power * _squared(optics.signal), width)
-
-
 def noise_scale(
     expected_power: Float[Tensor, "z y kx"], optics: Optics, snr: float | None, *, width: int
 ) -> float:
@@ -469,34 +451,6 @@ def image_and_measure(
     tomogram = torch.fft.irfftn(signal.add_(noise), s=shape)
     stage = full if stage is None else stage
     return tomogram, MeasuredSnr(stage, full, low, float(np.sqrt(noise_variance)))
-
-
-def low_pass_variance(
-    volume: Float[Tensor, "z y x"], voxel_size: float, resolution: float = SNR_RESOLUTION
-) -> float:
-    """Variance of a volume after a sharp low-pass, k = 0 excluded.
-
-    Parameters
-    ----------
-    volume
-        Any units.
-    voxel_size, resolution
-        In Å; a resolution of 0 keeps the full band.
-    """
-    power = power_spectrum(volume)
-    if resolution > 0:
-        power = power * _sphere(tuple(volume.shape), voxel_size, resolution, str(volume.device))
-    return _variance(power, volume.shape[2])
-
-
-def measure_snr(
-    signal: Float[Tensor, "z y x"], noise: Float[Tensor, "z y x"], voxel_size: float
-) -> tuple[float, float] | None:
-    """Measured SNR of a field, full band and low-passed to 60 Å; None when noise-free."""
-    if not bool(noise.any()):
-        return None
-    full = low_pass_variance(signal, voxel_size, 0.0) / low_pass_variance(noise, voxel_size, 0.0)
-    return full, low_pass_variance(signal, voxel_size) / low_pass_variance(noise, voxel_size)
 
 
 def _draw_white(shape: Sequence[int], generator: torch.Generator) -> Inexact[Tensor, "z y kx"]:

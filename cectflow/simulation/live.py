@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from cectflow.dataset import Batch, Manifest
 from cectflow.execution import WorkerProcesses, single_thread
-from cectflow.simulation.recipe import Specimen, simulate_subtomograms
+from cectflow.simulation.extraction import simulate_subtomograms
+from cectflow.simulation.field import Specimen
 
 __all__ = ["FIELDS_PER_BLOCK", "LiveSource", "open_live"]
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cectflow.dataset import FieldRecord
 from cectflow.execution import single_thread
+from cectflow.simulation.field import Specimen, draw_field_optics, simulate_field
 from cectflow.simulation.microscope import electron_wavelength
-from cectflow.simulation.recipe import Specimen, draw_field_optics, simulate_field
 from cectflow.simulation.structure import Structure
 from cectflow.simulation.tilt_series import (
     TiltSeries,

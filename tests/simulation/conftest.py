@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cectflow.simulation.recipe import SimulationRecipe, Specimen, prepare_specimen
+from cectflow.simulation.field import Specimen, prepare_specimen
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, StructureSource, load_structure
 
 Phantom = Callable[[str], Structure]

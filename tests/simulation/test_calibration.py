@@ -24,14 +24,10 @@ from cectflow.simulation.calibration import (
     estimate_defocus,
     radial_power,
 )
+from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
 from cectflow.simulation.imaging import optics_of
 from cectflow.simulation.microscope import Microscope, NoiseSpectrum, TiltScheme, noise_power
-from cectflow.simulation.recipe import (
-    SimulationRecipe,
-    Specimen,
-    prepare_specimen,
-    simulate_field,
-)
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut
 from cectflow.volume import read_stack, write_stack

@@ -17,12 +17,9 @@ from cectflow.simulation.imaging import (
     SnrStage,
     image_and_measure,
     image_field,
-    low_pass_variance,
-    measure_snr,
     noise_scale,
     optics_of,
     power_spectrum,
-    signal_variance,
 )
 from cectflow.simulation.microscope import (
     Microscope,
@@ -447,21 +444,21 @@ def test_snr_is_the_variance_of_the_signal_over_that_of_the_noise(
         factor = noise_scale(power_spectrum(density), optics, snr, width=SHAPE[2])
         signal, noise = image(density, optics, factor, seed + 100)
         own = float(signal.var(correction=0) / noise.var(correction=0))
-        reported = measure_snr(signal, noise, VOXEL_SIZE)
+        generator = torch.Generator().manual_seed(seed + 100)
+        _, reported = image_and_measure(density, optics, factor, generator, VOXEL_SIZE)
         assert reported is not None
-        # They leave out k = 0, which is little here.
-        assert reported[0] == pytest.approx(own, rel=1e-3)
-        measured.append(reported[0])
+        # It leaves out k = 0, which is little here.
+        assert reported.reconstruction == pytest.approx(own, rel=1e-3)
+        measured.append(reported.reconstruction)
     assert np.mean(measured) == pytest.approx(snr, rel=0.05)
 
 
 def test_without_an_snr_there_is_no_noise() -> None:
     optics, density = make_optics(), draw(0)
     factor = noise_scale(power_spectrum(density), optics, None, width=SHAPE[2])
-    signal, noise = image(density, optics, factor)
+    _, noise = image(density, optics, factor)
     assert factor == 0
     assert not noise.any()
-    assert measure_snr(signal, noise, VOXEL_SIZE) is None
 
 
 def test_the_same_generator_gives_the_same_noise() -> None:
@@ -585,6 +582,14 @@ def test_snr_of_aitom_is_that_of_noise_imaged_whole() -> None:
     assert float(optics.noise[k[:, :, :17] > 0.34].max()) < 1e-3
 
 
+def variance_up_to(frequency: float, volume: Tensor) -> float:
+    """Of the voxels of a volume of no mean, low-passed; frequency in Å⁻¹."""
+    kz, ky, kx = frequencies(tuple(volume.shape))
+    spectrum = np.fft.fftn(volume.numpy().astype(np.float64))
+    spectrum[np.sqrt(kz**2 + ky**2 + kx**2) > frequency] = 0
+    return float(np.fft.ifftn(spectrum).real.var())
+
+
 @pytest.mark.parametrize("snr_stage", ["reconstruction", "projection", "aitom"])
 def test_the_tomogram_is_the_sum_of_its_parts_and_so_is_what_is_measured(
     snr_stage: SnrStage,
@@ -596,9 +601,10 @@ def test_the_tomogram_is_the_sum_of_its_parts_and_so_is_what_is_measured(
         tomogram, measured = image_and_measure(density, optics, 0.7, generator, VOXEL_SIZE)
         torch.testing.assert_close(tomogram, signal + noise, atol=1e-5, rtol=1e-5)
         assert measured is not None
-        own = measure_snr(signal, noise, VOXEL_SIZE)
-        assert own is not None
+        everywhere = np.inf
+        own = [variance_up_to(k, signal) / variance_up_to(k, noise) for k in (everywhere, 1 / 60)]
         assert (measured.reconstruction, measured.low_passed) == pytest.approx(own, rel=1e-4)
+        assert measured.noise_std == pytest.approx(variance_up_to(everywhere, noise) ** 0.5)
         if snr_stage == "reconstruction":
             assert measured.stage == pytest.approx(own[0], rel=1e-4)
         silent, nothing = image_and_measure(density, optics, 0.0, generator, VOXEL_SIZE)
@@ -616,24 +622,3 @@ def test_noise_drawn_in_fourier_space_is_white_and_real() -> None:
     # A mean over 200 of an exponential variable; of twice the variance where k = -k.
     assert float((power - 1).abs().max()) < 0.5
     assert float(power.std()) == pytest.approx(200**-0.5, rel=0.2)
-
-
-# --- variances -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(16, 16, 16), (12, 14, 15)])
-def test_variances_in_fourier_space_are_those_of_the_voxels(shape: tuple[int, int, int]) -> None:
-    optics, density = make_optics(shape=shape), draw(3, shape) + 5
-    signal, _ = image(density, optics)
-    from_power = signal_variance(power_spectrum(density), optics, width=shape[2])
-    assert from_power == pytest.approx(float(signal.var(correction=0)), rel=1e-2)
-    assert low_pass_variance(density, VOXEL_SIZE, 0.0) == pytest.approx(
-        float(density.var(correction=0)), rel=1e-4
-    )
-
-
-def test_a_low_pass_keeps_its_share_of_white_noise() -> None:
-    volume = draw(4)
-    kz, ky, kx = frequencies(SHAPE)
-    inside = (kz**2 + ky**2 + kx**2 <= 60.0**-2).mean()
-    assert low_pass_variance(volume, VOXEL_SIZE) == pytest.approx(inside, rel=0.1)

@@ -21,14 +21,10 @@ from cectflow.learning.objective import Classify
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation import live
+from cectflow.simulation.delivery import simulate_dataset
+from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
 from cectflow.simulation.live import FIELDS_PER_BLOCK, LiveSource, open_live
-from cectflow.simulation.recipe import (
-    SimulationRecipe,
-    Specimen,
-    prepare_specimen,
-    simulate_dataset,
-    simulate_field,
-)
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 
 AHEAD = 5

@@ -16,19 +16,19 @@ from scipy.optimize import minimize
 
 from cectflow.dataset import Subtomograms, check_dataset, open_dataset
 from cectflow.simulation.beads import label_threshold, render_field
+from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.distractors import GOLD, MEMBRANE, Distractors, Junk
-from cectflow.simulation.imaging import image_field, noise_scale, optics_of
-from cectflow.simulation.microscope import Microscope, TiltScheme
-from cectflow.simulation.recipe import (
+from cectflow.simulation.extraction import cut_targets
+from cectflow.simulation.field import (
     SimulatedField,
-    SimulationRecipe,
     Specimen,
-    _cut_targets,
     draw_field_optics,
     prepare_specimen,
-    simulate_dataset,
     simulate_field,
 )
+from cectflow.simulation.imaging import image_field, noise_scale, optics_of
+from cectflow.simulation.microscope import Microscope, TiltScheme
+from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut
 
@@ -288,7 +288,7 @@ def targets(request: pytest.FixtureRequest, specimen: Specimen) -> tuple[Specime
     """Subtomograms of a field at a jitter and a largest number of targets."""
     jitter, largest = request.param
     jittered = with_recipe(specimen, jitter=jitter, targets_per_field=largest)
-    return jittered, _cut_targets(jittered, simulate_field(jittered, "train", 0), 3)
+    return jittered, cut_targets(jittered, simulate_field(jittered, "train", 0), 3)
 
 
 def test_instance_one_is_of_the_class_of_its_row(targets: tuple[Specimen, Subtomograms]) -> None:
@@ -364,10 +364,10 @@ def test_cubes_are_cut_where_their_rows_say(targets: tuple[Specimen, Subtomogram
 
 def test_no_more_targets_than_asked_for(specimen: Specimen) -> None:
     field = simulate_field(specimen, "train", 0)
-    everything = _cut_targets(specimen, field, 0)
+    everything = cut_targets(specimen, field, 0)
     assert len(everything.rows) == len(field.scene)
     few = with_recipe(specimen, targets_per_field=5)
-    chosen, others = (_cut_targets(few, field, seed).rows for seed in (0, 1))
+    chosen, others = (cut_targets(few, field, seed).rows for seed in (0, 1))
     assert len(chosen) == len(others) == 5
     assert chosen["rlnCoordinateX"].tolist() != others["rlnCoordinateX"].tolist()
 
@@ -492,7 +492,7 @@ def cut_parts(specimen: Specimen, num_fields: int) -> Parts:
     for index in range(num_fields):
         field = simulate_field(specimen, "train", index)
         volumes = (*image_again(specimen, field), field.density.astype(np.float64))
-        rows = _cut_targets(specimen, field, index).rows
+        rows = cut_targets(specimen, field, index).rows
         centres = rows[[f"cectflowCentre{axis}" for axis in "ZYX"]].to_numpy()
         parts.append([cut(volume, centres, recipe.box, periodic=True) for volume in volumes])
         classes.append(rows["rlnClassNumber"].to_numpy(np.int64) - 1)
@@ -628,7 +628,7 @@ def test_junk_is_the_last_class_and_has_no_target(foreign: Specimen) -> None:
     num_particles, num_junk = 0, 0
     for index in range(6):
         field = simulate_field(foreign, "train", index)
-        content = _cut_targets(foreign, field, index)
+        content = cut_targets(foreign, field, index)
         assert content.voxel_labels is not None
         assert content.instances is not None
         is_junk = content.rows["rlnClassNumber"].to_numpy() == 3
@@ -684,7 +684,7 @@ def test_independent_junk_comes_in_its_share(foreign: Specimen) -> None:
     alone = with_recipe(foreign, **changes, snr=None)
     counts = []
     for index in range(60):
-        content = _cut_targets(alone, simulate_field(alone, "train", index), index)
+        content = cut_targets(alone, simulate_field(alone, "train", index), index)
         assert len(content.rows) == 1
         counts.append(int(content.rows["rlnClassNumber"][0] == 3))
     # 0.6 in 1.6, less where a field has no gold or no membrane; four standard deviations.
@@ -738,7 +738,7 @@ def test_a_folder_of_another_dataset_is_refused(
         simulate_dataset(other, structures, tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").touch()
-    with pytest.raises(FileExistsError, match="is not empty and holds no dataset"):
+    with pytest.raises(FileExistsError, match="is not empty: give another folder"):
         simulate_dataset(recipe, structures, tmp_path / "b")
 
 

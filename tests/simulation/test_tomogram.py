@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cectflow.simulation.field import Specimen, simulate_field
 from cectflow.simulation.imaging import noise_scale, optics_of
-from cectflow.simulation.recipe import Specimen, simulate_field
 from cectflow.simulation.tomogram import (
     Tomogram,
     check_tomogram_shape,

@@ -1,0 +1,155 @@
+"""Delivery: the dataset folder of a recipe; the same recipe gives the same bytes anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cectflow.dataset import (
+    SPLITS,
+    Dataset,
+    Manifest,
+    ShardRecord,
+    SplitName,
+    Subtomograms,
+    open_dataset,
+    write_shard,
+)
+from cectflow.execution import run_all, single_thread
+from cectflow.files import refuse_existing_folder, remove_leftovers
+from cectflow.simulation.extraction import simulate_subtomograms
+from cectflow.simulation.field import Specimen, prepare_specimen
+from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.simulation.structure import Structure
+
+__all__ = ["simulate_dataset"]
+
+
+def simulate_dataset(
+    recipe: SimulationRecipe,
+    structures: Sequence[Structure],
+    folder: Path,
+    *,
+    workers: int = 1,
+    commit: str = "unknown",
+) -> Dataset:
+    """Dataset folder of a recipe; shards that are already there are kept.
+
+    A shard holds whole fields. The bytes do not depend on ``workers``. Whatever ends the work, a
+    full disk or a kill, finished shards stay, and the same call makes the others.
+
+    Parameters
+    ----------
+    recipe, structures
+        What to simulate.
+    folder
+        Where to; created when missing.
+    workers
+        Processes.
+    commit
+        Of cectflow, for the manifest.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds something other than an earlier start of this very simulation.
+    ValueError
+        If a structure does not fit the box, or the occupancy cannot be packed.
+    """
+    specimen = prepare_specimen(recipe, structures)
+    manifest = _start_manifest(specimen, structures, folder, commit)
+    done = {shard.name for shards in manifest.shards.values() for shard in shards}
+    jobs = [
+        _Job(specimen, folder, split, index)
+        for split in SPLITS
+        for index in range(recipe.shards_of(split))
+        if _shard_name(split, index) not in done
+    ]
+    for split, record in run_all(_simulate_shard, jobs, workers=workers, title="simulating"):
+        shards = dict(manifest.shards)
+        shards[split] = tuple(sorted((*shards[split], record), key=lambda shard: shard.name))
+        manifest = manifest.model_copy(update={"shards": shards})
+        manifest.write(folder)
+    return open_dataset(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    specimen: Specimen
+    folder: Path
+    split: SplitName
+    index: int
+
+
+def _simulate_shard(job: _Job) -> tuple[SplitName, ShardRecord]:
+    recipe, parts, records = job.specimen.recipe, [], []
+    with single_thread():
+        for index in recipe.fields_of(job.split, job.index):
+            part, record_of_field = simulate_subtomograms(job.specimen, job.split, index)
+            parts.append(part)
+            records.append(record_of_field)
+    name = _shard_name(job.split, job.index)
+    content = _concatenate(parts)
+    record = write_shard(job.folder, name, content, tuple(records), recipe.voxel_size)
+    return job.split, record
+
+
+def _concatenate(parts: Sequence[Subtomograms]) -> Subtomograms:
+    if len(parts) == 1:
+        return parts[0]
+    labels = [part.voxel_labels for part in parts if part.voxel_labels is not None]
+    instances = [part.instances for part in parts if part.instances is not None]
+    return Subtomograms(
+        np.concatenate([part.cubes for part in parts]),
+        np.concatenate(labels),
+        np.concatenate(instances),
+        pd.concat([part.rows for part in parts], ignore_index=True),
+    )
+
+
+def _start_manifest(
+    specimen: Specimen, structures: Sequence[Structure], folder: Path, commit: str
+) -> Manifest:
+    """Manifest of the folder: the one that is there, if it is of this simulation, or a new one."""
+    recipe = specimen.recipe
+    manifest = Manifest(
+        kind="simulated",
+        recipe=recipe.model_dump(mode="json"),
+        recipe_digest=specimen.recipe_digest,
+        sources={structure.name: structure.digest for structure in structures},
+        commit=commit,
+        classes=specimen.classes,
+        box=recipe.box,
+        voxel_size=recipe.voxel_size,
+        ctf_correction=recipe.ctf_correction,
+        tilt_range=recipe.tilts.range,
+        snr_stage=recipe.snr_stage,
+        snr=recipe.snr,
+        noise_spectrum=recipe.microscope.noise_spectrum_name,
+        occupancy=recipe.occupancy,
+        jitter=recipe.jitter,
+        has_voxel_labels=True,
+        planned_shards={split: recipe.shards_of(split) for split in SPLITS},
+        shards=dict.fromkeys(SPLITS, ()),
+    )
+    path = folder / "manifest.json"
+    if path.is_file():
+        earlier = Manifest.from_json(path.read_text(encoding="utf-8"), source=str(path))
+        if earlier.recipe_digest == manifest.recipe_digest:
+            for place in (folder, *(folder / split for split in SPLITS)):
+                remove_leftovers(place)
+            return earlier
+        msg = f"{folder} holds another dataset: give another folder, or remove it first"
+        raise FileExistsError(msg)
+    refuse_existing_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.write(folder)
+    return manifest
+
+
+def _shard_name(split: str, index: int) -> str:
+    return f"{split}/{index:05d}"

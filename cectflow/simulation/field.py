@@ -1,0 +1,251 @@
+"""Simulated fields: structures made ready for a recipe, packed, rendered, imaged and measured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cectflow.dataset import JUNK_CLASS, FieldRecord
+from cectflow.execution import single_thread
+from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
+from cectflow.simulation.distractors import render_distractors
+from cectflow.simulation.imaging import (
+    image_and_measure,
+    image_field,
+    noise_scale,
+    optics_of,
+    power_spectrum,
+)
+from cectflow.simulation.microscope import OpticsDraw, draw_optics
+from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.simulation.scene import Scene, pack_scene
+from cectflow.simulation.structure import Structure
+
+__all__ = [
+    "SimulatedField",
+    "Specimen",
+    "draw_field_optics",
+    "prepare_specimen",
+    "seed_of",
+    "simulate_field",
+]
+
+REFERENCE_VOXELS = 2**22
+"""Voxels of the fields over which the expected power spectrum is averaged, 2 to 32 fields: the
+power of a field of 32³ varies by 4 %, of larger ones by less."""
+
+
+@dataclass(frozen=True, eq=False)
+class Specimen:
+    """Structures made ready for a recipe: beads, label thresholds, expected power.
+
+    Attributes
+    ----------
+    recipe_digest
+        sha256 over the recipe and the structures' content: every seed derives from it.
+    abundances
+        Of each structure.
+    expected_power
+        Mean power spectrum of the particles of the recipe's scenes, from reference fields of their
+        own. Membranes and gold are left out: the SNR is that of the particles, and one gold bead
+        would outweigh them all.
+    """
+
+    recipe: SimulationRecipe
+    recipe_digest: str
+    beads: tuple[Beads, ...]
+    thresholds: NDArray[np.float64]
+    abundances: NDArray[np.float64]
+    expected_power: Tensor
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; ``class_id`` counts from 1."""
+        names = tuple(grains.name for grains in self.beads)
+        return names if self.recipe.junk is None else (*names, JUNK_CLASS)
+
+
+@dataclass(frozen=True, eq=False)
+class SimulatedField:
+    """One imaged field with its ground truth; arrays are (z, y, x) over the periodic field."""
+
+    scene: Scene
+    tomogram: NDArray[np.float32]
+    owners: NDArray[np.int32]
+    """0 background, else 1 + index of the particle in the scene."""
+    density: NDArray[np.float32]
+    distractor_kinds: NDArray[np.int8]
+    """Kind of distractor of each voxel, 0 none; see :func:`render_distractors`."""
+    record: FieldRecord
+
+
+def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) -> Specimen:
+    """Specimen of a recipe.
+
+    Raises
+    ------
+    ValueError
+        If a structure does not fit the box with its jitter, the request cannot be packed, or
+        abundances name no structure.
+    """
+    abundances = _abundances_of(recipe, structures)
+    room = recipe.box * recipe.voxel_size - 2.0 * recipe.jitter
+    for structure in structures:
+        if structure.extent > room:
+            needed = int(np.ceil((structure.extent + 2.0 * recipe.jitter) / recipe.voxel_size))
+            msg = (
+                f"{structure.name} is {structure.extent:.0f} Å across; a box of {recipe.box} "
+                f"voxels of {recipe.voxel_size:g} Å less the jitter has room for {room:.0f} Å: "
+                f"use a box of {needed}, a larger voxel, or leave it out of `include`"
+            )
+            raise ValueError(msg)
+    content = recipe.digest() + "".join(structure.digest for structure in structures)
+    beads = tuple(coarse_grain(structure, spacing=recipe.bead_spacing) for structure in structures)
+    thresholds = np.array(
+        [
+            label_threshold(
+                grains,
+                voxel_size=recipe.voxel_size,
+                sigma=recipe.blur,
+                volume_factor=recipe.label_volume,
+            )
+            for grains in beads
+        ]
+    )
+    nothing = torch.zeros(0)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    specimen = Specimen(recipe, digest, beads, thresholds, abundances, nothing)
+    with single_thread():
+        spectra = []
+        num_fields = REFERENCE_VOXELS // int(np.prod(recipe.field_shape))
+        for index in range(min(max(num_fields, 2), 32)):
+            generator = np.random.default_rng(seed_of(specimen, "reference", index))
+            density = _render(specimen, _pack(specimen, generator))[0]
+            spectra.append(power_spectrum(torch.from_numpy(density)))
+        expected_power = torch.stack(spectra).mean(dim=0)
+    return Specimen(recipe, digest, beads, thresholds, abundances, expected_power)
+
+
+def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField:
+    """Field number ``index`` of a split; depends on nothing but the recipe and these two."""
+    recipe = specimen.recipe
+    generator = np.random.default_rng(seed_of(specimen, split, index))
+    scene = _pack(specimen, generator)
+    snr = None
+    if recipe.snr is not None:
+        snr = float(np.exp(generator.uniform(*np.log(recipe.snr))))
+    draw = draw_field_optics(specimen, split, index)
+    optics = optics_of(
+        recipe.field_shape,
+        recipe.voxel_size,
+        draw.microscope,
+        draw.tilts,
+        draw.defoci_um,
+        recipe.ctf_correction,
+        shifts=draw.shifts,
+        snr_stage=recipe.snr_stage,
+    )
+    density, owners = _render(specimen, scene)
+    factor = noise_scale(specimen.expected_power, optics, snr, width=recipe.field_shape[2])
+    noise_generator = torch.Generator().manual_seed(int(generator.integers(2**63 - 1)))
+    imaged, measured = image_and_measure(
+        torch.from_numpy(density), optics, factor, noise_generator, recipe.voxel_size
+    )
+    kinds = np.zeros(recipe.field_shape, np.int8)
+    if scene.distractors:
+        foreign, kinds = render_distractors(
+            scene.distractors,
+            shape=recipe.field_shape,
+            voxel_size=recipe.voxel_size,
+            sigma=recipe.blur,
+        )
+        foreign_signal, _ = image_field(torch.from_numpy(foreign), optics, 0.0, noise_generator)
+        imaged, density = imaged + foreign_signal, density + foreign
+    tomogram, numbers = imaged.numpy(), draw.numbers()
+    record = FieldRecord(
+        field=f"{split}-{index:05d}",
+        mean=float(tomogram.mean()),
+        std=float(tomogram.std()),
+        defocus_um=numbers["defocus_um"],
+        drawn=numbers,
+        requested_snr=snr,
+        snr=None if measured is None else measured.stage,
+        snr_reconstruction=None if measured is None else measured.reconstruction,
+        snr_60=None if measured is None else measured.low_passed,
+        noise_std=None if measured is None else measured.noise_std,
+        occupancy=scene.occupancy,
+        num_particles=len(scene),
+    )
+    return SimulatedField(scene, tomogram, owners, density, kinds, record)
+
+
+def draw_field_optics(specimen: Specimen, split: str, index: int) -> OpticsDraw:
+    """Optics of field number ``index`` of a split; one of ``num_optics`` where these are shared."""
+    recipe = specimen.recipe
+    seed = seed_of(specimen, f"{split}-optics", index)
+    if recipe.num_optics is not None:
+        seed = seed_of(specimen, "optics", seed % recipe.num_optics)
+    return draw_optics(recipe.microscope, recipe.tilts, np.random.default_rng(seed))
+
+
+def seed_of(specimen: Specimen, purpose: str, index: int) -> int:
+    """Seed of one piece of work, from the recipe's digest: no two pieces share a stream."""
+    text = f"{specimen.recipe_digest}/{purpose}/{index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _pack(specimen: Specimen, generator: np.random.Generator) -> Scene:
+    recipe = specimen.recipe
+    return pack_scene(
+        specimen.beads,
+        shape=recipe.field_shape,
+        voxel_size=recipe.voxel_size,
+        occupancy=recipe.occupancy,
+        generator=generator,
+        abundances=specimen.abundances,
+        keep_out=recipe.keep_out,
+        distractors=recipe.distractors,
+        # Anywhere within the centre's voxel; the jitter is that of the cut.
+        target_offset=generator.uniform(-0.5, 0.5, 3) if recipe.independent else None,
+    )
+
+
+def _abundances_of(
+    recipe: SimulationRecipe, structures: Sequence[Structure]
+) -> NDArray[np.float64]:
+    names = [structure.name for structure in structures]
+    unknown = [name for name in recipe.abundances if name not in names]
+    if unknown:
+        msg = (
+            f"abundances names {', '.join(unknown)}: not among the structures, which are "
+            f"{', '.join(names)}"
+        )
+        raise ValueError(msg)
+    if recipe.junk is not None and JUNK_CLASS in names:
+        msg = f"a structure is called {JUNK_CLASS}, as the class of junk: rename its file"
+        raise ValueError(msg)
+    abundances = np.array([recipe.abundances.get(name, 1.0) for name in names])
+    if not abundances.any():
+        msg = f"abundances is 0 for all of {', '.join(names)}: expected one above 0"
+        raise ValueError(msg)
+    return abundances
+
+
+def _render(specimen: Specimen, scene: Scene) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    recipe = specimen.recipe
+    return render_field(
+        specimen.beads,
+        scene.class_ids,
+        scene.positions_zyx,
+        scene.angles,
+        shape=recipe.field_shape,
+        voxel_size=recipe.voxel_size,
+        sigma=recipe.blur,
+        thresholds=specimen.thresholds,
+    )
