@@ -13,7 +13,7 @@ from cectflow.config import Config
 from cectflow.dataset import SPLITS, Dataset
 from cectflow.execution import run_all
 from cectflow.figures import draw_slices
-from cectflow.files import appearing, refuse_existing_folder, replacing
+from cectflow.files import appearing, refuse_existing_folder, remove_leftovers, replacing
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation.delivery import simulate_dataset
@@ -263,6 +263,7 @@ def _start_folder(folder: Path, description: TomogramSet) -> None:
     if path.is_file():
         earlier = TomogramSet.from_json(path.read_text(encoding="utf-8"), source=str(path))
         if earlier.model_copy(update={"commit": description.commit}) == description:
+            remove_leftovers(folder)
             return
         msg = f"{folder} holds tomograms of another recipe, shape or kind: give another folder"
         raise FileExistsError(msg)
