@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +232,9 @@ def simulate_tomograms(
     _start_folder(folder, description)
     with start_run("simulate tomograms", tags={"role": "tomograms"}) as run:
         run.log_config(recipe, "recipe")
+        setting = _Setting(specimen.recipe_digest, shape, specimen)
         jobs = [
-            _TomogramJob(specimen, shape, folder / f"tomo_{index:03d}", index, tilt_series)
+            _TomogramJob(setting, folder / f"tomo_{index:03d}", index, tilt_series)
             for index in range(count)
         ]
         missing = [job for job in jobs if not job.folder.exists()]
@@ -242,20 +244,35 @@ def simulate_tomograms(
     return tuple(job.folder for job in jobs)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """Specimen and shape of tomograms; equal to that of the next job, also in another process."""
+
+    recipe_digest: str
+    shape: tuple[int, int, int]
+    specimen: Specimen = field(compare=False)
+
+
 @dataclass(frozen=True, eq=False)
 class _TomogramJob:
-    specimen: Specimen
-    shape: tuple[int, int, int]
+    setting: _Setting
     folder: Path
     index: int
     tilt_series: bool
 
 
+@lru_cache(maxsize=1)
+def _surround_once(setting: _Setting) -> Specimen:
+    return surround(setting.specimen, setting.shape)
+
+
 def _simulate_one(job: _TomogramJob) -> None:
-    surrounded = surround(job.specimen, job.shape)
-    tomogram = simulate_tomogram(surrounded, job.shape, job.index, tilt_series=job.tilt_series)
+    setting = job.setting
+    tomogram = simulate_tomogram(
+        _surround_once(setting), setting.shape, job.index, tilt_series=job.tilt_series
+    )
     with appearing(job.folder) as folder:
-        _write_tomogram(tomogram, folder, job.folder.name, job.specimen, overwrite=False)
+        _write_tomogram(tomogram, folder, job.folder.name, setting.specimen, overwrite=False)
 
 
 def _start_folder(folder: Path, description: TomogramSet) -> None:
@@ -278,10 +295,9 @@ def _write_tomogram(
 ) -> None:
     voxel_size = specimen.recipe.voxel_size
     labels = (f"simulated, recipe {specimen.recipe_digest[:16]}",)
-    most = int(tomogram.instances.max())
-    # MRC lacks int32; float32 counts to 16 million.
-    narrow = np.int16 if most < 2**15 else np.uint16 if most < 2**16 else np.float32
-    instances = tomogram.instances.astype(narrow)
+    instances = tomogram.instances
+    if instances.dtype != np.int16:  # MRC lacks int32; float32 counts to 16 million
+        instances = instances.astype(np.uint16 if instances.max() < 2**16 else np.float32)
     for file, data in (
         ("tomogram", tomogram.data),
         ("true_classes", tomogram.classes),
