@@ -15,7 +15,13 @@ from cectflow.dataset import JUNK_CLASS, FieldRecord
 from cectflow.execution import single_thread
 from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
 from cectflow.simulation.distractors import render_distractors
-from cectflow.simulation.imaging import image_spectrum, noise_scale, optics_of, power_spectrum
+from cectflow.simulation.imaging import (
+    image_spectrum,
+    noise_scale,
+    optics_of,
+    power_spectrum,
+    volume_of,
+)
 from cectflow.simulation.microscope import OpticsDraw, draw_optics
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.scene import Scene, pack_scene
@@ -204,12 +210,11 @@ def image_drawn(
     )
     factor = noise_scale(specimen.expected_power, optics, drawn.snr, width=shape[2])
     generator = torch.Generator().manual_seed(drawn.noise_seed)
-    imaged, measured = image_spectrum(spectrum, shape, optics, factor, generator, recipe.voxel_size)
-    if foreign is not None:
-        # The SNR is that of the particles: distractors come after it was measured.
-        imaged += image_spectrum(foreign, shape, optics, 0.0, generator, recipe.voxel_size)[0]
+    measured = image_spectrum(spectrum, shape, optics, factor, generator, recipe.voxel_size)
+    if foreign is not None:  # after the SNR was measured, which is that of the particles
+        spectrum += foreign.mul_(optics.signal)
     del optics  # of a whole tomogram they take as much as it does
-    tomogram, numbers = imaged.numpy(), draw.numbers()
+    tomogram, numbers = volume_of(spectrum, shape).numpy(), draw.numbers()
     record = FieldRecord(
         field=drawn.name,
         mean=float(tomogram.mean()),

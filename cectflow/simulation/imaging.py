@@ -41,6 +41,7 @@ __all__ = [
     "noise_scale",
     "optics_of",
     "power_spectrum",
+    "volume_of",
 ]
 
 SnrStage = Literal["reconstruction", "projection", "aitom"]
@@ -445,10 +446,9 @@ def image_and_measure(
         In Å.
     """
     depth, height, width = density.shape
-    spectrum = torch.fft.rfftn(density)
-    return image_spectrum(
-        spectrum, (depth, height, width), optics, noise_factor, generator, voxel_size
-    )
+    shape, spectrum = (depth, height, width), torch.fft.rfftn(density)
+    measured = image_spectrum(spectrum, shape, optics, noise_factor, generator, voxel_size)
+    return volume_of(spectrum, shape), measured
 
 
 def image_spectrum(
@@ -458,23 +458,28 @@ def image_spectrum(
     noise_factor: float,
     generator: torch.Generator,
     voxel_size: float,
-) -> tuple[Float[Tensor, "z y x"], MeasuredSnr | None]:
-    """As :func:`image_and_measure`, of a density whose ``rfftn`` this is and which may be gone.
+) -> MeasuredSnr | None:
+    """Turn the spectrum of a density into that of its tomogram, as :func:`image_and_measure`.
 
-    In memory are, beside the optics, no more than the spectrum, which is overwritten, and one
-    array of its size.
+    Beside it and the optics no more than the noise is in memory.
 
     Parameters
     ----------
     spectrum
-        Of the density.
+        ``rfftn`` of the density; overwritten.
     shape
         Of the density.
     optics, noise_factor, generator, voxel_size
-        As of :func:`image_field`.
+        As of :func:`image_and_measure`.
+
+    Returns
+    -------
+    MeasuredSnr | None
+        None when noise-free.
     """
     if noise_factor == 0:
-        return _invert(spectrum.mul_(optics.signal), shape), None
+        spectrum.mul_(optics.signal)
+        return None
     noise = _draw_white(shape, generator)
     at_stage = _Variance(shape), _Variance(shape)
     full = _Variance(shape), _Variance(shape)
@@ -482,9 +487,8 @@ def image_spectrum(
     for part in _sections(spectrum):
         spectra = spectrum[part], noise[part]
         if optics.at_stage is not None:
-            for variance, values, gain in zip(
-                at_stage, spectra, optics.snr_gains(part), strict=True
-            ):
+            gains = optics.snr_gains(part)
+            for variance, values, gain in zip(at_stage, spectra, gains, strict=True):
                 variance.add(_squared(values) * gain)
         # In place: a real tensor times a complex one is many times slower into a new one.
         spectra[0].mul_(optics.signal[part])
@@ -495,20 +499,14 @@ def image_spectrum(
             whole.add(power)
             inner.add(power * inside)
     spectrum.add_(noise)
-    del noise, spectra, values
-    stage = full[0].total / full[1].total
+    reconstruction = stage = full[0].total / full[1].total
     if optics.at_stage is not None:
         stage = at_stage[0].total / (at_stage[1].total * noise_factor**2)
-    measured = MeasuredSnr(
-        stage=stage,
-        reconstruction=full[0].total / full[1].total,
-        low_passed=low[0].total / low[1].total,
-        noise_std=float(np.sqrt(full[1].total)),
-    )
-    return _invert(spectrum, shape), measured
+    low_passed = low[0].total / low[1].total
+    return MeasuredSnr(stage, reconstruction, low_passed, float(np.sqrt(full[1].total)))
 
 
-def _invert(
+def volume_of(
     spectrum: Inexact[Tensor, "z y kx"], shape: tuple[int, int, int]
 ) -> Float[Tensor, "z y x"]:
     """Volume of a half spectrum; a large one is overwritten, so that no copy of it is needed."""

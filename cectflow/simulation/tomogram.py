@@ -9,6 +9,7 @@ cell is.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,13 +55,13 @@ class Tomogram:
     data
         The tomogram, protein dark.
     density
-        Potential above ice, V; to be looked at, hence no more than float16.
+        Potential above ice, V, if it was asked for; to be looked at, hence no more than float16.
     classes
         class_id of every voxel, 0 background.
     instances
         Number of the particle that each voxel belongs to, 0 background. ``i + 1`` is row i of the
-        particles below; higher numbers reach in from beyond the faces. int16, or int32 where there
-        are more particles than that holds.
+        particles below; higher numbers reach in from beyond the faces. int16, uint16 or
+        int32, the first that holds them.
     class_ids, positions_zyx, angles
         Of the particles whose centre is inside: class, voxels of this tomogram, RELION ZYZ.
     record
@@ -70,7 +71,7 @@ class Tomogram:
     """
 
     data: Float[NDArray[np.float32], "z y x"]
-    density: Float[NDArray[np.float16], "z y x"]
+    density: Float[NDArray[np.float16], "z y x"] | None
     classes: Int[NDArray[np.int8], "z y x"]
     instances: Int[NDArray[Any], "z y x"]
     class_ids: Int[NDArray[np.int64], " particle"]
@@ -81,7 +82,7 @@ class Tomogram:
 
 
 def check_tomogram_shape(
-    structures: tuple[Structure, ...], shape: tuple[int, int, int], voxel_size: float
+    structures: Sequence[Structure], shape: tuple[int, int, int], voxel_size: float
 ) -> None:
     """Refuse a tomogram that a structure does not fit into.
 
@@ -138,7 +139,12 @@ def surround(specimen: Specimen, shape: tuple[int, int, int]) -> Specimen:
 
 
 def simulate_tomogram(
-    surrounded: Specimen, shape: tuple[int, int, int], index: int, *, tilt_series: bool = False
+    surrounded: Specimen,
+    shape: tuple[int, int, int],
+    index: int,
+    *,
+    tilt_series: bool = False,
+    keep_density: bool = True,
 ) -> Tomogram:
     """Tomogram number ``index``; depends on nothing but the specimen, the shape and these two.
 
@@ -153,6 +159,8 @@ def simulate_tomogram(
     tilt_series
         Record every projection and back-project them, in minutes instead of seconds. The noise
         has the variance that it has without, by which ``record`` was measured.
+    keep_density
+        Give the density too, which nothing but pictures needs.
     """
     whole = surrounded.recipe.field_shape
     first = [(long - short) // 2 for long, short in zip(whole, shape, strict=True)]
@@ -173,7 +181,7 @@ def simulate_tomogram(
             foreign_spectrum = torch.fft.rfftn(torch.from_numpy(foreign))
             density += foreign
             del foreign
-        truth = density[middle].astype(np.float16)
+        shown = density[middle].astype(np.float16) if keep_density else None
         kept = density if tilt_series else None
         del density
         tomogram, record = image_drawn(surrounded, drawn, spectrum, foreign_spectrum)
@@ -183,7 +191,7 @@ def simulate_tomogram(
         data = back_project(series, shape)
     return Tomogram(
         data=data,
-        density=truth,
+        density=shown,
         classes=classes,
         instances=instances,
         class_ids=scene.class_ids[inside],
@@ -201,8 +209,10 @@ def _label(
 ) -> tuple[Int[NDArray[np.int8], "z y x"], Int[NDArray[Any], "z y x"]]:
     """Class of every voxel, and its particle, of which those inside come first."""
     order = np.concatenate([np.nonzero(inside)[0], np.nonzero(~inside)[0]])
-    number = np.zeros(len(scene) + 1, np.int16 if len(scene) < 2**15 else np.int32)
-    number[order + 1] = np.arange(1, len(scene) + 1)
+    most = len(scene)
+    narrow = np.int16 if most < 2**15 else np.uint16 if most < 2**16 else np.int32
+    number = np.zeros(most + 1, narrow)
+    number[order + 1] = np.arange(1, most + 1)
     class_of_owner = np.concatenate([[0], scene.class_ids]).astype(np.int8)
     return class_of_owner[owners], number[owners]
 
