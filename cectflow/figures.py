@@ -6,6 +6,7 @@ Each function returns a matplotlib figure, drawn without a display; no global st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,18 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from cectflow.files import replacing
+
 __all__ = [
     "draw_confusion",
     "draw_field",
     "draw_learning_curves",
     "draw_radial_power",
     "draw_slices",
+    "write_figure",
 ]
 
+FIGURE_DPI = 100
 LABEL_COLOUR = "#ff7f0e"
 PREDICTION_COLOUR = "#17becf"
 LOG_SPAN = 30.0
@@ -40,6 +45,18 @@ LABEL_COLOURS = (
 """Of voxel labels on black: Okabe and Ito's, which colour-blind eyes tell apart, then Tol's."""
 TITLE_CHARACTERS = 21
 """That fit over a panel of :func:`draw_slices` in the usual size; longer titles are set smaller."""
+
+
+def write_figure(figure: Figure, path: Path, *, overwrite: bool = False) -> None:
+    """Write a figure as a PNG.
+
+    Raises
+    ------
+    FileExistsError
+        If the file exists and is not to be overwritten.
+    """
+    with replacing(path, overwrite=overwrite) as temporary:
+        figure.savefig(temporary, format="png", dpi=FIGURE_DPI)
 
 
 def draw_learning_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:

@@ -241,7 +241,7 @@ def draw_snr(
 
 
 def _draw_truth(
-    density: Float[NDArray[np.float32], "z y x"],
+    density: Float[NDArray[np.floating], "z y x"],
     tomogram: Float[NDArray[np.float32], "z y x"],
     classes: Int[NDArray[np.integer], "z y x"],
     instances: Int[NDArray[np.integer], "z y x"],
