@@ -9,7 +9,6 @@ One format holds simulated and imported data (design.md, section 5). A folder ha
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cectflow.config import Config
-from cectflow.files import sha256_of
+from cectflow.files import replacing, sha256_of
 from cectflow.model_card import Contrast, CtfCorrection
 from cectflow.particles import particles_from, read_particles
 from cectflow.volume import create_volume, read_stack
@@ -159,9 +158,8 @@ class Manifest(Config):
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` atomically."""
-        temporary = folder / f".{MANIFEST_FILE}.{os.getpid()}"
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(folder / MANIFEST_FILE)
+        with replacing(folder / MANIFEST_FILE, overwrite=True) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -421,7 +419,7 @@ def write_shard(
     stacks: Mapping[str, NDArray[Any] | None] = dict(
         zip(STACK_KINDS, (content.cubes, content.voxel_labels, content.instances), strict=True)
     )
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(".tmp", f".{target.name}.", target.parent) as scratch:
         temporary = Path(scratch)
         for kind, stack in stacks.items():
             if stack is not None:

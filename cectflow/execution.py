@@ -1,6 +1,6 @@
 """Where work runs: this process or worker processes, behind one ``concurrent.futures`` interface.
 
-``open_executor`` gives an executor, ``run_all`` maps a function over jobs with progress, and
+``WorkerProcesses`` is an executor, ``run_all`` maps a function over jobs with progress, and
 ``single_thread`` holds the numerical libraries to one thread, so that results do not depend on
 how many cores a worker happens to see.
 """
@@ -14,19 +14,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
-from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any, TypeVar
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
-    "InProcessExecutor",
-    "open_executor",
-    "open_processes",
+    "WorkerProcesses",
     "run_all",
     "single_thread",
     "track",
@@ -39,63 +39,55 @@ Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 15.0
 
 
-class InProcessExecutor(Executor):
-    """Executor that runs each call at once in the calling thread: no processes, no pickling."""
+class WorkerProcesses(ProcessPoolExecutor):
+    """Processes that work beside this one, even if it is only one.
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Finished future of the call."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    They leave Ctrl-C to this process and end when it does, however that ends. As a context:
+    at its end the jobs in hand are waited for and others dropped; Ctrl-C and SIGTERM wait for
+    none.
 
-
-def open_executor(workers: int) -> Executor:
-    """Executor for a number of workers: 1 is this process, more are spawned processes.
+    Parameters
+    ----------
+    workers
+        How many.
 
     Raises
     ------
     ValueError
         If ``workers`` is below 1.
     """
-    if workers < 1:
-        msg = f"workers is {workers}: expected 1 (this process) or more"
-        raise ValueError(msg)
-    if workers == 1:
-        return InProcessExecutor()
-    # Spawned, not forked: a fork copies the locks of the parent's threads in whatever state.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+    def __init__(self, workers: int) -> None:
+        if workers < 1:
+            msg = f"workers is {workers}: expected 1 or more"
+            raise ValueError(msg)
+        # Spawned, not forked: a fork copies the locks of the parent's threads in whatever state.
+        context = multiprocessing.get_context("spawn")
+        given_up, self._lifeline = context.Pipe(duplex=False)
+        super().__init__(
+            workers, mp_context=context, initializer=_follow_parent, initargs=(given_up,)
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self._lifeline.close()  # ends the processes in the midst of what they do
+        self.shutdown(wait=True, cancel_futures=True)
 
 
-def open_processes(workers: int) -> Executor:
-    """Worker processes that work beside this one, even if it is only one.
-
-    They leave Ctrl-C to this process, which shuts the executor down, and end with it if it is
-    killed.
-
-    Raises
-    ------
-    ValueError
-        If ``workers`` is below 1.
-    """
-    if workers < 1:
-        msg = f"workers is {workers}: expected 1 or more"
-        raise ValueError(msg)
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-
-
-def _follow_parent() -> None:
-    """Make a worker process end when its parent does, and not before."""
+def _follow_parent(given_up: Connection) -> None:
+    """Make a worker process end when its parent does or gives it up, and not before."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def follow() -> None:
         # The queue of jobs does not tell: each worker holds both ends of it.
-        wait([parent.sentinel])
+        wait([parent.sentinel, given_up])
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -106,20 +98,30 @@ def run_all(
 ) -> Iterator[Result]:
     """Results of ``function(job)`` as they are finished, in any order, with progress shown.
 
-    The first failure is raised at once; jobs not yet begun are dropped. With one worker the
-    jobs run lazily, so that what the consumer did with earlier results is kept.
+    The first failure is raised when the jobs in hand have ended; those not yet begun are dropped.
+    With one worker the jobs run lazily, so that what the consumer did with earlier results is
+    kept.
+
+    Raises
+    ------
+    ChildProcessError
+        If a process died.
     """
     if workers == 1:
         yield from track((function(job) for job in jobs), total=len(jobs), title=title)
         return
-    with open_executor(workers) as executor:
+    with WorkerProcesses(workers) as executor:
         futures = [executor.submit(function, job) for job in jobs]
         try:
             finished = (future.result() for future in as_completed(futures))
             yield from track(finished, total=len(jobs), title=title)
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
+        except BrokenProcessPool:
+            msg = (
+                f"{title}: one of {workers} processes has died, perhaps for want of memory: use "
+                f"fewer --workers or smaller pieces of work; the same command goes on from what "
+                f"is finished"
+            )
+            raise ChildProcessError(msg) from None
 
 
 @contextmanager

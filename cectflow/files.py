@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -10,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["appearing", "refuse_existing_folder", "replacing", "sha256_of"]
+__all__ = ["appearing", "refuse_existing_folder", "remove_leftovers", "replacing", "sha256_of"]
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What an error says when a disk is full, a quota or a file's largest size is met."""
 
 
 def sha256_of(path: Path) -> str:
@@ -28,6 +32,8 @@ def replacing(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises
     ------
+    OSError
+        If the disk is full, or a limit on the size of files is met; with the space there is.
     FileExistsError
         If the path exists and is not to be overwritten; the message names ``--overwrite``.
     FileNotFoundError
@@ -43,6 +49,17 @@ def replacing(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        size = temporary.stat().st_size if temporary.exists() else 0
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        msg = (
+            f"{path} could not be written, {error.strerror}: it needs at least {size / 1e6:.3f} "
+            f"MB, {free / 1e6:.3f} MB are free; make room, then give the same command again"
+        )
+        raise OSError(msg) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,6 +98,18 @@ def refuse_existing_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         msg = f"{folder} exists and is not empty: give another folder, or remove it first"
         raise FileExistsError(msg)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from a folder what a killed process left there under a temporary name.
+
+    No other process may be writing into it.
+    """
+    for path in list(folder.glob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _beside(path: Path) -> Path:

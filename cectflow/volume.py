@@ -12,6 +12,7 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,6 @@ __all__ = [
     "Volume",
     "create_volume",
     "find_stacks",
-    "read_labels",
     "read_stack",
     "read_volume",
     "write_images",
@@ -175,19 +175,6 @@ def find_stacks(pattern: str) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def read_labels(path: Path) -> tuple[str, ...]:
-    """Text labels of an MRC header, empty ones left out.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As :func:`read_volume`.
-    """
-    header, _ = _parse_header(path, _read_bytes(path, 1024))
-    labels = (bytes(label).decode("ascii", "replace").strip("\0 ") for label in header.label)
-    return tuple(label for label in labels if label)
-
-
 def write_volume(
     path: Path, volume: Volume, *, overwrite: bool = False, labels: Sequence[str] = ()
 ) -> None:
@@ -286,7 +273,8 @@ def create_volume(
 ) -> Iterator[NDArray[Any]]:
     """Writable memory-mapped array, of zeros at first, that becomes an MRC file at a clean exit.
 
-    On an error nothing is left behind. The header's statistics are marked as undetermined.
+    On an error nothing is left behind. The header's statistics are marked as undetermined. The
+    file takes its space on the disk at once.
 
     Parameters
     ----------
@@ -316,11 +304,21 @@ def create_volume(
     mode = next(mode for mode, code in _MODES.items() if np.dtype(code) == storable)
     with (
         replacing(path, overwrite=overwrite) as temporary,
-        # Sparse: voxels that were not written read as 0 and take no space.
         _mrcfile.new_mmap(temporary, shape, mrc_mode=mode) as mrc,
     ):
+        _reserve(temporary)
         _describe(mrc, voxel_size, labels)
         yield mrc.data
+
+
+def _reserve(path: Path) -> None:
+    """Claim the disk space of a sparse file, whose content stays.
+
+    Without it a full disk kills the process (SIGBUS) when it writes to the mapped array.
+    """
+    with path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _read(

@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,7 @@ import torch
 
 from cectflow import execution
 from cectflow.execution import (
-    InProcessExecutor,
-    open_executor,
-    open_processes,
+    WorkerProcesses,
     run_all,
     single_thread,
     track,
@@ -57,35 +58,69 @@ def test_one_worker_runs_lazily_so_that_earlier_results_are_kept() -> None:
     assert started == [0, 1, 2]
 
 
-def test_the_executor_of_one_worker_calls_at_once_and_keeps_the_failure() -> None:
-    with open_executor(1) as executor:
-        assert isinstance(executor, InProcessExecutor)
-        assert executor.submit(divmod, 7, 2).result() == (3, 1)
-        assert list(executor.map(abs, [-1, 2])) == [1, 2]
-        failed = executor.submit(math.sqrt, -1.0)
-    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
-        failed.result()
+def say_and_wait(signs: Path) -> str:
+    """Show that the work has begun, and go on when told to."""
+    (signs / "begun").touch()
+    wait_for(signs / "go")
+    return "done"
 
 
-def test_processes_beside_this_one_leave_ctrl_c_to_it() -> None:
-    with open_processes(1) as executor:
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    """Until a file is there."""
+    wait_until(path.exists, seconds)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Until something holds; fails if it never does."""
+    stop = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < stop, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_processes_beside_this_one_leave_ctrl_c_to_it(tmp_path: Path) -> None:
+    with WorkerProcesses(1) as executor:
         worker = executor.submit(os.getpid).result()
         assert worker != os.getpid()
-        busy = executor.submit(time.sleep, 1.5)
-        time.sleep(0.5)
+        busy = executor.submit(say_and_wait, tmp_path)
+        wait_for(tmp_path / "begun")
         os.kill(worker, signal.SIGINT)
-        assert busy.result() is None
+        (tmp_path / "go").touch()
+        assert busy.result() == "done"
         assert executor.submit(os.getpid).result() == worker
+
+
+def test_ctrl_c_in_this_process_waits_for_no_job(tmp_path: Path) -> None:
+    def press() -> None:
+        wait_for(tmp_path / "begun")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        # No result ever comes: nobody says go.
+        next(run_all(say_and_wait, [tmp_path] * 3, workers=2, title="endless"))
+    assert not active_children()
+
+
+def die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_is_told_with_the_remedy() -> None:
+    with pytest.raises(ChildProcessError, match=r"counting: one of 2 .* died.* fewer --workers"):
+        list(run_all(die, [1, 2], workers=2, title="counting"))
 
 
 SCRIPT = """
 import os, time
-from cectflow.execution import open_processes
+from cectflow.execution import run_all
+
+def say(_):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
 
 if __name__ == "__main__":
-    with open_processes(2) as executor:
-        print(executor.submit(os.getpid).result(), flush=True)
-        time.sleep(600)
+    list(run_all(say, [1, 2], workers=2, title="endless"))
 """
 
 
@@ -106,21 +141,15 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        worker = int(process.stdout.readline())
-        assert is_alive(worker)
+        workers = [int(process.stdout.readline()) for _ in range(2)]
+        assert all(is_alive(worker) for worker in workers)
         process.kill()
-    for _ in range(400):
-        if not is_alive(worker):
-            break
-        time.sleep(0.05)
-    assert not is_alive(worker)
+    wait_until(lambda: not any(is_alive(worker) for worker in workers))
 
 
 def test_less_than_one_worker_is_refused() -> None:
     with pytest.raises(ValueError, match="workers is 0: expected 1 or more"):
-        open_processes(0)
-    with pytest.raises(ValueError, match="workers is 0: expected 1"):
-        open_executor(0)
+        WorkerProcesses(0)
     with pytest.raises(ValueError, match="workers is -2"):
         list(run_all(abs, [1], workers=-2, title="nothing"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mrcfile
@@ -16,17 +17,23 @@ from cectflow.recipe import load_recipe
 from cectflow.tracking.runs import connect
 from cectflow.volume import read_volume
 
+resource = pytest.importorskip("resource", reason="limits are those of POSIX")
+
 SHAPE = ("18", "32", "40")
 
 
+Run = Callable[..., tuple[int, str, str]]
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit code, stdout and stderr of ``cectflow simulate tomograms`` of small ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
 
-    def call(*arguments: str) -> tuple[int, str, str]:
+    def call(*arguments: str, shape: Sequence[str] = SHAPE) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
-            main(("simulate", "tomograms", "--recipe", "tiny", "--shape", *SHAPE, *arguments))
+            main(("simulate", "tomograms", "--recipe", "tiny", "--shape", *shape, *arguments))
         captured = capsys.readouterr()
         return int(stop.value.code or 0), captured.out, captured.err
 
@@ -41,14 +48,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_tomograms_with_their_truth_and_tilt_series(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_tomograms_with_their_truth_and_tilt_series(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("--count", "2", "--tilt-series", "--out", "t")
     assert code == 0
     assert out.split() == ["t/tomo_000/tomogram.mrc", "t/tomo_001/tomogram.mrc"]
     folder = tmp_path / "t" / "tomo_000"
     assert {path.name for path in folder.iterdir()} == {
         "tomogram.mrc", "particles.star", "true_classes.mrc", "true_instances.mrc", "record.json",
-        "tilt_series.mrc", "tilt_series.tlt",
+        "slices.png", "tilt_series.mrc", "tilt_series.tlt",
     }  # fmt: skip
     recipe = load_recipe("tiny").simulation
     for name, kind in (
@@ -80,7 +87,7 @@ def test_tomograms_with_their_truth_and_tilt_series(run, tmp_path: Path) -> None
     assert read_volume(tmp_path / "t/tomo_001/tomogram.mrc").data.std() > 0
 
 
-def test_the_bytes_depend_on_recipe_and_index_alone(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_bytes_depend_on_recipe_and_index_alone(run: Run, tmp_path: Path) -> None:
     assert run("--count", "2", "--out", "one")[0] == 0
     assert run("--count", "2", "--out", "two", "--workers", "2")[0] == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -89,7 +96,9 @@ def test_the_bytes_depend_on_recipe_and_index_alone(run, tmp_path: Path) -> None
     assert other != contents(tmp_path / "one")["tomo_000/tomogram.mrc"]
 
 
-def test_a_second_call_makes_what_is_missing_and_touches_nothing_else(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_second_call_makes_what_is_missing_and_touches_nothing_else(
+    run: Run, tmp_path: Path
+) -> None:
     assert run("--count", "1", "--out", "t")[0] == 0
     first = tmp_path / "t/tomo_000/tomogram.mrc"
     before = first.stat().st_mtime_ns
@@ -103,7 +112,34 @@ def test_a_second_call_makes_what_is_missing_and_touches_nothing_else(run, tmp_p
     assert first.stat().st_mtime_ns == before
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_disk_is_one_clear_line_and_the_same_command_completes(
+    run: Run, tmp_path: Path
+) -> None:
+    shape = ("28", "104", "104")
+    num_bytes = 4 * 28 * 104 * 104
+    assert run("--count", "1", "--out", "t", shape=shape)[0] == 0
+    kept = contents(tmp_path / "t")
+    (tmp_path / "t" / ".tomo_001.0123456789ab.tmp").mkdir()  # as after a kill
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The store is smaller than a tomogram, and goes on being written.
+    assert (tmp_path / "store.db").stat().st_size < num_bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        code, out, err = run("--count", "2", "--out", "t", shape=shape)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert "tomogram.mrc could not be written, File too large: it needs at least 1.2" in line
+    assert "make room, then give the same command again" in line
+    assert contents(tmp_path / "t") == kept
+    assert run("--count", "2", "--out", "t", shape=shape)[0] == 0
+    assert (tmp_path / "t/tomo_001/record.json").is_file()
+    assert not list((tmp_path / "t").glob(".*"))
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     code, _, err = run("--out", "mine")

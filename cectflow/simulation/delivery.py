@@ -20,7 +20,7 @@ from cectflow.dataset import (
     write_shard,
 )
 from cectflow.execution import run_all, single_thread
-from cectflow.files import refuse_existing_folder
+from cectflow.files import refuse_existing_folder, remove_leftovers
 from cectflow.simulation.extraction import simulate_subtomograms
 from cectflow.simulation.field import Specimen, prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe
@@ -39,7 +39,8 @@ def simulate_dataset(
 ) -> Dataset:
     """Dataset folder of a recipe; shards that are already there are kept.
 
-    A shard holds whole fields. The bytes do not depend on ``workers``.
+    A shard holds whole fields. The bytes do not depend on ``workers``. Whatever ends the work, a
+    full disk or a kill, finished shards stay, and the same call makes the others.
 
     Parameters
     ----------
@@ -139,6 +140,8 @@ def _start_manifest(
     if path.is_file():
         earlier = Manifest.from_json(path.read_text(encoding="utf-8"), source=str(path))
         if earlier.recipe_digest == manifest.recipe_digest:
+            for place in (folder, *(folder / split for split in SPLITS)):
+                remove_leftovers(place)
             return earlier
         msg = f"{folder} holds another dataset: give another folder, or remove it first"
         raise FileExistsError(msg)

@@ -16,11 +16,12 @@ from cectflow.execution import single_thread
 from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
 from cectflow.simulation.distractors import render_distractors
 from cectflow.simulation.imaging import (
-    image_and_measure,
-    image_field,
+    Optics,
+    image_spectrum,
     noise_scale,
     optics_of,
     power_spectrum,
+    volume_of,
 )
 from cectflow.simulation.microscope import OpticsDraw, draw_optics
 from cectflow.simulation.recipe import SimulationRecipe
@@ -28,10 +29,16 @@ from cectflow.simulation.scene import Scene, pack_scene
 from cectflow.simulation.structure import Structure
 
 __all__ = [
+    "DrawnField",
     "SimulatedField",
     "Specimen",
+    "draw_field",
     "draw_field_optics",
+    "field_optics",
+    "image_drawn",
     "prepare_specimen",
+    "render_foreign",
+    "render_particles",
     "seed_of",
     "simulate_field",
 ]
@@ -83,6 +90,7 @@ class SimulatedField:
     distractor_kinds: NDArray[np.int8]
     """Kind of distractor of each voxel, 0 none; see :func:`render_distractors`."""
     record: FieldRecord
+    draw: OpticsDraw
 
 
 def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) -> Specimen:
@@ -126,7 +134,7 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
         num_fields = REFERENCE_VOXELS // int(np.prod(recipe.field_shape))
         for index in range(min(max(num_fields, 2), 32)):
             generator = np.random.default_rng(seed_of(specimen, "reference", index))
-            density = _render(specimen, _pack(specimen, generator))[0]
+            density = render_particles(specimen, _pack(specimen, generator))[0]
             spectra.append(power_spectrum(torch.from_numpy(density)))
         expected_power = torch.stack(spectra).mean(dim=0)
     return Specimen(recipe, digest, beads, thresholds, abundances, expected_power)
@@ -135,13 +143,123 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
 def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField:
     """Field number ``index`` of a split; depends on nothing but the recipe and these two."""
     recipe = specimen.recipe
+    drawn = draw_field(specimen, split, index)
+    density, owners = render_particles(specimen, drawn.scene)
+    spectrum = torch.fft.rfftn(torch.from_numpy(density))
+    kinds, foreign_spectrum = np.zeros(recipe.field_shape, np.int8), None
+    if drawn.scene.distractors:
+        foreign, kinds = render_foreign(specimen, drawn.scene)
+        foreign_spectrum = torch.fft.rfftn(torch.from_numpy(foreign))
+        density += foreign
+    tomogram, record = image_drawn(specimen, drawn, spectrum, foreign_spectrum)
+    return SimulatedField(drawn.scene, tomogram, owners, density, kinds, record, drawn.optics)
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnField:
+    """All that chance decides of a field, before any of its arrays is made.
+
+    Attributes
+    ----------
+    name
+        ``split-NNNNN``.
+    snr
+        Requested; None: noise-free.
+    noise_seed
+        Of the noise.
+    """
+
+    name: str
+    scene: Scene
+    snr: float | None
+    optics: OpticsDraw
+    noise_seed: int
+
+
+def draw_field(specimen: Specimen, split: str, index: int) -> DrawnField:
+    """What chance decides of field number ``index`` of a split."""
     generator = np.random.default_rng(seed_of(specimen, split, index))
-    scene = _pack(specimen, generator)
-    snr = None
-    if recipe.snr is not None:
-        snr = float(np.exp(generator.uniform(*np.log(recipe.snr))))
-    draw = draw_field_optics(specimen, split, index)
-    optics = optics_of(
+    scene, snr = _pack(specimen, generator), None
+    if specimen.recipe.snr is not None:
+        snr = float(np.exp(generator.uniform(*np.log(specimen.recipe.snr))))
+    optics = draw_field_optics(specimen, split, index)
+    seed = int(generator.integers(2**63 - 1))
+    return DrawnField(f"{split}-{index:05d}", scene, snr, optics, seed)
+
+
+def image_drawn(
+    specimen: Specimen, drawn: DrawnField, spectrum: Tensor, foreign: Tensor | None
+) -> tuple[NDArray[np.float32], FieldRecord]:
+    """Tomogram of a drawn field, and what was drawn and measured of it.
+
+    Parameters
+    ----------
+    specimen, drawn
+        Of the field.
+    spectrum, foreign
+        ``rfftn`` of the density of its particles and of its distractors, if it has any; both are
+        overwritten.
+    """
+    recipe, draw, shape = specimen.recipe, drawn.optics, specimen.recipe.field_shape
+    optics = field_optics(specimen, draw)
+    factor = noise_scale(specimen.expected_power, optics, drawn.snr, width=shape[2])
+    generator = torch.Generator().manual_seed(drawn.noise_seed)
+    measured = image_spectrum(spectrum, shape, optics, factor, generator, recipe.voxel_size)
+    if foreign is not None:  # after the SNR was measured, which is that of the particles
+        spectrum += foreign.mul_(optics.signal)
+    del optics  # of a whole tomogram they take as much as it does
+    tomogram, numbers = volume_of(spectrum, shape).numpy(), draw.numbers()
+    record = FieldRecord(
+        field=drawn.name,
+        mean=float(tomogram.mean()),
+        std=float(tomogram.std()),
+        defocus_um=numbers["defocus_um"],
+        drawn=numbers,
+        requested_snr=drawn.snr,
+        snr=None if measured is None else measured.stage,
+        snr_reconstruction=None if measured is None else measured.reconstruction,
+        snr_60=None if measured is None else measured.low_passed,
+        noise_std=None if measured is None else measured.noise_std,
+        occupancy=drawn.scene.occupancy,
+        num_particles=len(drawn.scene),
+    )
+    return tomogram, record
+
+
+def render_particles(
+    specimen: Specimen, scene: Scene
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Density of a scene's particles and the owner of each voxel: :func:`render_field`."""
+    recipe = specimen.recipe
+    return render_field(
+        specimen.beads,
+        scene.class_ids,
+        scene.positions_zyx,
+        scene.angles,
+        shape=recipe.field_shape,
+        voxel_size=recipe.voxel_size,
+        sigma=recipe.blur,
+        thresholds=specimen.thresholds,
+    )
+
+
+def render_foreign(
+    specimen: Specimen, scene: Scene
+) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+    """Density of a scene's distractors and the kind in each voxel: :func:`render_distractors`."""
+    recipe = specimen.recipe
+    return render_distractors(
+        scene.distractors,
+        shape=recipe.field_shape,
+        voxel_size=recipe.voxel_size,
+        sigma=recipe.blur,
+    )
+
+
+def field_optics(specimen: Specimen, draw: OpticsDraw) -> Optics:
+    """Filters of an optics draw on the recipe's field."""
+    recipe = specimen.recipe
+    return optics_of(
         recipe.field_shape,
         recipe.voxel_size,
         draw.microscope,
@@ -151,38 +269,6 @@ def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField
         shifts=draw.shifts,
         snr_stage=recipe.snr_stage,
     )
-    density, owners = _render(specimen, scene)
-    factor = noise_scale(specimen.expected_power, optics, snr, width=recipe.field_shape[2])
-    noise_generator = torch.Generator().manual_seed(int(generator.integers(2**63 - 1)))
-    imaged, measured = image_and_measure(
-        torch.from_numpy(density), optics, factor, noise_generator, recipe.voxel_size
-    )
-    kinds = np.zeros(recipe.field_shape, np.int8)
-    if scene.distractors:
-        foreign, kinds = render_distractors(
-            scene.distractors,
-            shape=recipe.field_shape,
-            voxel_size=recipe.voxel_size,
-            sigma=recipe.blur,
-        )
-        foreign_signal, _ = image_field(torch.from_numpy(foreign), optics, 0.0, noise_generator)
-        imaged, density = imaged + foreign_signal, density + foreign
-    tomogram, numbers = imaged.numpy(), draw.numbers()
-    record = FieldRecord(
-        field=f"{split}-{index:05d}",
-        mean=float(tomogram.mean()),
-        std=float(tomogram.std()),
-        defocus_um=numbers["defocus_um"],
-        drawn=numbers,
-        requested_snr=snr,
-        snr=None if measured is None else measured.stage,
-        snr_reconstruction=None if measured is None else measured.reconstruction,
-        snr_60=None if measured is None else measured.low_passed,
-        noise_std=None if measured is None else measured.noise_std,
-        occupancy=scene.occupancy,
-        num_particles=len(scene),
-    )
-    return SimulatedField(scene, tomogram, owners, density, kinds, record)
 
 
 def draw_field_optics(specimen: Specimen, split: str, index: int) -> OpticsDraw:
@@ -235,17 +321,3 @@ def _abundances_of(
         msg = f"abundances is 0 for all of {', '.join(names)}: expected one above 0"
         raise ValueError(msg)
     return abundances
-
-
-def _render(specimen: Specimen, scene: Scene) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    recipe = specimen.recipe
-    return render_field(
-        specimen.beads,
-        scene.class_ids,
-        scene.positions_zyx,
-        scene.angles,
-        shape=recipe.field_shape,
-        voxel_size=recipe.voxel_size,
-        sigma=recipe.blur,
-        thresholds=specimen.thresholds,
-    )

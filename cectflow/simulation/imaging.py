@@ -14,7 +14,7 @@ being Z thick, the field spreads that over 1/Z along k_z.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -42,9 +42,11 @@ __all__ = [
     "SnrStage",
     "image_and_measure",
     "image_field",
+    "image_spectrum",
     "noise_scale",
     "optics_of",
     "power_spectrum",
+    "volume_of",
 ]
 
 SnrStage = Literal["reconstruction", "projection", "aitom"]
@@ -64,7 +66,7 @@ AITOM_BAND_EDGE = 2 / 64
 CHUNK = 2**20
 """Values over which a step of building optics works at once: few enough for a CPU's cache."""
 CACHED_BYTES = 256_000_000
-"""Of optics kept for later fields, per process."""
+"""Of optics kept for later fields, per process; larger ones are not kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,18 +80,25 @@ class Optics:
         where tilts are misaligned.
     noise
         N(k) ≥ 0: multiplies the spectrum of white noise.
-    snr_signal, snr_noise
-        What the power spectra of the specimen and of unit white noise are multiplied by to give
-        signal and noise at the stage where the SNR is defined; in the reconstruction |H|² and N².
     snr_stage
-        Which that is.
+        Where the SNR is defined.
+    at_stage
+        What the power spectra of the specimen and of unit white noise are multiplied by to give
+        signal and noise at that stage; None: |H|² and N², those of the reconstruction.
     """
 
     signal: Inexact[Tensor, "z y kx"]
     noise: Float[Tensor, "z y kx"]
-    snr_signal: Float[Tensor, "z y kx"]
-    snr_noise: Float[Tensor, "z y kx"]
     snr_stage: SnrStage = "reconstruction"
+    at_stage: tuple[Float[Tensor, "z y kx"], Float[Tensor, "z y kx"]] | None = None
+
+    def snr_gains(
+        self, part: slice
+    ) -> tuple[Float[Tensor, "part y kx"], Float[Tensor, "part y kx"]]:
+        """Gains of signal and noise power at the SNR's stage, of some sections kz."""
+        if self.at_stage is None:
+            return _squared(self.signal[part]), self.noise[part] ** 2
+        return self.at_stage[0][part], self.at_stage[1][part]
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ def optics_of(
         return _cached[key]
     optics = _build_optics(*key)
     _cached[key] = optics
-    while len(_cached) > 1 and sum(map(_count_bytes, _cached.values())) > CACHED_BYTES:
+    while sum(map(_count_bytes, _cached.values())) > CACHED_BYTES:
         _cached.popitem(last=False)
     return optics
 
@@ -258,15 +267,17 @@ def _build_optics(
 
     transfer, amplitude = unfold(signal.neg_()), unfold(squared_noise.sqrt_())
     if snr_stage == "projection":
-        return Optics(transfer, amplitude, unfold(snr_signal), unfold(snr_noise), snr_stage)
+        at_stage = unfold(snr_signal), unfold(snr_noise)
+        return Optics(transfer, amplitude, snr_stage, at_stage)
     if snr_stage == "reconstruction":
-        return Optics(transfer, amplitude, _squared(transfer), amplitude**2)
+        return Optics(transfer, amplitude)
     gain = _squared(transfer)
     k = _radius(shape, 1.0, device)
     outside_wedge = slabs.weights.sum(dim=-1).clamp(max=1.0).T[:, None]
     after = torch.exp(-((k / AITOM_LOW_PASS) ** 2)) * outside_wedge
     band = torch.exp(-(((k - AITOM_BAND).clamp(min=0.0) / AITOM_BAND_EDGE) ** 2))
-    return Optics(transfer * band, (0.5 * (gain + after**2)).sqrt() * band, gain, gain, snr_stage)
+    noise = (0.5 * (gain + after**2)).sqrt() * band
+    return Optics(transfer * band, noise, snr_stage, (gain, gain))
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,9 +388,13 @@ def noise_scale(
     """
     if snr is None:
         return 0.0
-    num_voxels = expected_power[..., 0].numel() * width
-    unit_noise = _variance(optics.snr_noise, width) * num_voxels
-    return float(np.sqrt(_variance(expected_power * optics.snr_signal, width) / unit_noise / snr))
+    shape = (*expected_power.shape[:2], width)
+    signal, noise = _Variance(shape), _Variance(shape)
+    for part in _sections(expected_power):
+        gains = optics.snr_gains(part)
+        signal.add(expected_power[part] * gains[0])
+        noise.add(gains[1])
+    return float(np.sqrt(signal.total / (noise.total * np.prod(shape)) / snr))
 
 
 def image_field(
@@ -428,27 +443,80 @@ def image_and_measure(
     voxel_size
         In Å.
     """
-    shape, width = density.shape, density.shape[2]
-    signal = torch.fft.rfftn(density)
+    depth, height, width = density.shape
+    shape, spectrum = (depth, height, width), torch.fft.rfftn(density)
+    measured = image_spectrum(spectrum, shape, optics, noise_factor, generator, voxel_size)
+    return volume_of(spectrum, shape), measured
+
+
+def image_spectrum(
+    spectrum: Inexact[Tensor, "z y kx"],
+    shape: tuple[int, int, int],
+    optics: Optics,
+    noise_factor: float,
+    generator: torch.Generator,
+    voxel_size: float,
+) -> MeasuredSnr | None:
+    """Turn the spectrum of a density into that of its tomogram, as :func:`image_and_measure`.
+
+    Beside it and the optics no more than the noise is in memory.
+
+    Parameters
+    ----------
+    spectrum
+        ``rfftn`` of the density; overwritten.
+    shape
+        Of the density.
+    optics, noise_factor, generator, voxel_size
+        As of :func:`image_and_measure`.
+
+    Returns
+    -------
+    MeasuredSnr | None
+        None when noise-free.
+    """
     if noise_factor == 0:
-        return torch.fft.irfftn(signal.mul_(optics.signal), s=shape), None
-    noise = _draw_white(density.shape, generator)
-    stage = None
-    if optics.snr_stage != "reconstruction":
-        of_signal = _variance(_squared(signal) * optics.snr_signal, width)
-        of_noise = _variance(_squared(noise) * optics.snr_noise, width) * noise_factor**2
-        stage = of_signal / of_noise
-    # In place: a real tensor times a complex one is many times slower into a new one.
-    signal.mul_(optics.signal)
-    noise.mul_(optics.noise * noise_factor)
-    powers = _squared(signal), _squared(noise)
-    inside = _sphere(tuple(shape), voxel_size, SNR_RESOLUTION, str(density.device))
-    noise_variance = _variance(powers[1], width)
-    full = _variance(powers[0], width) / noise_variance
-    low = _variance(powers[0] * inside, width) / _variance(powers[1] * inside, width)
-    tomogram = torch.fft.irfftn(signal.add_(noise), s=shape)
-    stage = full if stage is None else stage
-    return tomogram, MeasuredSnr(stage, full, low, float(np.sqrt(noise_variance)))
+        spectrum.mul_(optics.signal)
+        return None
+    noise = _draw_white(shape, generator)
+    at_stage = _Variance(shape), _Variance(shape)
+    full = _Variance(shape), _Variance(shape)
+    low = _Variance(shape), _Variance(shape)
+    for part in _sections(spectrum):
+        spectra = spectrum[part], noise[part]
+        if optics.at_stage is not None:
+            gains = optics.snr_gains(part)
+            for variance, values, gain in zip(at_stage, spectra, gains, strict=True):
+                variance.add(_squared(values) * gain)
+        # In place: a real tensor times a complex one is many times slower into a new one.
+        spectra[0].mul_(optics.signal[part])
+        spectra[1].mul_(optics.noise[part] * noise_factor)
+        inside = _sphere(shape, part.start, part.stop, voxel_size, str(spectrum.device))
+        for whole, inner, values in zip(full, low, spectra, strict=True):
+            power = _squared(values)
+            whole.add(power)
+            inner.add(power * inside)
+    spectrum.add_(noise)
+    reconstruction = stage = full[0].total / full[1].total
+    if optics.at_stage is not None:
+        stage = at_stage[0].total / (at_stage[1].total * noise_factor**2)
+    low_passed = low[0].total / low[1].total
+    return MeasuredSnr(stage, reconstruction, low_passed, float(np.sqrt(full[1].total)))
+
+
+def volume_of(
+    spectrum: Inexact[Tensor, "z y kx"], shape: tuple[int, int, int]
+) -> Float[Tensor, "z y x"]:
+    """Volume of a half spectrum; a large one is overwritten, so that no copy of it is needed."""
+    if spectrum.numel() <= CHUNK:
+        small: Tensor = torch.fft.irfftn(spectrum, s=shape)
+        return small
+    for rows in _sections(spectrum.transpose(0, 1)):
+        spectrum[:, rows] = torch.fft.ifft(spectrum[:, rows], dim=0)
+    volume = torch.empty(shape, device=spectrum.device)
+    for part in _sections(spectrum):
+        volume[part] = torch.fft.irfftn(spectrum[part], s=shape[1:], dim=(1, 2))
+    return volume
 
 
 def _draw_white(shape: Sequence[int], generator: torch.Generator) -> Inexact[Tensor, "z y kx"]:
@@ -485,11 +553,12 @@ def _radius(shape: tuple[int, ...], voxel_size: float, device: str) -> Float[Ten
 
 @lru_cache(maxsize=4)
 def _sphere(
-    shape: tuple[int, ...], voxel_size: float, resolution: float, device: str
-) -> Float[Tensor, "z y kx"]:
-    """1 up to the frequency 1 / resolution, 0 beyond."""
-    inside = _radius(shape, voxel_size, device) <= 1.0 / resolution
-    return inside.to(torch.float32)
+    shape: tuple[int, ...], start: int, stop: int, voxel_size: float, device: str
+) -> Float[Tensor, "part y kx"]:
+    """1 up to the frequency 1 / 60 Å, 0 beyond; of the sections kz from start to stop."""
+    kz, ky, kx = _frequencies(shape, voxel_size, device)
+    radius = (kz[start:stop] ** 2 + ky**2 + kx**2).sqrt().to(torch.float32)
+    return (radius <= 1.0 / SNR_RESOLUTION).to(torch.float32)
 
 
 def _phase(turns: Float[Tensor, "..."]) -> Inexact[Tensor, "..."]:
@@ -527,14 +596,44 @@ def _multiplicity(width: int, device: str) -> Float[Tensor, " kx"]:
     return twice
 
 
-def _variance(power: Float[Tensor, "z y kx"], width: int) -> float:
-    """Variance of the real volume with this half power spectrum (Parseval), k = 0 excluded."""
-    columns = power.sum(dim=(0, 1)).to(torch.float64)
-    columns[0] -= power[0, 0, 0]
-    num_voxels = power.shape[0] * power.shape[1] * width
-    return float(columns @ _multiplicity(width, str(power.device))) / num_voxels**2
+class _Variance:
+    """Variance of a real volume, k = 0 excluded, from parts of its half power spectrum (Parseval).
+
+    Attributes
+    ----------
+    total
+        Of the parts added until now, of which the first must begin at k = 0.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._num_voxels = float(np.prod(shape, dtype=np.float64))
+        self._width = shape[2]
+        self._columns: Tensor | None = None
+
+    def add(self, power: Float[Tensor, "part y kx"]) -> None:
+        """Add the next sections kz of the power spectrum."""
+        columns = power.sum(dim=(0, 1)).to(torch.float64)
+        if self._columns is None:
+            columns[0] -= power[0, 0, 0]
+            self._columns = columns
+        else:
+            self._columns += columns
+
+    @property
+    def total(self) -> float:
+        assert self._columns is not None
+        multiplicity = _multiplicity(self._width, str(self._columns.device))
+        return float(self._columns @ multiplicity) / self._num_voxels**2
+
+
+def _sections(spectrum: Tensor) -> Iterator[slice]:
+    """Slices along the first axis, each of at most ``CHUNK`` values or of one index."""
+    length = len(spectrum)
+    step = max(CHUNK // max(spectrum[0].numel(), 1), 1)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def _count_bytes(optics: Optics) -> int:
-    tensors = (optics.signal, optics.noise, optics.snr_signal, optics.snr_noise)
+    tensors = (optics.signal, optics.noise, *(optics.at_stage or ()))
     return sum(tensor.nbytes for tensor in tensors)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from cectflow.dataset import Batch, Manifest
-from cectflow.execution import open_processes, single_thread
+from cectflow.execution import WorkerProcesses, single_thread
 from cectflow.simulation.extraction import simulate_subtomograms
 from cectflow.simulation.field import Specimen
 
@@ -178,7 +178,7 @@ class LiveSource:
                 "fewer --workers or a smaller field_shape; the same command goes on from the "
                 "last epoch"
             )
-            raise RuntimeError(msg) from None
+            raise ChildProcessError(msg) from None
         finally:
             for future in pending:
                 future.cancel()
@@ -207,15 +207,12 @@ def open_live(
     ValueError
         As :class:`LiveSource`, or if ``workers`` is below 1.
     """
-    executor = open_processes(workers)
-    try:
+    with WorkerProcesses(workers) as executor:
         # While one block is learned the next is made, and no process waits for work.
         ahead = FIELDS_PER_BLOCK + workers
         yield LiveSource(
             specimen, manifest, subtomograms_per_epoch, executor, ahead=ahead, name=name
         )
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,19 +9,29 @@ cell is.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from torch import Tensor
 
 from cectflow.dataset import FieldRecord
 from cectflow.execution import single_thread
-from cectflow.simulation.field import Specimen, draw_field_optics, simulate_field
+from cectflow.simulation.field import (
+    Specimen,
+    draw_field,
+    draw_field_optics,
+    image_drawn,
+    render_foreign,
+    render_particles,
+)
 from cectflow.simulation.microscope import electron_wavelength
+from cectflow.simulation.scene import Scene
 from cectflow.simulation.structure import Structure
 from cectflow.simulation.tilt_series import (
     TiltSeries,
@@ -45,12 +55,13 @@ class Tomogram:
     data
         The tomogram, protein dark.
     density
-        Potential above ice, V.
+        Potential above ice, V; to be looked at, hence no more than float16.
     classes
         class_id of every voxel, 0 background.
     instances
         Number of the particle that each voxel belongs to, 0 background. ``i + 1`` is row i of the
-        particles below; higher numbers reach in from beyond the faces.
+        particles below; higher numbers reach in from beyond the faces. int16, uint16 or
+        int32, the first that holds them.
     class_ids, positions_zyx, angles
         Of the particles whose centre is inside: class, voxels of this tomogram, RELION ZYZ.
     record
@@ -60,9 +71,9 @@ class Tomogram:
     """
 
     data: Float[NDArray[np.float32], "z y x"]
-    density: Float[NDArray[np.float32], "z y x"]
+    density: Float[NDArray[np.float16], "z y x"]
     classes: Int[NDArray[np.int8], "z y x"]
-    instances: Int[NDArray[np.int32], "z y x"]
+    instances: Int[NDArray[Any], "z y x"]
     class_ids: Int[NDArray[np.int64], " particle"]
     positions_zyx: Float[NDArray[np.float64], "particle 3"]
     angles: Float[NDArray[np.float64], "particle 3"]
@@ -71,7 +82,7 @@ class Tomogram:
 
 
 def check_tomogram_shape(
-    structures: tuple[Structure, ...], shape: tuple[int, int, int], voxel_size: float
+    structures: Sequence[Structure], shape: tuple[int, int, int], voxel_size: float
 ) -> None:
     """Refuse a tomogram that a structure does not fit into.
 
@@ -128,7 +139,11 @@ def surround(specimen: Specimen, shape: tuple[int, int, int]) -> Specimen:
 
 
 def simulate_tomogram(
-    surrounded: Specimen, shape: tuple[int, int, int], index: int, *, tilt_series: bool = False
+    surrounded: Specimen,
+    shape: tuple[int, int, int],
+    index: int,
+    *,
+    tilt_series: bool = False,
 ) -> Tomogram:
     """Tomogram number ``index``; depends on nothing but the specimen, the shape and these two.
 
@@ -144,35 +159,59 @@ def simulate_tomogram(
         Record every projection and back-project them, in minutes instead of seconds. The noise
         has the variance that it has without, by which ``record`` was measured.
     """
-    recipe = surrounded.recipe
-    with single_thread():
-        field = simulate_field(surrounded, "tomogram", index)
-    first = [(whole - part) // 2 for whole, part in zip(recipe.field_shape, shape, strict=True)]
+    whole = surrounded.recipe.field_shape
+    first = [(long - short) // 2 for long, short in zip(whole, shape, strict=True)]
     middle = tuple(slice(start, start + part) for start, part in zip(first, shape, strict=True))
-    data, series = field.tomogram[middle].copy(), None
-    if tilt_series:
-        series = _record(surrounded, field.density, field.record, index)
+    with single_thread():
+        drawn = draw_field(surrounded, "tomogram", index)
+        scene = drawn.scene
+        # A position just below 0 is one just below the period's end; the middle holds neither.
+        positions = scene.positions_zyx - np.array(first)
+        inside = ((positions >= 0) & (positions <= np.array(shape) - 1)).all(axis=1)
+        # What is no longer needed goes at once: an array of the field may take hundreds of MB.
+        density, owners = render_particles(surrounded, scene)
+        classes, instances = _label(scene, inside, owners[middle])
+        del owners
+        spectrum, foreign_spectrum = torch.fft.rfftn(torch.from_numpy(density)), None
+        if scene.distractors:
+            foreign, _ = render_foreign(surrounded, scene)
+            foreign_spectrum = torch.fft.rfftn(torch.from_numpy(foreign))
+            density += foreign
+            del foreign
+        shown = density[middle].astype(np.float16)
+        kept = density if tilt_series else None
+        del density
+        tomogram, record = image_drawn(surrounded, drawn, spectrum, foreign_spectrum)
+    data, series = tomogram[middle].copy(), None
+    if kept is not None:
+        series = _record(surrounded, kept, record, index)
         data = back_project(series, shape)
-    scene = field.scene
-    # A position just below 0 is one just below the period's end; the middle holds neither.
-    positions = scene.positions_zyx - np.array(first)
-    inside = ((positions >= 0) & (positions <= np.array(shape) - 1)).all(axis=1)
-    order = np.concatenate([np.nonzero(inside)[0], np.nonzero(~inside)[0]])
-    number = np.zeros(len(scene) + 1, np.int64)
-    number[order + 1] = np.arange(1, len(scene) + 1)
-    owners = field.owners[middle]
-    class_of_owner = np.concatenate([[0], scene.class_ids])
     return Tomogram(
         data=data,
-        density=field.density[middle].copy(),
-        classes=class_of_owner.astype(np.int8)[owners],
-        instances=number.astype(np.int32)[owners],
+        density=shown,
+        classes=classes,
+        instances=instances,
         class_ids=scene.class_ids[inside],
         positions_zyx=positions[inside],
         angles=scene.angles[inside],
-        record=field.record,
+        record=record,
         series=series,
     )
+
+
+def _label(
+    scene: Scene,
+    inside: Bool[NDArray[np.bool_], " particle"],
+    owners: Int[NDArray[np.int32], "z y x"],
+) -> tuple[Int[NDArray[np.int8], "z y x"], Int[NDArray[Any], "z y x"]]:
+    """Class of every voxel, and its particle, of which those inside come first."""
+    order = np.concatenate([np.nonzero(inside)[0], np.nonzero(~inside)[0]])
+    most = len(scene)
+    narrow = np.int16 if most < 2**15 else np.uint16 if most < 2**16 else np.int32
+    number = np.zeros(most + 1, narrow)
+    number[order + 1] = np.arange(1, most + 1)
+    class_of_owner = np.concatenate([[0], scene.class_ids]).astype(np.int8)
+    return class_of_owner[owners], number[owners]
 
 
 def _record(

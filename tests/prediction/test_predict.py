@@ -24,7 +24,7 @@ from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.segment import Segmentation, _paste
 from cectflow.prediction.source import InputFiles
 from cectflow.runtime import load_runtime
-from cectflow.volume import read_labels, read_stack, read_volume, write_stack
+from cectflow.volume import read_stack, read_volume, write_stack
 
 VOXEL_SIZE = 12.0
 OPTIONS = InputOptions(batch_size=2)
@@ -179,7 +179,8 @@ def test_label_map_names_the_particle_of_each_voxel(
     assert set(np.unique(labels.data)) <= {0, 1, 2, 3, 4}
     np.testing.assert_array_equal(labels.data > 0, foreground.data > 0.5)
     assert outcome.num_particles == 4
-    assert any("segmenter" in line for line in read_labels(out))
+    with mrcfile.open(out, header_only=True) as file:
+        assert any("segmenter" in line for line in file.get_labels())
 
 
 def test_label_stack_marks_the_target(segmenter: Path, stack: Path, tmp_path: Path) -> None:
