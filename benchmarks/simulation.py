@@ -16,8 +16,15 @@ from benchmarks.report import parse_options, write_report
 from cectflow.execution import single_thread
 from cectflow.flows.simulation import load_structures
 from cectflow.simulation.delivery import simulate_dataset
-from cectflow.simulation.extraction import simulate_subtomograms
-from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
+from cectflow.simulation.extraction import choose_targets, cut_cubes, simulate_subtomograms
+from cectflow.simulation.field import (
+    Specimen,
+    draw_field,
+    image_rendered,
+    prepare_specimen,
+    render_drawn,
+    simulate_field,
+)
 from cectflow.simulation.imaging import image_field, optics_of
 from cectflow.simulation.microscope import Microscope, draw_optics
 from cectflow.simulation.recipe import SimulationRecipe
@@ -52,6 +59,9 @@ def main() -> None:
       ``fast_over_literal_shared`` for the shared field, ``…_kept`` with filters at hand.
     - ``two_workers``: wall time of a dataset of 96 fields by one process over that by two; the
       start of the processes and the preparation of the specimen are included.
+    - ``gpu_per_s``, only where torch sees a CUDA device: 40³ cubes per second that it images,
+      measures and cuts of fields that are rendered already, their densities copied there in the
+      time measured; ``gpu_whole_per_s`` with packing, rendering and labels on one thread before.
     - ``peak_gb``: largest resident memory of this process and of any worker.
     """
     options = parse_options(__doc__ or "")
@@ -63,6 +73,8 @@ def main() -> None:
         figures |= _measure_rate("shared", specimen, fields=3 if options.quick else 10)
         figures |= _measure_rate("independent", alone, fields=20 if options.quick else 100)
         figures |= _measure_paths(specimen, repeats=2 if options.quick else 5)
+        if torch.cuda.is_available():
+            figures |= _measure_gpu(specimen.to("cuda"), fields=4 if options.quick else 20)
     figures["two_workers"] = _measure_workers(fields=16 if options.quick else 96)
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF,
              resource.RUSAGE_CHILDREN)]  # fmt: skip
@@ -79,6 +91,24 @@ def _measure_rate(name: str, specimen: Specimen, *, fields: int) -> dict[str, fl
         f"{name}_per_s": cubes / (time.perf_counter() - wall),
         f"{name}_per_cpu_s": cubes / (time.process_time() - process),
         f"{name}_cubes_per_field": cubes / fields,
+    }
+
+
+def _measure_gpu(specimen: Specimen, *, fields: int) -> dict[str, float]:
+    simulate_subtomograms(specimen, "warm-up", 0)
+    torch.cuda.synchronize()
+    start, cubes, imaging = time.perf_counter(), 0, 0.0
+    for index in range(fields):
+        rendered = render_drawn(specimen, draw_field(specimen, "train", index))
+        targets = choose_targets(specimen, rendered, index)
+        begun = time.perf_counter()
+        tomogram, _ = image_rendered(specimen, rendered)
+        cubes += len(cut_cubes(tomogram, targets.centres, specimen.recipe.box))
+        torch.cuda.synchronize()
+        imaging += time.perf_counter() - begun
+    return {
+        "gpu_per_s": cubes / imaging,
+        "gpu_whole_per_s": cubes / (time.perf_counter() - start),
     }
 
 
