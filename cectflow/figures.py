@@ -6,16 +6,21 @@ Each function returns a matplotlib figure, drawn without a display; no global st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+from cectflow.files import replacing
 
 __all__ = [
     "draw_confusion",
@@ -23,16 +28,30 @@ __all__ = [
     "draw_learning_curves",
     "draw_radial_power",
     "draw_slices",
+    "save_figure",
 ]
+
+DPI = 100
 
 LABEL_COLOUR = "#ff7f0e"
 PREDICTION_COLOUR = "#17becf"
 LOG_SPAN = 30.0
 """Ratio of the largest to the smallest loss above which the axis is logarithmic."""
 SCALE_BAR_FRACTION = 0.3
-NUM_LABEL_COLOURS = 20
+LABEL_COLOURS = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#BBBBBB",
+    "#882255", "#44AA99", "#999933", "#AA4499", "#332288", "#DDCC77", "#117733", "#CC6677",
+    "#EE8866", "#AAAA00", "#77AADD", "#FFAABB",
+)  # fmt: skip
+"""Of voxel labels on black: Okabe and Ito's, which colour-blind eyes tell apart, then Tol's."""
 TITLE_CHARACTERS = 21
 """That fit over a panel of :func:`draw_slices` in the usual size; longer titles are set smaller."""
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; an earlier one of that name is replaced."""
+    with replacing(path, overwrite=True) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")
 
 
 def draw_learning_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:
@@ -166,7 +185,11 @@ def draw_slices(
 
 
 def draw_field(
-    panels: Sequence[tuple[str, Shaped[NDArray[Any], "z y x"], str]], *, voxel_size: float
+    panels: Sequence[tuple[str, Shaped[NDArray[Any], "z y x"], str]],
+    *,
+    voxel_size: float,
+    title: str = "",
+    classes: Sequence[str] = (),
 ) -> Figure:
     """Volumes of one field side by side, central xy slices above xz slices: the road in a row.
 
@@ -177,34 +200,50 @@ def draw_field(
         (integers, 0 black; 20 colours, then they repeat).
     voxel_size
         In Å, for the scale bar.
+    title
+        Over all of them.
+    classes
+        Names of the labels from 1, for a legend of their colours.
     """
     depth, height, width = panels[0][1].shape
-    size = (3.0 * len(panels) + 0.2, 3.0 * (height + depth) / width + 0.3)
+    across = 3.0 * len(panels) + 0.2
+    columns = max(1, int(across / (0.09 * max(map(len, classes), default=0) + 0.5)))
+    extra = 0.3 * bool(title) + 0.22 * -(-len(classes) // columns)
+    size = (across, 3.0 * (height + depth) / width + 0.5 + extra)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(
         2, len(panels), squeeze=False, gridspec_kw={"height_ratios": [height, depth]}
     )
-    for column, (title, volume, kind) in enumerate(panels):
+    for column, (name, volume, kind) in enumerate(panels):
         for row, plane in enumerate(("xy", "xz")):
             axes = grid[row, column]
             slice_ = _central(volume, plane)
             if kind == "grey":
                 _draw_plane(axes, slice_)
             else:
-                number = (slice_ - 1) % NUM_LABEL_COLOURS
-                # tab20 pairs each strong colour with a pale one: the strong ones come first.
-                colours = np.ma.masked_where(slice_ == 0, number % 10 * 2 + number // 10)
+                colours = np.ma.masked_where(slice_ == 0, (slice_ - 1) % len(LABEL_COLOURS))
                 axes.imshow(
-                    colours, cmap="tab20", vmin=0, vmax=NUM_LABEL_COLOURS - 1, origin="lower",
-                    interpolation="nearest",
+                    colours, cmap=ListedColormap(LABEL_COLOURS), vmin=-0.5,
+                    vmax=len(LABEL_COLOURS) - 0.5, origin="lower", interpolation="nearest",
                 )  # fmt: skip
                 axes.set_facecolor("black")
                 axes.set_xticks([])
                 axes.set_yticks([])
             if column == 0:
-                axes.set_ylabel(plane)
-        grid[0, column].set_title(title, fontsize=10)
+                axes.set_ylabel(f"{plane} slice:  {plane[1]} →")
+        grid[0, column].set_title(name, fontsize=10)
+        grid[1, column].set_xlabel("x →")
     _scale_bar(grid[0, 0], voxel_size)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    if classes:
+        handles = [
+            Patch(color=LABEL_COLOURS[number % len(LABEL_COLOURS)], label=name)
+            for number, name in enumerate(classes)
+        ]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+        )
     return figure
 
 

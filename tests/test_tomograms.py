@@ -55,7 +55,7 @@ def test_tomograms_with_their_truth_and_tilt_series(run: Run, tmp_path: Path) ->
     folder = tmp_path / "t" / "tomo_000"
     assert {path.name for path in folder.iterdir()} == {
         "tomogram.mrc", "particles.star", "true_classes.mrc", "true_instances.mrc", "record.json",
-        "tilt_series.mrc", "tilt_series.tlt",
+        "slices.png", "tilt_series.mrc", "tilt_series.tlt",
     }  # fmt: skip
     recipe = load_recipe("tiny").simulation
     for name, kind in (

@@ -173,7 +173,6 @@ def _predict(
     number = {name: i for i, name in enumerate(written.class_names, 1)}
     found = np.array([0, *(number.get(name, 0) for name in rows["cectflowClassName"])])
     outlined = read_volume(folder / "labels.mrc")
-    assert written.truth.density is not None
     panels = (
         ("density", written.truth.density, "grey"),
         ("tomogram", written.truth.data, "grey"),

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from cectflow.dataset import SPLITS, Dataset
-from cectflow.figures import draw_slices
+from cectflow.dataset import SPLITS, Dataset, SplitName
+from cectflow.execution import single_thread
+from cectflow.figures import draw_slices, save_figure
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation.delivery import simulate_dataset
-from cectflow.simulation.field import prepare_specimen
+from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
+from cectflow.simulation.figures import draw_optics, draw_simulated_field, draw_snr, draw_spectra
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, find_structures, load_structure
 from cectflow.simulation.tomogram import Tomogram, simulate_tomogram, surround
@@ -110,7 +113,11 @@ def new_folder(name: str) -> Path:
 
 
 def simulate(recipe: Recipe, folder: Path, *, workers: int = 1, nested: bool = False) -> Dataset:
-    """Dataset of a recipe, logged as a run with its manifest and pictures."""
+    """Dataset of a recipe, logged as a run with its manifest and pictures.
+
+    The pictures lie in the dataset's folder ``figures``, which is no part of its content: they
+    are drawn anew whenever the dataset is asked for.
+    """
     structures = load_structures(recipe.simulation)
     with start_run("simulate", tags={"role": "dataset"}, nested=nested) as run:
         run.log_config(recipe.simulation, "recipe")
@@ -121,7 +128,8 @@ def simulate(recipe: Recipe, folder: Path, *, workers: int = 1, nested: bool = F
         run.log_dataset("simulated", manifest.content_digest(), str(folder.resolve()), "output")
         run.log_files(folder / "manifest.json")
         _log_measured(run, dataset)
-        _log_slices(run, dataset)
+        _write_figures(dataset, prepare_specimen(recipe.simulation, structures))
+        run.log_files(folder / "figures", "figures")
     return dataset
 
 
@@ -159,13 +167,16 @@ def simulate_tomograms(
     workers: int = 1,
 ) -> tuple[Path, ...]:
     """Tomograms of a recipe with their truth, logged as a run: :func:`deliver_tomograms`."""
-    structures = load_structures(recipe)
+    structures, earlier = load_structures(recipe), set(folder.glob("tomo_*"))
     with start_run("simulate tomograms", tags={"role": "tomograms"}) as run:
         run.log_config(recipe, "recipe")
         folders = deliver_tomograms(
             recipe, structures, folder, count=count, shape=shape or recipe.field_shape,
             tilt_series=tilt_series, workers=workers, commit=cectflow_commit(),
         )  # fmt: skip
+        for made in folders:
+            if made not in earlier:
+                run.log_files(made / "slices.png", f"figures/{made.name}")
         run.log_files(folder / "tomograms.json")
     return folders
 
@@ -182,18 +193,37 @@ def _log_measured(run: Run, dataset: Dataset) -> None:
         run.log(metrics)
 
 
-def _log_slices(run: Run, dataset: Dataset) -> None:
+def _write_figures(dataset: Dataset, specimen: Specimen) -> None:
+    """Pictures of the dataset, and of the first field of its first split, which is made again."""
+    recipe, manifest = specimen.recipe, dataset.manifest
+    split = next(name for name in SPLITS if manifest.count(name))
+    with single_thread():
+        field = simulate_field(specimen, split, 0)
+    pictures = {
+        "field": draw_simulated_field(specimen, field),
+        "power_spectra": draw_spectra(specimen, field),
+        "ctf": draw_optics(field.optics, field.draw, recipe),
+        "subtomograms": _draw_classes(dataset, split),
+    }
+    if recipe.snr is not None:
+        records = [record for name in SPLITS for record in manifest.field_records(name)]
+        pictures["snr"] = draw_snr(records, stage=recipe.snr_stage, requested=recipe.snr)
+    folder = dataset.folder / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        save_figure(picture, folder / f"{name}.png")
+
+
+def _draw_classes(dataset: Dataset, name: SplitName) -> Figure:
     """One subtomogram of each class with its target outlined."""
-    split = dataset.split(next(name for name in SPLITS if dataset.manifest.count(name)))
-    classes = dataset.manifest.classes[:10]
+    split, classes = dataset.split(name), dataset.manifest.classes[:10]
     first = [int(np.argmax(split.class_ids == i)) for i in range(1, len(classes) + 1)]
     batch = split.read(np.array(first))
     assert batch.instances is not None
-    figure = draw_slices(
+    return draw_slices(
         batch.subtomograms[:, 0].numpy(),
         (batch.instances == 1).numpy(),
         None,
         voxel_size=dataset.manifest.voxel_size,
         titles=classes,
     )
-    run.log_figure(figure, "figures/subtomograms.png")

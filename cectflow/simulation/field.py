@@ -16,6 +16,8 @@ from cectflow.execution import single_thread
 from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
 from cectflow.simulation.distractors import render_distractors
 from cectflow.simulation.imaging import (
+    MeasuredSnr,
+    Optics,
     image_spectrum,
     noise_scale,
     optics_of,
@@ -34,7 +36,9 @@ __all__ = [
     "draw_field",
     "draw_field_optics",
     "image_drawn",
+    "optics_of_draw",
     "prepare_specimen",
+    "record_field",
     "render_foreign",
     "render_particles",
     "seed_of",
@@ -88,6 +92,8 @@ class SimulatedField:
     distractor_kinds: NDArray[np.int8]
     """Kind of distractor of each voxel, 0 none; see :func:`render_distractors`."""
     record: FieldRecord
+    draw: OpticsDraw
+    optics: Optics
 
 
 def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) -> Specimen:
@@ -148,8 +154,11 @@ def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField
         foreign, kinds = render_foreign(specimen, drawn.scene)
         foreign_spectrum = torch.fft.rfftn(torch.from_numpy(foreign))
         density += foreign
-    tomogram, record = image_drawn(specimen, drawn, spectrum, foreign_spectrum)
-    return SimulatedField(drawn.scene, tomogram, owners, density, kinds, record)
+    optics = optics_of_draw(specimen, drawn.draw)
+    measured = image_drawn(specimen, drawn, optics, spectrum, foreign_spectrum)
+    tomogram = volume_of(spectrum, recipe.field_shape).numpy()
+    record = record_field(drawn, tomogram, measured)
+    return SimulatedField(drawn.scene, tomogram, owners, density, kinds, record, drawn.draw, optics)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +178,7 @@ class DrawnField:
     name: str
     scene: Scene
     snr: float | None
-    optics: OpticsDraw
+    draw: OpticsDraw
     noise_seed: int
 
 
@@ -179,27 +188,16 @@ def draw_field(specimen: Specimen, split: str, index: int) -> DrawnField:
     scene, snr = _pack(specimen, generator), None
     if specimen.recipe.snr is not None:
         snr = float(np.exp(generator.uniform(*np.log(specimen.recipe.snr))))
-    optics = draw_field_optics(specimen, split, index)
+    draw = draw_field_optics(specimen, split, index)
     seed = int(generator.integers(2**63 - 1))
-    return DrawnField(f"{split}-{index:05d}", scene, snr, optics, seed)
+    return DrawnField(f"{split}-{index:05d}", scene, snr, draw, seed)
 
 
-def image_drawn(
-    specimen: Specimen, drawn: DrawnField, spectrum: Tensor, foreign: Tensor | None
-) -> tuple[NDArray[np.float32], FieldRecord]:
-    """Tomogram of a drawn field, and what was drawn and measured of it.
-
-    Parameters
-    ----------
-    specimen, drawn
-        Of the field.
-    spectrum, foreign
-        ``rfftn`` of the density of its particles and of its distractors, if it has any; both are
-        overwritten.
-    """
-    recipe, draw, shape = specimen.recipe, drawn.optics, specimen.recipe.field_shape
-    optics = optics_of(
-        shape,
+def optics_of_draw(specimen: Specimen, draw: OpticsDraw) -> Optics:
+    """Optics of a draw for the specimen's fields."""
+    recipe = specimen.recipe
+    return optics_of(
+        recipe.field_shape,
         recipe.voxel_size,
         draw.microscope,
         draw.tilts,
@@ -208,14 +206,40 @@ def image_drawn(
         shifts=draw.shifts,
         snr_stage=recipe.snr_stage,
     )
+
+
+def image_drawn(
+    specimen: Specimen,
+    drawn: DrawnField,
+    optics: Optics,
+    spectrum: Tensor,
+    foreign: Tensor | None,
+) -> MeasuredSnr | None:
+    """Turn the spectrum of a drawn field into that of its tomogram; what was measured of it.
+
+    Parameters
+    ----------
+    specimen, drawn, optics
+        Of the field.
+    spectrum, foreign
+        ``rfftn`` of the density of its particles, and of its distractors if it has any; both are
+        overwritten.
+    """
+    shape, voxel_size = specimen.recipe.field_shape, specimen.recipe.voxel_size
     factor = noise_scale(specimen.expected_power, optics, drawn.snr, width=shape[2])
     generator = torch.Generator().manual_seed(drawn.noise_seed)
-    measured = image_spectrum(spectrum, shape, optics, factor, generator, recipe.voxel_size)
+    measured = image_spectrum(spectrum, shape, optics, factor, generator, voxel_size)
     if foreign is not None:  # after the SNR was measured, which is that of the particles
         spectrum += foreign.mul_(optics.signal)
-    del optics  # of a whole tomogram they take as much as it does
-    tomogram, numbers = volume_of(spectrum, shape).numpy(), draw.numbers()
-    record = FieldRecord(
+    return measured
+
+
+def record_field(
+    drawn: DrawnField, tomogram: NDArray[np.float32], measured: MeasuredSnr | None
+) -> FieldRecord:
+    """What was drawn and measured of a field."""
+    numbers = drawn.draw.numbers()
+    return FieldRecord(
         field=drawn.name,
         mean=float(tomogram.mean()),
         std=float(tomogram.std()),
@@ -229,7 +253,6 @@ def image_drawn(
         occupancy=drawn.scene.occupancy,
         num_particles=len(drawn.scene),
     )
-    return tomogram, record
 
 
 def render_particles(

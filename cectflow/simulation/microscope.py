@@ -25,6 +25,7 @@ __all__ = [
     "TiltScheme",
     "astigmatic_defocus",
     "contrast_transfer",
+    "contrast_zeros",
     "dose_filter",
     "draw_optics",
     "electron_wavelength",
@@ -285,6 +286,39 @@ def contrast_transfer(k_squared: Array, defocus_um: Array | float, microscope: M
     quadratic = 0.5 * np.pi * microscope.spherical_aberration_mm * 1e7 * wavelength**3
     offset = float(np.arcsin(single_number(microscope, "amplitude_contrast")))
     return _sin(k_squared * (linear * defocus_um - quadratic * k_squared) + offset)
+
+
+def contrast_zeros(
+    defocus_um: float, microscope: Microscope, highest: float
+) -> Float[NDArray[np.float64], " zero"]:
+    """Frequencies in Å⁻¹ at which the CTF is zero, ascending, up to ``highest``.
+
+    Roots of ``pi lambda k² (dz - Cs lambda² k² / 2) + asin(A) = n pi``, the phase of
+    :func:`contrast_transfer`.
+
+    Parameters
+    ----------
+    defocus_um
+        Positive is underfocus.
+    microscope
+        Its amplitude contrast must be a single number.
+    highest
+        Å⁻¹.
+    """
+    wavelength = electron_wavelength(microscope.voltage_kv)
+    linear = np.pi * wavelength * 1e4 * defocus_um
+    quadratic = 0.5 * np.pi * microscope.spherical_aberration_mm * 1e7 * wavelength**3
+    offset = float(np.arcsin(single_number(microscope, "amplitude_contrast")))
+    most = abs(linear) * highest**2 + quadratic * highest**4 + abs(offset)
+    orders = np.arange(-np.ceil(most / np.pi), np.ceil(most / np.pi) + 1) * np.pi - offset
+    if quadratic == 0:
+        squares = orders / linear if linear else np.zeros(0)
+    else:
+        inner = linear**2 - 4 * quadratic * orders
+        roots = np.sqrt(inner[inner >= 0])
+        squares = np.concatenate([linear - roots, linear + roots]) / (2 * quadratic)
+    zeros: NDArray[np.float64] = np.sqrt(squares[(squares > 0) & (squares <= highest**2)])
+    return np.unique(zeros)
 
 
 def astigmatic_defocus(

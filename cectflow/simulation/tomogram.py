@@ -27,9 +27,12 @@ from cectflow.simulation.field import (
     draw_field,
     draw_field_optics,
     image_drawn,
+    optics_of_draw,
+    record_field,
     render_foreign,
     render_particles,
 )
+from cectflow.simulation.imaging import volume_of
 from cectflow.simulation.microscope import electron_wavelength
 from cectflow.simulation.scene import Scene
 from cectflow.simulation.structure import Structure
@@ -55,7 +58,7 @@ class Tomogram:
     data
         The tomogram, protein dark.
     density
-        Potential above ice, V, if it was asked for; to be looked at, hence no more than float16.
+        Potential above ice, V; to be looked at, hence no more than float16.
     classes
         class_id of every voxel, 0 background.
     instances
@@ -71,7 +74,7 @@ class Tomogram:
     """
 
     data: Float[NDArray[np.float32], "z y x"]
-    density: Float[NDArray[np.float16], "z y x"] | None
+    density: Float[NDArray[np.float16], "z y x"]
     classes: Int[NDArray[np.int8], "z y x"]
     instances: Int[NDArray[Any], "z y x"]
     class_ids: Int[NDArray[np.int64], " particle"]
@@ -139,12 +142,7 @@ def surround(specimen: Specimen, shape: tuple[int, int, int]) -> Specimen:
 
 
 def simulate_tomogram(
-    surrounded: Specimen,
-    shape: tuple[int, int, int],
-    index: int,
-    *,
-    tilt_series: bool = False,
-    keep_density: bool = True,
+    surrounded: Specimen, shape: tuple[int, int, int], index: int, *, tilt_series: bool = False
 ) -> Tomogram:
     """Tomogram number ``index``; depends on nothing but the specimen, the shape and these two.
 
@@ -159,8 +157,6 @@ def simulate_tomogram(
     tilt_series
         Record every projection and back-project them, in minutes instead of seconds. The noise
         has the variance that it has without, by which ``record`` was measured.
-    keep_density
-        Give the density too, which nothing but pictures needs.
     """
     whole = surrounded.recipe.field_shape
     first = [(long - short) // 2 for long, short in zip(whole, shape, strict=True)]
@@ -181,10 +177,15 @@ def simulate_tomogram(
             foreign_spectrum = torch.fft.rfftn(torch.from_numpy(foreign))
             density += foreign
             del foreign
-        shown = density[middle].astype(np.float16) if keep_density else None
+        shown = density[middle].astype(np.float16)
         kept = density if tilt_series else None
         del density
-        tomogram, record = image_drawn(surrounded, drawn, spectrum, foreign_spectrum)
+        optics = optics_of_draw(surrounded, drawn.draw)
+        measured = image_drawn(surrounded, drawn, optics, spectrum, foreign_spectrum)
+        del optics, foreign_spectrum
+        tomogram = volume_of(spectrum, whole).numpy()
+        del spectrum
+    record = record_field(drawn, tomogram, measured)
     data, series = tomogram[middle].copy(), None
     if kept is not None:
         series = _record(surrounded, kept, record, index)

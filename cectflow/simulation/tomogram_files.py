@@ -12,9 +12,11 @@ import numpy as np
 
 from cectflow.config import Config
 from cectflow.execution import run_all
+from cectflow.figures import save_figure
 from cectflow.files import appearing, refuse_existing_folder, remove_leftovers, replacing
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.simulation.field import Specimen, prepare_specimen
+from cectflow.simulation.figures import draw_tomogram
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.simulation.tomogram import (
@@ -59,8 +61,8 @@ def deliver_tomograms(
 
     In each: ``tomogram.mrc``, ``particles.star`` with the column ``cectflowTrueClass``,
     ``true_classes.mrc`` and ``true_instances.mrc``, ``record.json`` with what was drawn and
-    measured; of a tilt series also ``tilt_series.mrc``, an image stack after CTF correction, and
-    ``tilt_series.tlt``, its angles in degrees, one a line.
+    measured, ``slices.png``, its central slices; of a tilt series also ``tilt_series.mrc``, an
+    image stack after CTF correction, and ``tilt_series.tlt``, its angles in degrees, one a line.
 
     Parameters
     ----------
@@ -138,7 +140,6 @@ def _simulate_one(job: _Job) -> None:
         setting.shape,
         job.index,
         tilt_series=job.tilt_series,
-        keep_density=False,
     )
     with appearing(job.folder) as folder:
         write_tomogram_files(tomogram, folder, job.folder.name, setting.specimen)
@@ -194,6 +195,7 @@ def write_tomogram_files(
     particles_from(rows).write(folder / "particles.star", overwrite=overwrite)
     with replacing(folder / "record.json", overwrite=overwrite) as temporary:
         temporary.write_text(tomogram.record.to_json(), encoding="utf-8")
+    save_figure(draw_tomogram(specimen, tomogram, name), folder / "slices.png")
     if tomogram.series is not None:
         series = tomogram.series
         write_images(
