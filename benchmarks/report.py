@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from cectflow.tracking.runs import cectflow_commit
@@ -32,7 +33,7 @@ def parse_options(description: str) -> argparse.Namespace:
 
 
 def write_report(path: Path, figures: Mapping[str, float], *, quick: bool) -> None:
-    """Write metric → number, with command, commit, hardware and whether it was quick.
+    """Write metric → number, with command, commit, hardware, versions and whether it was quick.
 
     A full run also writes the same as a Markdown table beside it.
     """
@@ -41,6 +42,7 @@ def write_report(path: Path, figures: Mapping[str, float], *, quick: bool) -> No
         "command": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
         "commit": cectflow_commit(),
         "hardware": f"{os.cpu_count()} cores, {_processor()}",
+        "versions": _versions(),
         "quick": quick,
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -56,13 +58,19 @@ def _tabulate(content: Mapping[str, object]) -> str:
             ends = (content.get(f"{name}_{end}", value) for end in ("low", "high"))
             lines.append(f"| {name} | {value:.4g} | " + " | ".join(f"{e:.4g}" for e in ends) + " |")
     lines.append("")
-    told = ("seeds", "command", "commit", "hardware")
+    told = ("seeds", "command", "commit", "hardware", "versions")
     lines += [f"- {name}: {content[name]}" for name in told if name in content]
     return "\n".join(lines) + "\n"
 
 
 def _module_name() -> str:
     return f"benchmarks.{Path(sys.argv[0]).stem}"
+
+
+def _versions() -> str:
+    """Of Python and of the libraries that do the computing."""
+    libraries = (f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "numba"))
+    return ", ".join((f"python {platform.python_version()}", *libraries))
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Cost of the simulation: cubes per second, fast path against literal path, workers, memory."""
+"""Cost of the simulation: cubes per second, fast against literal path, workers, live, memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.report import parse_options, write_report
+from cectflow.dataset import BatchSource, Dataset, write_shard
 from cectflow.execution import single_thread
 from cectflow.flows.simulation import load_structures
+from cectflow.learning.fit import FitRecipe, fit, open_fabric
+from cectflow.learning.objective import Classify
+from cectflow.networks import create_network
+from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.extraction import choose_targets, cut_cubes, simulate_subtomograms
 from cectflow.simulation.field import (
@@ -26,6 +31,7 @@ from cectflow.simulation.field import (
     simulate_field,
 )
 from cectflow.simulation.imaging import image_field, optics_of
+from cectflow.simulation.live import open_live
 from cectflow.simulation.microscope import Microscope, draw_optics
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.tilt_series import back_project, record_tilt_series
@@ -44,6 +50,12 @@ SHARED = SimulationRecipe(
 )
 CUBE = (64, 64, 64)
 INDEPENDENT = SHARED.model_copy(update={"field_shape": CUBE, "independent": True})
+# Cubes that train quickly, so that a generator which does not keep up shows.
+SMALL = SHARED.model_copy(
+    update={"box": 24, "voxel_size": 16.0, "blur": 11.0, "field_shape": (48, 96, 96)}
+)
+LIVE_WORKERS = 1
+"""Processes that simulate beside the training, which has one thread."""
 
 
 def main() -> None:
@@ -52,16 +64,22 @@ def main() -> None:
     - ``shared_per_s``: 40³ cubes with voxel labels per second of wall time, all particles of a
       shared field of 64 × 128 × 128 voxels of 10 Å at 10 % occupancy, optics drawn per field;
       ``shared_per_cpu_s`` the same per second of process time. Nothing is written.
+    - ``shared_to_disk_per_s``, ``shared_to_disk_per_cpu_s``: the same fields written as shards,
+      with their digests.
     - ``independent_per_s``, ``independent_per_cpu_s``: the same for one target in each field of
       64³.
     - ``fast_over_literal``: time of record_tilt_series and back_project over that of optics_of
       and image_field, noise included, for one field of 64³ and optics not seen before;
       ``fast_over_literal_shared`` for the shared field, ``…_kept`` with filters at hand.
-    - ``two_workers``: wall time of a dataset of 96 fields by one process over that by two; the
+    - ``two_workers``: wall time of a dataset of 600 fields by one process over that by two; the
       start of the processes and the preparation of the specimen are included.
     - ``gpu_per_s``, only where torch sees a CUDA device: 40³ cubes per second that it images,
       measures and cuts of fields that are rendered already, their densities copied there in the
       time measured; ``gpu_whole_per_s`` with packing, rendering and labels on one thread before.
+    - ``live_over_stored``: seconds of an epoch that learns from live data over those of one that
+      reads as many cubes from disk, ``live_epoch_s`` over ``stored_epoch_s``: ``strided_small``
+      on cubes of 24³, one thread, ``live_workers`` processes beside it; the medians of all epochs
+      but the first.
     - ``peak_gb``: largest resident memory of this process and of any worker.
     """
     options = parse_options(__doc__ or "")
@@ -71,11 +89,13 @@ def main() -> None:
     figures: dict[str, float] = {}
     with single_thread():
         figures |= _measure_rate("shared", specimen, fields=3 if options.quick else 10)
+        figures |= _measure_writing(specimen, fields=3 if options.quick else 10)
         figures |= _measure_rate("independent", alone, fields=20 if options.quick else 100)
         figures |= _measure_paths(specimen, repeats=2 if options.quick else 5)
         if torch.cuda.is_available():
             figures |= _measure_gpu(specimen.to("cuda"), fields=4 if options.quick else 20)
-    figures["two_workers"] = _measure_workers(fields=16 if options.quick else 96)
+        figures |= _measure_live(fields=2 if options.quick else 8)
+    figures["two_workers"] = _measure_workers(fields=24 if options.quick else 600)
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF,
              resource.RUSAGE_CHILDREN)]  # fmt: skip
     figures["peak_gb"] = max(peaks) * 1024 / 1e9
@@ -110,6 +130,56 @@ def _measure_gpu(specimen: Specimen, *, fields: int) -> dict[str, float]:
         "gpu_per_s": cubes / imaging,
         "gpu_whole_per_s": cubes / (time.perf_counter() - start),
     }
+
+
+def _measure_writing(specimen: Specimen, *, fields: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as scratch:
+        wall, process, cubes = time.perf_counter(), time.process_time(), 0
+        for index in range(fields):
+            content, record = simulate_subtomograms(specimen, "train", index)
+            name = f"train/{index:05d}"
+            write_shard(Path(scratch), name, content, (record,), specimen.recipe.voxel_size)
+            cubes += len(content.rows)
+        return {
+            "shared_to_disk_per_s": cubes / (time.perf_counter() - wall),
+            "shared_to_disk_per_cpu_s": cubes / (time.process_time() - process),
+        }
+
+
+def _measure_live(*, fields: int) -> dict[str, float]:
+    recipe = SMALL.model_copy(update={"fields": {"train": fields, "validation": 1}})
+    structures = load_structures(recipe)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        dataset = simulate_dataset(recipe, structures, folder / "data")
+        stored, specimen = dataset.split("train"), prepare_specimen(recipe, structures)
+        seconds = {"stored": _measure_epoch(stored, dataset, folder / "stored")}
+        with open_live(specimen, dataset.manifest, len(stored), workers=LIVE_WORKERS) as live:
+            seconds["live"] = _measure_epoch(live, dataset, folder / "live")
+    return {
+        "live_over_stored": seconds["live"] / seconds["stored"],
+        "live_epoch_s": seconds["live"],
+        "stored_epoch_s": seconds["stored"],
+        "live_epoch_cubes": len(stored),
+        "live_workers": LIVE_WORKERS,
+    }
+
+
+def _measure_epoch(source: BatchSource, dataset: Dataset, folder: Path) -> float:
+    """Median seconds of an epoch, the first left out: in it processes start and torch warms up."""
+    number = len(dataset.manifest.classes)
+    network = create_network("strided_small", num_outputs=number, box=dataset.manifest.box)
+    result = fit(
+        NormalisePerCube(network),
+        Classify(number),
+        source,
+        dataset.split("validation"),
+        FitRecipe(network="strided_small", epochs=4, batch_size=64, learning_rate=1e-3),
+        fabric=open_fabric("cpu", "float32"),
+        folder=folder,
+        log=lambda row, epoch: None,
+    )
+    return float(np.median([row["epoch_seconds"] for row in result.history[1:]]))
 
 
 def _measure_paths(specimen: Specimen, *, repeats: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -46,14 +46,14 @@ class Config(BaseModel):
         ------
         ValueError
             If a key is unknown or missing, or a value is of another type or out of range. The
-            message lists every fault with its place in the file.
+            message lists every fault with its place in the file, and the keys that are known
+            where one is not.
         """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            faults = "; ".join(_describe_fault(fault) for fault in error.errors())
-            known = ", ".join(cls.model_fields)
-            msg = f"{source} is no valid {cls.__name__}: {faults}. Known top-level keys: {known}."
+            faults = "; ".join(_describe_fault(cls, fault) for fault in error.errors())
+            msg = f"{source} is no valid {cls.__name__}: {faults}"
             raise ValueError(msg) from None
 
     @classmethod
@@ -150,11 +150,32 @@ def find_named_file(name_or_path: str, folder: str) -> Path:
     raise ValueError(msg)
 
 
-def _describe_fault(fault: ErrorDetails) -> str:
-    if not fault["loc"]:  # the whole text, which is not repeated here
-        return f"file: {fault['msg']}"
+def _describe_fault(config: type[Config], fault: ErrorDetails) -> str:
+    place, what = fault["loc"], fault["msg"].removeprefix("Value error, ")
+    if not place:  # the whole text, which is not repeated here
+        return f"file: {what}"
     given = f" (given {fault['input']!r})" if _is_scalar(fault["input"]) else ""
-    return f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}{given}"
+    where = ".".join(str(part) for part in place)
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(_known_keys(config, place[:-1]))
+        return f"{where}: no such key{given}, expected one of {known}"
+    return f"{where}: {what}{given}"
+
+
+def _known_keys(config: type[Config], place: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Keys of the configuration at a place within another."""
+    for part in place:
+        if isinstance(part, str) and part in config.model_fields:  # not an index, nor a union's tag
+            config = _config_in(config.model_fields[part].annotation) or config
+    return tuple(config.model_fields)
+
+
+def _config_in(annotation: object) -> type[Config] | None:
+    """The configuration that an annotation such as ``Part | None`` names."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    inner = (_config_in(argument) for argument in get_args(annotation))
+    return next((found for found in inner if found is not None), None)
 
 
 def _is_scalar(value: object) -> bool:

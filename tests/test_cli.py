@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,43 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     assert out == ""
     left = {path.name for path in tmp_path.iterdir()} - before
     assert left <= {"store.db", "store.db.lock", "mlruns", "cache"}, "something half-written stays"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("box: 16", "bocks: 16", r"simulation.bocks: no such key .*, expected one of seed, st"),
+        ("{lowest: -60", "{low: -60", r"tilts.low: no such key .*, expected one of lowest, h"),
+        ("snr: [10.0, 10.0]", "snr: [9.0, 1.0]", r"snr is \(9.0, 1.0\): expected 0 < lowest <="),
+        ("seed: 0", "microscope: {defocus_um: [6.0, 3.0]}",
+         r"microscope: defocus_um is \(6, 3\): expected the lower value first"),
+        ("seed: 0", "distractors: {gold: 1.0, gold_diameter: [90.0, 80.0]}",
+         r"gold_diameter is \(90, 80\): expected 0 < lowest <= highest"),
+        ("lowest: -60.0, highest: 60.0", "lowest: 60.0, highest: -60.0",
+         r"tilts run from 60° to -60° in steps of 6°: expected at least two angles"),
+        ("lowest: -60.0, highest: 60.0", "explicit: [0.0]",
+         r"explicit holds 1 angle\(s\), \(0.0,\): expected at least two angles"),
+        ("occupancy: 0.06", "occupancy: 0.4",
+         r"occupancy 0.4 was requested, 0.\d+ could be packed into .* lower the occupancy or"),
+        ("field_shape: [32", "field_shape: [12",
+         r"box 16 is larger than the field \(12, 48, 48\): enlarge the field"),
+        ("box: 16", "box: 8",
+         r"barrel is 156 Å across; a box of 8 .* has room for 108 Å: use a box of 11, "),
+        ("include: [barrel", "include: [barrels", r"include names barrels: not among .* barrel, "),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_cannot_be_is_refused_with_given_expected_and_remedy(
+    old: str, new: str, message: str, run: Run, tmp_path: Path
+) -> None:
+    tiny = (Path(__file__).parents[1] / "cectflow/recipes/tiny.yaml").read_text()
+    tiny = tiny.replace("  structures: [builtin]", "  structures: [builtin]\n  seed: 0")
+    assert old in tiny
+    (tmp_path / "my.yaml").write_text(tiny.replace(old, new))
+    code, out, err = run("simulate", "dataset", "--recipe", "my.yaml", "--out", "d")
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert re.search(message, line), line
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ class Whole(Config):
     rates: tuple[float, ...] = (0.5, 1e-5)
     part: Part = Part()
     note: str | None = None
+    spare: tuple[Part, ...] | None = None
 
 
 def write(folder: Path, text: str) -> Path:
@@ -46,13 +47,14 @@ def test_figures_that_are_not_finite_survive_too(tmp_path: Path) -> None:
 
 
 def test_unknown_keys_are_all_listed_with_the_known_ones(tmp_path: Path) -> None:
-    path = write(tmp_path, "name: a\ncolour: red\npart: {sise: 2.0}\n")
+    path = write(tmp_path, "name: a\ncolour: red\npart: {sise: 2.0}\nspare: [{}, {sice: 1}]\n")
     with pytest.raises(ValueError, match=r"whole\.yaml is no valid Whole") as caught:
         Whole.from_yaml(path)
     message = str(caught.value)
-    assert "colour: Extra inputs are not permitted (given 'red')" in message
-    assert "part.sise: Extra inputs are not permitted (given 2.0)" in message
-    assert message.endswith("Known top-level keys: name, count, rates, part, note.")
+    assert "Whole: part.sise: no such key (given 2.0), expected one of size; " in message
+    assert "; spare.1.sice: no such key (given 1), expected one of size; " in message
+    known = "name, count, rates, part, note, spare"
+    assert message.endswith(f"; colour: no such key (given 'red'), expected one of {known}")
 
 
 @pytest.mark.parametrize(

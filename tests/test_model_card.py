@@ -42,7 +42,7 @@ def test_a_folder_without_card_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temprature": 1.0}, r"card\.json is no valid ModelCard: temprature: Extra inputs"),
+        ({"temprature": 1.0}, r"card\.json is no valid ModelCard: temprature: no such key"),
         ({"role": "boss"}, r"role: Input should be 'segmenter', 'teacher' or 'student'"),
         ({"box": 0}, r"box: .* greater than or equal to 1 \(given 0\)"),
         ({"voxel_size": -1.0}, r"voxel_size: .* greater than 0 \(given -1.0\)"),
