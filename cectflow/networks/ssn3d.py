@@ -102,7 +102,7 @@ class SSN3DEncoderDecoder(nn.Module):
         return logits
 
 
-@register_network(task="segment", stride=8, min_box=8, paper=PAPER)
+@register_network(task="segment", stride=8, min_box=8, reach=21, paper=PAPER)
 def ssn3d(num_outputs: int, box: int, dropout: float = 0.7, skips: bool = True) -> nn.Module:
     """SSN3D, the papers' baseline segmenter: fully convolutional, scores of three scales added.
 
@@ -120,7 +120,7 @@ def ssn3d(num_outputs: int, box: int, dropout: float = 0.7, skips: bool = True) 
     return SSN3D(num_outputs, dropout=dropout, skips=skips)
 
 
-@register_network(task="segment", stride=8, min_box=8, paper=PAPER)
+@register_network(task="segment", stride=8, min_box=8, reach=21, paper=PAPER)
 def ssn3d_ed(num_outputs: int, box: int) -> nn.Module:
     """SSN3D-ED, the papers' encoder-decoder segmenter: skips of features, no dropout.
 

@@ -211,4 +211,13 @@ def test_a_name_is_registered_once() -> None:
         raise AssertionError
 
     with pytest.raises(ValueError, match="'ssn3d' is registered already"):
-        register_network(task="segment", stride=8, min_box=8, paper="none")(ssn3d)
+        register_network(task="segment", stride=8, min_box=8, reach=1, paper="none")(ssn3d)
+
+
+def test_a_segmenter_states_its_reach() -> None:
+    def blind(num_outputs: int, box: int) -> nn.Module:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="'blind' states no reach"):
+        register_network(task="segment", stride=8, min_box=8, paper="none")(blind)
+    assert all(network_info(name).reach is None for name in list_networks("classify"))
