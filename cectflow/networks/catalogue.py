@@ -31,6 +31,11 @@ class NetworkInfo:
     """The box must be a multiple of it; 1 for classifiers."""
     min_box: int
     """Smallest edge of the input cube, in voxels."""
+    reach: int | None
+    """Farthest distance along an axis, in voxels, at which the input changes a segmenter's logit;
+    None for classifiers. It is exact: windows that start at multiples of the stride and overlap
+    so that every kept voxel has this many beside it, on every side where the volume goes on,
+    give the logits of the whole volume (of networks without a sense of the centre)."""
     paper: str
     summary: str
     _build: Callable[..., nn.Module] = field(repr=False)
@@ -40,7 +45,7 @@ _CATALOGUE: dict[str, NetworkInfo] = {}
 
 
 def register_network(
-    *, task: NetworkTask, stride: int, min_box: int, paper: str
+    *, task: NetworkTask, stride: int, min_box: int, paper: str, reach: int | None = None
 ) -> Callable[[Builder], Builder]:
     """Return a decorator that enters a function ``(num_outputs, box, **arguments)``.
 
@@ -56,11 +61,13 @@ def register_network(
         Smallest edge of the input cube that the network takes, in voxels.
     paper
         Where the network was published.
+    reach
+        Of a segmenter: see :class:`NetworkInfo`.
 
     Raises
     ------
     ValueError
-        If the name is taken.
+        If the name is taken, or a segmenter does not state its reach.
     """
 
     def register(build: Builder) -> Builder:
@@ -68,8 +75,11 @@ def register_network(
         if name in _CATALOGUE:
             msg = f"network {name!r} is registered already: give the new one another name"
             raise ValueError(msg)
+        if task == "segment" and reach is None:
+            msg = f"segmenter {name!r} states no reach: give it, whole tomograms need it as halo"
+            raise ValueError(msg)
         summary = (inspect.getdoc(build) or "").partition("\n")[0]
-        _CATALOGUE[name] = NetworkInfo(name, task, stride, min_box, paper, summary, build)
+        _CATALOGUE[name] = NetworkInfo(name, task, stride, min_box, reach, paper, summary, build)
         return build
 
     return register

@@ -68,11 +68,9 @@ class StridedClassifier(nn.Module):
         Channels of the stem and of each residual block; each halves the size.
     """
 
-    distance: Tensor
-
     def __init__(self, num_outputs: int, box: int, *, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.register_buffer("distance", distance_from_centre(box)[None, None], persistent=False)
+        self.box = box
         self.stem = nn.Sequential(
             normed_convolution(2, widths[0], kernel=5, stride=2),
             nn.ReLU(inplace=True),
@@ -85,35 +83,36 @@ class StridedClassifier(nn.Module):
 
     def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs"]:
         """Logits of normalised cubes."""
-        distance = self.distance.expand(subtomograms.shape[0], -1, -1, -1, -1)
-        features = self.blocks(self.stem(torch.cat([subtomograms, distance], dim=1)))
+        features = self.blocks(self.stem(append_distance(subtomograms, self.box)))
         logits: Tensor = self.score(features.mean(dim=(2, 3, 4)))
         return logits
 
 
 class StridedSegmenter(nn.Module):
-    """Encoder-decoder of residual blocks that sees how far each voxel is from the box centre.
-
-    The distance tells the particle at the centre from its neighbours; without it zero padding
-    would be the only cue. It fits one box only.
+    """Encoder-decoder of residual blocks.
 
     Parameters
     ----------
     num_outputs
         Number of labels, background included.
     box
-        Edge of the input cube in voxels.
+        Edge of the input cube in voxels: the unit of the distance.
     widths
         Channels at full, half and quarter resolution.
+    centred
+        See how far each voxel is from the centre (:func:`append_distance`): for the task
+        ``target``, where it tells the particle at the centre from its neighbours; zero padding
+        would be the only cue without it. The task ``semantic`` must not have it.
     """
 
-    distance: Tensor
-
-    def __init__(self, num_outputs: int, box: int, *, widths: tuple[int, int, int]) -> None:
+    def __init__(
+        self, num_outputs: int, box: int, *, widths: tuple[int, int, int], centred: bool
+    ) -> None:
         super().__init__()
         full, half, quarter = widths
-        self.register_buffer("distance", distance_from_centre(box)[None, None], persistent=False)
-        self.stem = nn.Sequential(normed_convolution(2, full), nn.ReLU(inplace=True))
+        self.box = box
+        self.centred = centred
+        self.stem = nn.Sequential(normed_convolution(1 + centred, full), nn.ReLU(inplace=True))
         self.encode_half = ResidualBlock(full, half, stride=2)
         self.encode_quarter = nn.Sequential(
             ResidualBlock(half, quarter, stride=2), ResidualBlock(quarter, quarter)
@@ -127,8 +126,8 @@ class StridedSegmenter(nn.Module):
 
     def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs z y x"]:
         """Logits of every voxel of normalised cubes."""
-        distance = self.distance.expand(subtomograms.shape[0], -1, -1, -1, -1)
-        full = self.stem(torch.cat([subtomograms, distance], dim=1))
+        volumes = append_distance(subtomograms, self.box) if self.centred else subtomograms
+        full = self.stem(volumes)
         half = self.encode_half(full)
         quarter = self.encode_quarter(half)
         half = self.decode_half(half + self.raise_half(quarter))
@@ -147,19 +146,28 @@ class _Raise(nn.Sequential):
         )
 
 
-def distance_from_centre(box: int) -> Float[Tensor, "z y x"]:
-    """Distance of every voxel from the box centre, in half boxes.
+def append_distance(volumes: Float[Tensor, "n 1 z y x"], box: int) -> Float[Tensor, "n 2 z y x"]:
+    """Volumes and, as a second channel, the distance of every voxel from their centre.
 
-    It is 0 at voxel ``box // 2`` of each axis and 1 half a box away from it.
+    It is computed from the shape at hand, so that an exported network takes any shape, and is
+    measured in half boxes: 0 at voxel ``n // 2`` of each axis and 1 half a box away from it. A
+    larger volume about the same particle shows the network what it was trained on, and more.
 
     Parameters
     ----------
+    volumes
+        With the particle at the centre.
     box
-        Edge of the cube in voxels.
+        Edge in voxels of the cubes on which the network is trained.
     """
-    axis = (torch.arange(box) - box // 2) / (box / 2)
-    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-    return (z.square() + y.square() + x.square()).sqrt()
+    axes = [
+        (torch.arange(edge, device=volumes.device) - edge // 2) / (box / 2)
+        for edge in volumes.shape[2:]
+    ]
+    z, y, x = torch.meshgrid(*axes, indexing="ij")
+    distance = (z.square() + y.square() + x.square()).sqrt()
+    distance = distance.to(volumes.dtype).expand(volumes.shape[0], 1, -1, -1, -1)
+    return torch.cat([volumes, distance], dim=1)
 
 
 @register_network(task="classify", stride=1, min_box=12, paper=PAPER)
@@ -171,13 +179,13 @@ def strided_micro(num_outputs: int, box: int) -> nn.Module:
     num_outputs
         Number of classes.
     box
-        Edge of the input cube in voxels; it fixes the distance channel, not the weights.
+        Edge of the input cube in voxels; the unit of the distance channel.
     """
     return StridedClassifier(num_outputs, box, widths=(16, 32, 40))
 
 
-@register_network(task="segment", stride=4, min_box=8, paper=PAPER)
-def strided_ed(num_outputs: int, box: int) -> nn.Module:
+@register_network(task="segment", stride=4, min_box=8, reach=26, paper=PAPER)
+def strided_ed(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
     """Compact target segmenter of ours: residual encoder-decoder; 8, 24, 48 channels.
 
     Parameters
@@ -185,9 +193,11 @@ def strided_ed(num_outputs: int, box: int) -> nn.Module:
     num_outputs
         Number of labels, background included.
     box
-        Edge of the input cube in voxels; it fixes the distance channel, not the weights.
+        Edge of the input cube in voxels: the unit of the distance channel.
+    centred
+        See the distance from the centre: true for the task ``target``, false for ``semantic``.
     """
-    return StridedSegmenter(num_outputs, box, widths=(8, 24, 48))
+    return StridedSegmenter(num_outputs, box, widths=(8, 24, 48), centred=centred)
 
 
 @register_network(task="classify", stride=1, min_box=12, paper=PAPER)
@@ -199,6 +209,6 @@ def strided_small(num_outputs: int, box: int) -> nn.Module:
     num_outputs
         Number of classes.
     box
-        Edge of the input cube in voxels; it fixes the distance channel, not the weights.
+        Edge of the input cube in voxels; the unit of the distance channel.
     """
     return StridedClassifier(num_outputs, box, widths=(24, 64, 96))

@@ -19,6 +19,26 @@ PUBLISHED_PARAMETERS = {
     "ssn3d": 2_042_342,
     "ssn3d_ed": 895_746,
 }
+FULL, HALF, QUARTER, EIGHTH = 40**3, 20**3, 10**3, 5**3
+"""Voxels of each level of a cube of 40³."""
+ENCODER = (
+    27 * (32 + 32 * 32) * FULL,
+    27 * (32 * 64 + 64 * 64) * HALF,
+    27 * (64 * 128 + 128 * 128) * QUARTER,
+)
+DERIVED_MACS = {
+    "ssn3d": sum(ENCODER)
+    + (128 * 1024 + 1024 * 1024 + 1024 * 2) * EIGHTH
+    + 64 * 2 * QUARTER
+    + 32 * 2 * HALF,
+    "ssn3d_ed": sum(ENCODER)
+    + 128 * 128 * EIGHTH
+    + (64 * 128 + 128 * 64) * QUARTER
+    + (32 * 64 + 64 * 32 + 32 * 2) * HALF,
+    "ssn3d_aspp": sum(ENCODER[:2])
+    + (27 * 64 * 128 + 128 * 128 + 2 * 27 * 128 * 128 + 4 * 128 * 2) * QUARTER,
+}
+"""Written out from the authors' code; the scores are computed before the last upsampling."""
 
 
 def small_network(name: str, num_outputs: int = 3) -> nn.Module:
@@ -166,6 +186,11 @@ def test_multiplications_are_those_of_the_papers(name: str, gigamacs: float) -> 
     assert count_macs(name, 22) / 1e9 == pytest.approx(gigamacs, abs=0.005)
 
 
+@pytest.mark.parametrize(("name", "macs"), DERIVED_MACS.items())
+def test_multiplications_of_the_segmenters_are_those_of_their_anatomy(name: str, macs: int) -> None:
+    assert count_macs(name, 2) == macs
+
+
 @pytest.mark.parametrize(
     ("name", "most_parameters", "published", "times_cheaper"),
     [("strided_micro", 150_000, "dsrf3d_v2", 20), ("strided_ed", 300_000, "ssn3d_ed", 4)],
@@ -211,4 +236,13 @@ def test_a_name_is_registered_once() -> None:
         raise AssertionError
 
     with pytest.raises(ValueError, match="'ssn3d' is registered already"):
-        register_network(task="segment", stride=8, min_box=8, paper="none")(ssn3d)
+        register_network(task="segment", stride=8, min_box=8, reach=1, paper="none")(ssn3d)
+
+
+def test_a_segmenter_states_its_reach() -> None:
+    def blind(num_outputs: int, box: int) -> nn.Module:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="'blind' states no reach"):
+        register_network(task="segment", stride=8, min_box=8, paper="none")(blind)
+    assert all(network_info(name).reach is None for name in list_networks("classify"))
