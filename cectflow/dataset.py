@@ -33,6 +33,7 @@ from cectflow.volume import create_volume, read_stack
 __all__ = [
     "JUNK_CLASS",
     "SPLITS",
+    "Selection",
     "VIEWS_PER_CUBE",
     "Batch",
     "BatchSource",
@@ -106,6 +107,8 @@ class Manifest(Config):
     commit: str = "unknown"
     classes: tuple[str, ...]
     """``class_id`` counts from 1 in this order."""
+    left_out: tuple[str, ...] = ()
+    """Classes of which the simulation placed no particle, though its recipe has them."""
     box: int = Field(ge=1)
     voxel_size: float = Field(gt=0)
     contrast: Contrast = "dark"
@@ -329,6 +332,38 @@ class Split:
             rows = np.flatnonzero(shard_of == shard)
             stacks[shard].read_into(cubes, rows, indices[rows] - self._starts[shard])
         return cubes
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Some subtomograms of a split: a :class:`BatchSource` of their own.
+
+    Attributes
+    ----------
+    split
+        To which they belong; their fields keep its numbers.
+    rows
+        Their places in it.
+    """
+
+    split: Split
+    rows: Int[NDArray[np.int64], " n"]
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the dataset."""
+        return self.split.manifest
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Batches of one pass: shuffled with a generator, in order without."""
+        order = torch.arange(len(self))
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+        for indices in torch.split(order, batch_size):
+            yield self.split.read(self.rows[indices.numpy()])
 
 
 @dataclass(frozen=True, eq=False)

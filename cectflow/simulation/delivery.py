@@ -22,7 +22,7 @@ from cectflow.dataset import (
 from cectflow.execution import run_all, single_thread
 from cectflow.files import refuse_existing_folder
 from cectflow.simulation.extraction import simulate_subtomograms
-from cectflow.simulation.field import Specimen, prepare_specimen
+from cectflow.simulation.field import Specimen, leave_out, prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 
@@ -36,6 +36,7 @@ def simulate_dataset(
     *,
     workers: int = 1,
     commit: str = "unknown",
+    left_out: Sequence[str] = (),
 ) -> Dataset:
     """Dataset folder of a recipe; shards that are already there are kept.
 
@@ -51,6 +52,8 @@ def simulate_dataset(
         Processes.
     commit
         Of cectflow, for the manifest.
+    left_out
+        Structures of which no particle is placed (:func:`~cectflow.simulation.field.leave_out`).
 
     Raises
     ------
@@ -59,7 +62,7 @@ def simulate_dataset(
     ValueError
         If a structure does not fit the box, or the occupancy cannot be packed.
     """
-    specimen = prepare_specimen(recipe, structures)
+    specimen = leave_out(prepare_specimen(recipe, structures), left_out)
     manifest = _start_manifest(specimen, structures, folder, commit)
     done = {shard.name for shards in manifest.shards.values() for shard in shards}
     jobs = [
@@ -122,6 +125,7 @@ def _start_manifest(
         sources={structure.name: structure.digest for structure in structures},
         commit=commit,
         classes=specimen.classes,
+        left_out=specimen.left_out,
         box=recipe.box,
         voxel_size=recipe.voxel_size,
         ctf_correction=recipe.ctf_correction,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "SimulatedField",
     "Specimen",
     "draw_field_optics",
+    "leave_out",
     "prepare_specimen",
     "seed_of",
     "simulate_field",
@@ -55,6 +56,8 @@ class Specimen:
         Mean power spectrum of the particles of the recipe's scenes, from reference fields of their
         own. Membranes and gold are left out: the SNR is that of the particles, and one gold bead
         would outweigh them all.
+    left_out
+        Structures of which no particle is placed: see :func:`leave_out`.
     """
 
     recipe: SimulationRecipe
@@ -63,6 +66,7 @@ class Specimen:
     thresholds: NDArray[np.float64]
     abundances: NDArray[np.float64]
     expected_power: Tensor
+    left_out: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -130,6 +134,36 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
             spectra.append(power_spectrum(torch.from_numpy(density)))
         expected_power = torch.stack(spectra).mean(dim=0)
     return Specimen(recipe, digest, beads, thresholds, abundances, expected_power)
+
+
+def leave_out(specimen: Specimen, names: Sequence[str]) -> Specimen:
+    """The specimen without these structures: they are placed in no field, not as neighbours either.
+
+    All else stays as it was: the numbers of the classes, the occupancy, which the others now fill,
+    and the noise amplitude, so that a particle that is still there stands out as before. (A
+    recipe without these structures would set the noise by the signal of the others alone.) The
+    seeds are new ones.
+
+    Raises
+    ------
+    ValueError
+        If a name is no structure of the specimen, or no structure would be left.
+    """
+    if not names:
+        return specimen
+    known = [grains.name for grains in specimen.beads]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        msg = f"cannot leave out {', '.join(unknown)}: the structures are {', '.join(known)}"
+        raise ValueError(msg)
+    left_out = tuple(name for name in known if name in {*names, *specimen.left_out})
+    abundances = specimen.abundances * [name not in left_out for name in known]
+    if not abundances.any():
+        msg = f"without {', '.join(left_out)} no structure is left: leave out fewer"
+        raise ValueError(msg)
+    text = f"{specimen.recipe_digest}/without/{','.join(left_out)}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return replace(specimen, recipe_digest=digest, abundances=abundances, left_out=left_out)
 
 
 def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField:
