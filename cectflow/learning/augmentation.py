@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
@@ -55,13 +57,12 @@ def augment(batch: Batch, turns: tuple[str, ...], generator: torch.Generator) ->
 
     subtomograms = turned(batch.subtomograms)
     assert subtomograms is not None
-    return Batch(
-        subtomograms,
-        turned(batch.voxel_labels),
-        turned(batch.instances),
-        batch.class_ids,
-        batch.fields,
-        None if batch.views is None else batch.views + _view_numbers(turns)[choice],
+    return replace(
+        batch,
+        subtomograms=subtomograms,
+        voxel_labels=turned(batch.voxel_labels),
+        instances=turned(batch.instances),
+        views=None if batch.views is None else batch.views + _view_numbers(turns)[choice],
     )
 
 
