@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 __all__ = [
     "draw_confusion",
     "draw_field",
+    "draw_generalisation",
     "draw_learning_curves",
     "draw_radial_power",
     "draw_slices",
@@ -251,6 +252,55 @@ def draw_radial_power(
                ha="right", fontsize=8)  # fmt: skip
     for axes in (left, right):
         axes.set_xlim(0.0, 0.52 / voxel_size)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def draw_generalisation(
+    names: Sequence[str],
+    overlaps: Mapping[str, Float[NDArray[np.float64], "3 structure"]],
+    ratios: Mapping[str, Float[NDArray[np.float64], "3 structure"]],
+    *,
+    title: str,
+) -> Figure:
+    """Foreground IoU of each structure as bars (top), and ratios of it (bottom), with intervals.
+
+    Parameters
+    ----------
+    names
+        Of the structures, in the order in which they are drawn.
+    overlaps
+        Name of a network or trivial method → value, lower and upper end of its interval for each
+        structure; an interval that is its value is not drawn.
+    ratios
+        The same of ratios; NaN where there is none.
+    title
+        Over both panels.
+    """
+    figure = Figure(figsize=(3.0 + 0.75 * len(names), 6.0), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 2])
+    places = np.arange(len(names), dtype=np.float64)
+    width = 0.8 / max(len(overlaps), 1)
+    for number, (label, (values, lows, highs)) in enumerate(overlaps.items()):
+        shifted = places + (number - (len(overlaps) - 1) / 2) * width
+        top.bar(shifted, values, 0.92 * width, color=f"C{number}", label=label)
+        wide = highs > lows
+        if wide.any():
+            reach = np.stack([values - lows, highs - values])[:, wide]
+            top.errorbar(shifted[wide], values[wide], np.maximum(reach, 0.0), fmt="none",
+                         ecolor="black", elinewidth=1, capsize=2)  # fmt: skip
+    top.set(ylabel="foreground IoU", ylim=(0, 1))
+    bottom.axhline(1.0, color="black", lw=0.8)
+    for number, (label, (values, lows, highs)) in enumerate(ratios.items()):
+        shifted = places + (number - (len(ratios) - 1) / 2) * 0.2
+        reach = np.maximum(np.stack([values - lows, highs - values]), 0.0)
+        bottom.errorbar(shifted, values, reach, fmt="o", color=f"C{number}", ms=5, capsize=3,
+                        label=label)  # fmt: skip
+    bottom.set(ylabel="ratio of IoU", ylim=(0, None))
+    bottom.set_xticks(places, names, rotation=35, ha="right")
+    for axes in (top, bottom):
+        axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     return figure

@@ -12,6 +12,7 @@ from cectflow.learning.task import SemanticLabels
 from cectflow.simulation.recipe import SimulationRecipe
 
 __all__ = [
+    "GeneralisationRecipe",
     "LiveRecipe",
     "Recipe",
     "SegmenterRecipe",
@@ -75,6 +76,26 @@ class LiveRecipe(Config):
     subtomograms_per_epoch: int = Field(gt=0)
 
 
+class GeneralisationRecipe(Config):
+    """How it is measured whether a segmenter generalises to structures that it never saw."""
+
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Homologous structures, which are held out together; a structure in no group is a group of
+    its own. Names that the simulation does not use are passed over: a list serves many recipes."""
+    control: bool = True
+    """Also train with all structures a second time, from another seed: how much two trainings
+    differ that saw the same."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GeneralisationRecipe:
+        names = [name for group in self.groups for name in group]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            msg = f"generalisation.groups names {', '.join(twice)} twice: expected disjoint groups"
+            raise ValueError(msg)
+        return self
+
+
 class Recipe(Config):
     """The whole road: what is simulated, and how segmenter, teacher and student are trained."""
 
@@ -90,6 +111,7 @@ class Recipe(Config):
     """null: none is trained."""
     student_segmenter: StudentRecipe | None = None
     """For a teacher that is a segmenter of either task; null: none is distilled."""
+    generalisation: GeneralisationRecipe = GeneralisationRecipe()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

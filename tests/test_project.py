@@ -68,7 +68,7 @@ def test_entry_points_name_modules_that_exist() -> None:
     entry_points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
     assert set(entry_points) == {
         "main", "simulate", "train_segmenter", "train_teacher", "distill", "evaluate", "promote",
-        "predict",
+        "predict", "generalisation",
     }  # fmt: skip
     for name, entry in entry_points.items():
         assert f"python -m entrypoints.{name} " in entry["command"]

@@ -8,9 +8,16 @@ from typing import Annotated
 import typer
 
 from cectflow.cli.options import (
+    DeviceOption,
     JsonOption,
     ModelOption,
+    OutFolderOption,
+    PrecisionOption,
+    RecipeOption,
+    SeedOption,
+    StructuresOption,
     TrackingOption,
+    WorkersOption,
 )
 from cectflow.cli.output import print_json, print_table
 
@@ -39,3 +46,38 @@ def evaluate_model(
         return
     rows = [(k, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}") for k, s in scores.items()]
     print_table(("score", "value", "95 % interval"), rows)
+
+
+@app.command("generalisation")
+def evaluate_generalisation(
+    recipe: RecipeOption = "demo",
+    structures: StructuresOption = None,
+    out: OutFolderOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    seed: SeedOption = None,
+    workers: WorkersOption = 1,
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Train the segmenter without each group of structures, and compare on what it never saw.
+
+    The groups are in the recipe. The same command with the same --out goes on where it was broken
+    off.
+    """
+    from cectflow.flows import generalisation
+    from cectflow.flows.training import Hardware, TrainingRequest
+    from cectflow.tracking.runs import connect
+
+    hardware = Hardware(device, precision, workers)
+    request = TrainingRequest(recipe, structures, None, out, seed, hardware)
+    chosen, folder = request.prepare("generalisation")
+    connect(tracking_uri)
+    result = generalisation.evaluate_generalisation(
+        chosen, folder, hardware, report=lambda line: typer.echo(line, err=True)
+    )
+    if json:
+        print_json(result.model_dump())
+        return
+    print_table(*generalisation.tabulate_generalisation(result))
+    typer.echo(f"{folder}: generalisation.json, generalisation.png")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ __all__ = [
     "TrainedNetwork",
     "check_matches",
     "evaluate_folder",
+    "fit_and_judge",
     "make_network",
     "train_network",
 ]
@@ -155,6 +157,53 @@ def train_network(
     (unfinished / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
     unfinished.replace(model_folder)
     return TrainedNetwork(model_folder, card, result, evaluation)
+
+
+def fit_and_judge(
+    objective: Objective,
+    train: BatchSource,
+    validation: BatchSource,
+    tests: Mapping[str, BatchSource],
+    recipe: FitRecipe,
+    *,
+    fabric: Fabric,
+    folder: Path,
+    log: Log,
+    provenance: Mapping[str, str] | None = None,
+) -> tuple[FitResult, dict[str, Evaluation]]:
+    """Fit a network for a comparison: its scores on several tests, and no model folder.
+
+    A second call with the same folder and arguments goes on where the first one was broken off.
+
+    Parameters
+    ----------
+    objective, train, validation, recipe, fabric, folder, log, provenance
+        See :func:`~cectflow.learning.fit.fit`.
+    tests
+        Name → source on which the weights of the best epoch are judged.
+
+    Raises
+    ------
+    ValueError
+        As ``fit`` and :func:`make_network`.
+    """
+    box = train.manifest.box
+    network = make_network(recipe, objective.task, objective.num_outputs, box)
+    result = fit(
+        network, objective, train, validation, recipe,
+        fabric=fabric, folder=folder, log=log, provenance=provenance,
+    )  # fmt: skip
+    network.to(fabric.device).eval()
+
+    def infer(cubes: Tensor) -> Tensor:
+        logits: Tensor = network(cubes.to(fabric.device))
+        return logits
+
+    scored = {
+        name: evaluate(infer, source, objective.task, labels=objective.labels)
+        for name, source in tests.items()
+    }
+    return result, scored
 
 
 def evaluate_folder(folder: Path, dataset: Dataset, split: SplitName = "test") -> Evaluation:

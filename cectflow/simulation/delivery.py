@@ -36,6 +36,7 @@ def simulate_dataset(
     *,
     workers: int = 1,
     commit: str = "unknown",
+    splits: Sequence[SplitName] = SPLITS,
     left_out: Sequence[str] = (),
 ) -> Dataset:
     """Dataset folder of a recipe; shards that are already there are kept.
@@ -52,6 +53,8 @@ def simulate_dataset(
         Processes.
     commit
         Of cectflow, for the manifest.
+    splits
+        Of the recipe's, those that are made.
     left_out
         Structures of which no particle is placed (:func:`~cectflow.simulation.field.leave_out`).
 
@@ -63,11 +66,11 @@ def simulate_dataset(
         If a structure does not fit the box, or the occupancy cannot be packed.
     """
     specimen = leave_out(prepare_specimen(recipe, structures), left_out)
-    manifest = _start_manifest(specimen, structures, folder, commit)
+    manifest = _start_manifest(specimen, structures, folder, commit, splits)
     done = {shard.name for shards in manifest.shards.values() for shard in shards}
     jobs = [
         _Job(specimen, folder, split, index)
-        for split in SPLITS
+        for split in splits
         for index in range(recipe.shards_of(split))
         if _shard_name(split, index) not in done
     ]
@@ -114,8 +117,9 @@ def _concatenate(parts: Sequence[Subtomograms]) -> Subtomograms:
 
 
 def _start_manifest(
-    specimen: Specimen, structures: Sequence[Structure], folder: Path, commit: str
-) -> Manifest:
+    specimen: Specimen, structures: Sequence[Structure], folder: Path, commit: str,
+    splits: Sequence[SplitName],
+) -> Manifest:  # fmt: skip
     """Manifest of the folder: the one that is there, if it is of this simulation, or a new one."""
     recipe = specimen.recipe
     manifest = Manifest(
@@ -137,13 +141,14 @@ def _start_manifest(
         masses_kda={structure.name: structure.mass_kda for structure in structures},
         jitter=recipe.jitter,
         has_voxel_labels=True,
-        planned_shards={split: recipe.shards_of(split) for split in SPLITS},
+        planned_shards={split: recipe.shards_of(split) for split in SPLITS if split in splits},
         shards=dict.fromkeys(SPLITS, ()),
     )
     path = folder / "manifest.json"
     if path.is_file():
         earlier = Manifest.from_json(path.read_text(encoding="utf-8"), source=str(path))
-        if earlier.recipe_digest == manifest.recipe_digest:
+        same = earlier.recipe_digest == manifest.recipe_digest
+        if same and earlier.planned_shards == manifest.planned_shards:
             return earlier
         msg = f"{folder} holds another dataset: give another folder, or remove it first"
         raise FileExistsError(msg)
