@@ -399,17 +399,28 @@ def evaluate_model(
     tracking_uri: TrackingOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the scores of a model on a dataset's test split, with 95 % intervals over fields."""
+    """Print a model's scores on a test split, by structure, occupancy and SNR, with intervals."""
     from cectflow.flows.promotion import evaluate_model as flow
     from cectflow.tracking.runs import connect
 
     connect(tracking_uri)
-    scores = flow(model, dataset)
+    report = flow(model, dataset)
     if json:
-        _print_json({name: score.model_dump() for name, score in scores.items()})
+        scores = {name: score.model_dump() for name, score in report.scores.items()}
+        groups = [vars(group) | {"score": group.score.model_dump()} for group in report.groups]
+        _print_json({"scores": scores, "baselines": report.baselines, "groups": groups})
         return
-    rows = [(k, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}") for k, s in scores.items()]
+    rows = [(k, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}") for k, s in report.scores.items()]
+    rows += [(f"best {k}", f"{v:.4f}", "trivial") for k, v in report.baselines.items()]
     _print_table(("score", "value", "95 % interval"), rows)
+    what = "foreground IoU" if report.baselines else "accuracy"
+    rows_by_group = [
+        (f"{g.by} {g.name}", str(g.number), f"{g.score.value:.4f}",
+         f"{g.score.low:.4f} to {g.score.high:.4f}")
+        for g in report.groups
+    ]  # fmt: skip
+    typer.echo()
+    _print_table((f"{what} by", "number", "value", "95 % interval"), rows_by_group)
 
 
 @models_app.command("list")
