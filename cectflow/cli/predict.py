@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from cectflow.cli.options import (
     TrackingOption,
     VoxelSizeOption,
 )
+
+if TYPE_CHECKING:
+    from cectflow.prediction.whole import WholeOptions
 
 __all__ = ["app"]
 
@@ -61,6 +64,35 @@ def predict_segment(
     probabilities: Annotated[
         Path | None, typer.Option("--probabilities", help="Also write the foreground's.")
     ] = None,
+    picks: Annotated[
+        Path | None, typer.Option("--picks", help="STAR file of the particles found.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="PNG of central slices with labels and picks.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option("--window", min=1, help="Largest edge in voxels; default: by memory."),
+    ] = None,
+    blend: Annotated[
+        bool, typer.Option("--blend", help="Average overlapping windows; not exact.")
+    ] = False,
+    average_turns: Annotated[
+        bool,
+        typer.Option("--average-turns", help="Average over the half turns that keep the wedge."),
+    ] = False,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="Probability of the foreground.")
+    ] = None,
+    min_volume: Annotated[
+        float | None, typer.Option("--min-volume", help="Å³ of the smallest particle.")
+    ] = None,
+    nms_radius: Annotated[
+        float | None, typer.Option("--nms-radius", help="Å: no two picks are closer.")
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option("--min-score", help="Of the worst pick that is kept.")
+    ] = None,
     subtomograms: SubtomogramsOption = None,
     tomogram: TomogramOption = None,
     particles: ParticlesOption = None,
@@ -73,15 +105,42 @@ def predict_segment(
     overwrite: OverwriteOption = False,
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Outline the particle at the centre of each subtomogram, or at each pick of a tomogram."""
+    """Label a whole tomogram and pick its particles, or outline particles at known positions.
+
+    A semantic segmenter takes --tomogram alone; a target segmenter takes --subtomograms, or
+    --tomogram with --particles. The options from --picks to --min-score are for the former.
+    """
     from cectflow.flows.prediction import predict_segments
     from cectflow.prediction.contract import InputOptions
     from cectflow.prediction.source import InputFiles
 
     files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
     options = InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
+    whole = _whole_options(
+        {"window": window, "blend": blend, "average_turns": average_turns},
+        {
+            "probability": threshold,
+            "min_volume": min_volume,
+            "radius": nms_radius,
+            "min_score": min_score,
+        },
+    )
     _connect_for(model, tracking_uri)
-    predict_segments(model, files, out, probabilities, options, typer.echo)
+    predict_segments(
+        model, files, out, probabilities, options, typer.echo,
+        picks=picks, figure=figure, whole=whole,
+    )  # fmt: skip
+
+
+def _whole_options(run: dict[str, Any], rules: dict[str, float | None]) -> WholeOptions | None:
+    """Options of whole tomograms; None where none was given."""
+    from cectflow.prediction.picks import PickRules
+    from cectflow.prediction.whole import WholeOptions
+
+    given = {name: value for name, value in rules.items() if value is not None}
+    if not given and not any(run.values()):
+        return None
+    return WholeOptions(**run, rules=PickRules(**given))
 
 
 def _connect_for(model: str, tracking_uri: str | None) -> None:
