@@ -22,7 +22,10 @@ __all__ = ["distill", "train"]
 
 
 def train(
-    role: Annotated[Literal["segmenter", "teacher"], typer.Argument(help="What to train.")],
+    role: Annotated[
+        Literal["segmenter", "tomogram-segmenter", "teacher"],
+        typer.Argument(help="What to train."),
+    ],
     recipe: RecipeOption = "demo",
     structures: StructuresOption = None,
     dataset: DatasetOption = None,
@@ -33,20 +36,19 @@ def train(
     workers: WorkersOption = 1,
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Train and register a segmenter or a teacher classifier."""
-    from cectflow.flows.training import (
-        Hardware,
-        TrainingRequest,
-        train_segmenter,
-        train_teacher,
-    )
+    """Train and register a segmenter (of cubes or tomograms) or a teacher classifier."""
+    from cectflow.flows import training
     from cectflow.tracking.runs import connect
 
-    hardware = Hardware(device, precision, workers)
-    request = TrainingRequest(recipe, structures, dataset, out, seed, hardware)
+    hardware = training.Hardware(device, precision, workers)
+    request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare(role)
     connect(tracking_uri)
-    flow = train_segmenter if role == "segmenter" else train_teacher
+    flow = {
+        "segmenter": training.train_segmenter,
+        "tomogram-segmenter": training.train_tomogram_segmenter,
+        "teacher": training.train_teacher,
+    }[role]
     _tell_registered(flow(chosen, folder, hardware, dataset=dataset))
 
 

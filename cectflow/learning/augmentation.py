@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from cectflow.dataset import Batch
-from cectflow.turns import HALF_TURNS, allowed_turns
+from cectflow.turns import HALF_TURNS
 
-__all__ = ["HALF_TURNS", "allowed_turns", "augment", "turn", "turned_batch"]
+__all__ = ["augment", "turn", "turned_batch"]
 
 
 def turn(volumes: Shaped[Tensor, "*n z y x"], axis: str) -> Shaped[Tensor, "*n z y x"]:
@@ -34,13 +36,12 @@ def augment(batch: Batch, turns: tuple[str, ...], generator: torch.Generator) ->
 
     subtomograms = turned(batch.subtomograms)
     assert subtomograms is not None
-    return Batch(
-        subtomograms,
-        turned(batch.voxel_labels),
-        turned(batch.instances),
-        batch.class_ids,
-        batch.fields,
-        None if batch.views is None else batch.views + _view_numbers(turns)[choice],
+    return replace(
+        batch,
+        subtomograms=subtomograms,
+        voxel_labels=turned(batch.voxel_labels),
+        instances=turned(batch.instances),
+        views=None if batch.views is None else batch.views + _view_numbers(turns)[choice],
     )
 
 

@@ -40,6 +40,11 @@ class NetworkInfo:
     summary: str
     _build: Callable[..., nn.Module] = field(repr=False)
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the network's own arguments."""
+        return tuple(inspect.signature(self._build).parameters)[2:]  # after num_outputs and box
+
 
 _CATALOGUE: dict[str, NetworkInfo] = {}
 
@@ -156,7 +161,7 @@ def network_info(name: str) -> NetworkInfo:
 
 
 def _check_arguments(info: NetworkInfo, arguments: dict[str, object]) -> None:
-    known = list(inspect.signature(info._build).parameters)[2:]  # after num_outputs and box
+    known = info.arguments
     unknown = [name for name in arguments if name not in known]
     if unknown:
         msg = (

@@ -179,7 +179,8 @@ def agree(truth: Found, picks: Found, radius: float, ignore: Collection[str] = (
     hit = particles[pairs[:, 0]]
     duplicates = 0
     if len(hit) and extra.any():
-        duplicates = np.count_nonzero(cKDTree(hit).query(picks.positions[extra])[0] <= distance)
+        on_hit = cKDTree(hit).query(picks.positions[extra])[0] <= distance
+        duplicates = int(np.count_nonzero(on_hit))
     return Agreement(len(particles), int(counts.sum()), len(pairs), duplicates)
 
 

@@ -285,7 +285,8 @@ class _OnSourceGrid:
 def _hats(places: NDArray[np.float64], num: int) -> Float[NDArray[np.float32], "place {num}"]:
     """Matrix from voxels to their linear interpolation at places."""
     distances = np.abs(places[:, None] - np.arange(num))
-    return np.asarray(np.maximum(1.0 - distances, 0.0), np.float32)
+    hats: NDArray[np.float32] = np.maximum(1.0 - distances, 0.0).astype(np.float32)
+    return hats
 
 
 def _pick(
@@ -297,6 +298,7 @@ def _pick(
         positions = (positions + 0.5) * ratio - 0.5
     return make_picks(
         bodies, positions, names, tomogram=path.name.partition(".")[0],
-        voxel_size=tomogram.source_voxel_size, volumes=np.asarray(bodies.voxels * tomogram.voxel_size**3, np.float64),
+        voxel_size=tomogram.source_voxel_size,
+        volumes=np.asarray(bodies.voxels * tomogram.voxel_size**3, np.float64),
         model=model,
     )  # fmt: skip

@@ -130,6 +130,7 @@ def _start_manifest(
         snr=recipe.snr,
         noise_spectrum=recipe.microscope.noise_spectrum_name,
         occupancy=recipe.occupancy,
+        masses_kda={structure.name: structure.mass_kda for structure in structures},
         jitter=recipe.jitter,
         has_voxel_labels=True,
         planned_shards={split: recipe.shards_of(split) for split in SPLITS},

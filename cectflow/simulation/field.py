@@ -26,6 +26,7 @@ from cectflow.simulation.microscope import OpticsDraw, draw_optics
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.scene import Scene, pack_scene
 from cectflow.simulation.structure import Structure
+from cectflow.subtomogram import robust_statistics
 
 __all__ = [
     "SimulatedField",
@@ -168,10 +169,13 @@ def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField
         foreign_signal, _ = image_field(torch.from_numpy(foreign), optics, 0.0, noise_generator)
         imaged, density = imaged + foreign_signal, density + foreign
     tomogram, numbers = imaged.numpy(), draw.numbers()
+    median, robust_std = robust_statistics(tomogram)
     record = FieldRecord(
         field=f"{split}-{index:05d}",
         mean=float(tomogram.mean()),
         std=float(tomogram.std()),
+        median=median,
+        robust_std=robust_std,
         defocus_um=numbers["defocus_um"],
         drawn=numbers,
         requested_snr=snr,

@@ -227,6 +227,7 @@ class _Cubes:
     instances: Int[NDArray[np.int16], "n z y x"]
     class_ids: Int[NDArray[np.int64], " n"]
     fields: Int[NDArray[np.int64], " n"]
+    statistics: Float[NDArray[np.float32], "n 2"]
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -239,6 +240,7 @@ class _Cubes:
             self.instances[rows],
             self.class_ids[rows],
             self.fields[rows],
+            self.statistics[rows],
         )
 
     def as_batch(self) -> Batch:
@@ -249,6 +251,7 @@ class _Cubes:
             torch.from_numpy(self.instances),
             torch.from_numpy(self.class_ids),
             torch.from_numpy(self.fields),
+            statistics=torch.from_numpy(self.statistics),
         )
 
 
@@ -259,20 +262,23 @@ def _concatenate(parts: Sequence[_Cubes]) -> _Cubes:
         np.concatenate([part.instances for part in parts]),
         np.concatenate([part.class_ids for part in parts]),
         np.concatenate([part.fields for part in parts]),
+        np.concatenate([part.statistics for part in parts]),
     )
 
 
 def _simulate(specimen: Specimen, stream: str, index: int) -> _Cubes:
     """Cubes of one field of a stream."""
     with single_thread():
-        content, _ = simulate_subtomograms(specimen, stream, index)
+        content, record = simulate_subtomograms(specimen, stream, index)
     assert content.voxel_labels is not None
     assert content.instances is not None
     class_ids = content.rows["rlnClassNumber"].to_numpy(np.int64)
+    statistics = np.array([record.median, record.robust_std], np.float32)
     return _Cubes(
         content.cubes,
         content.voxel_labels,
         content.instances,
         class_ids,
         np.full(len(class_ids), index, np.int64),
+        np.tile(statistics, (len(class_ids), 1)),
     )

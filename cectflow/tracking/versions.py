@@ -31,7 +31,9 @@ ROLE_NAMES = {
     "segmenter/target": "cectflow-segmenter",
     "segmenter/semantic": "cectflow-tomogram-segmenter",
     "teacher": "cectflow-teacher",
-    "student": "cectflow-student",
+    "student/classify": "cectflow-student",
+    "student/target": "cectflow-student-segmenter",
+    "student/semantic": "cectflow-student-tomogram-segmenter",
 }
 """Registered name of a role, or of a role and task."""
 

@@ -13,6 +13,7 @@ from builders import BOX, CLASSES, make_card, write_dataset
 from cectflow.dataset import Dataset, check_dataset
 from cectflow.learning.fit import FitRecipe, open_fabric
 from cectflow.learning.objective import Classify, Objective, Segment
+from cectflow.learning.task import SemanticLabels
 from cectflow.learning.training import (
     TrainedNetwork,
     check_matches,
@@ -20,7 +21,9 @@ from cectflow.learning.training import (
     train_network,
 )
 from cectflow.model_card import ModelCard
+from cectflow.runtime import RUNTIMES, RuntimeName, load_runtime
 
+LABELS = SemanticLabels.choose(CLASSES, None, merged=False)
 RECIPE = {"epochs": 2, "batch_size": 6, "learning_rate": 0.003}
 
 
@@ -34,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def train(objective: Objective, dataset: Dataset, folder: Path, network: str) -> TrainedNetwork:
     return train_network(
-        "segmenter" if objective.task == "target" else "teacher",
+        "teacher" if objective.task == "classify" else "segmenter",
         objective,
         dataset,
         FitRecipe(network=network, **RECIPE),
@@ -56,8 +59,12 @@ def _quick_costs() -> Iterator[None]:
 
 @pytest.fixture(
     scope="module",
-    params=[(Segment(), "strided_ed"), (Classify(2), "strided_micro")],
-    ids=["segmenter", "teacher"],
+    params=[
+        (Segment(), "strided_ed"),
+        (Segment(labels=LABELS), "strided_ed"),
+        (Classify(2), "strided_micro"),
+    ],
+    ids=["segmenter", "tomogram-segmenter", "teacher"],
 )
 def trained(
     request: pytest.FixtureRequest,
@@ -90,6 +97,12 @@ def test_a_segmenter_is_compared_with_trivial_methods(trained: TrainedNetwork) -
         assert set(trained.card.scores) == {"foreground_iou", "iou"}
         assert set(trained.card.baselines) == {"ball", "threshold"}
         assert all(0 < score < 1 for score in trained.card.baselines.values())
+    elif trained.card.task == "semantic":
+        assert set(trained.card.scores) == {
+            "foreground_iou", "iou", "mean_iou", "mean_dice",
+            *(f"{kind}_{name}" for kind in ("iou", "dice") for name in CLASSES),
+        }  # fmt: skip
+        assert set(trained.card.baselines) == {"threshold"}
     else:
         assert set(trained.card.scores) == {"accuracy"}
         assert trained.card.baselines == {}
@@ -117,8 +130,38 @@ def test_the_folder_holds_the_model_and_the_checkpoints_and_nothing_else(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_exported_semantic_network_takes_any_multiples_of_its_stride(
+    trained: TrainedNetwork, runtime: RuntimeName
+) -> None:
+    if trained.card.task != "semantic":
+        return
+    infer = load_runtime(trained.folder, runtime)
+    generator = np.random.default_rng(0)
+    volume = generator.normal(size=(1, 1, 16, 20, 24)).astype(np.float32)
+    logits = infer(volume)
+    assert logits.shape == (1, 3, 16, 20, 24)
+    # Its input is normalised already: other units are another input.
+    assert np.abs(infer(2.0 * volume) - logits).max() > 0.01
+
+
+def test_the_card_of_a_semantic_network_says_what_it_labels_and_is_shown(
+    trained: TrainedNetwork,
+) -> None:
+    card = trained.card
+    if card.task == "semantic":
+        assert (card.classes, card.labels, card.num_outputs) == (CLASSES, CLASSES, 3)
+        assert card.normalisation == "tomogram"
+    else:
+        assert (card.labels, card.normalisation) == ((), "cube")
+
+
 def test_a_trained_network_is_taken_up_as_it_is(trained: TrainedNetwork, dataset: Dataset) -> None:
-    objective = Segment() if trained.card.task == "target" else Classify(2)
+    objective: Objective = {
+        "target": Segment(),
+        "semantic": Segment(labels=LABELS),
+        "classify": Classify(2),
+    }[trained.card.task]
     before = {path: path.stat().st_mtime_ns for path in trained.folder.iterdir()}
     again = train(objective, dataset, trained.folder.parent, trained.card.network)
     assert again.card == trained.card
