@@ -24,6 +24,7 @@ __all__ = [
     "draw_learning_curves",
     "draw_radial_power",
     "draw_slices",
+    "draw_tomogram",
 ]
 
 LABEL_COLOUR = "#ff7f0e"
@@ -35,6 +36,7 @@ LOG_SPAN_OF_GROUPS = 4.0
 logarithm."""
 SCALE_BAR_FRACTION = 0.3
 NUM_LABEL_COLOURS = 20
+LABELS_IN_LEGEND = 12
 TITLE_CHARACTERS = 21
 """That fit over a panel of :func:`draw_slices` in the usual size; longer titles are set smaller."""
 
@@ -264,6 +266,68 @@ def draw_field(
     return figure
 
 
+def draw_tomogram(
+    volume: Shaped[NDArray[Any], "z y x"],
+    labels: Shaped[NDArray[Any], "z y x"],
+    positions_zyx: Float[NDArray[np.float64], "n 3"],
+    class_ids: Int[NDArray[np.int64], " n"],
+    names: Sequence[str],
+    *,
+    voxel_size: float,
+    title: str,
+    depth: float = 50.0,
+) -> Figure:
+    """Central xy (top) and xz slices of a tomogram, plain (left) and with labels and picks.
+
+    Parameters
+    ----------
+    volume, labels
+        May be memory-mapped: only the slices are read.
+    positions_zyx, class_ids
+        Of picks, in voxels; those within ``depth`` of a slice are marked.
+    names
+        Of the labels, from 1.
+    voxel_size
+        In Å.
+    title
+        Over the panels.
+    depth
+        In Å.
+    """
+    num_z, height, width = volume.shape
+    ratio = num_z / height
+    figure = Figure(figsize=(11, 5.5 * height / width * (1 + ratio) + 1.0), layout="constrained")
+    panels = figure.subplots(2, 2, squeeze=False, gridspec_kw={"height_ratios": [1, ratio]})
+    colours = [_label_colour(number) for number in range(1, len(names) + 1)]
+    for row, (plane, axis, across) in enumerate((("xy", 0, 1), ("xz", 1, 0))):
+        near = np.abs(positions_zyx[:, axis] - volume.shape[axis] // 2) * voxel_size <= depth
+        outlined = _central(labels, plane)
+        for column in (0, 1):
+            axes = panels[row, column]
+            _draw_plane(axes, _central(volume, plane))
+            axes.set_ylabel(plane if column == 0 else "")
+            if column == 0:
+                continue
+            for number, colour in enumerate(colours, start=1):
+                _outline(axes, outlined == number, colour)
+                chosen = positions_zyx[near & (class_ids == number)]
+                axes.plot(chosen[:, 2], chosen[:, across], "+", color=colour, markersize=6)
+            axes.set_xlim(-0.5, width - 0.5)
+            axes.set_ylim(-0.5, outlined.shape[0] - 0.5)
+    _scale_bar(panels[0, 0], voxel_size)
+    panels[0, 0].set_title(title, fontsize=10)
+    panels[0, 1].set_title(
+        f"labels, and picks within {depth:g} Å of the slice" if len(positions_zyx) else "labels",
+        fontsize=10,
+    )
+    handles = [
+        Line2D([], [], color=colour, marker="+", label=name)
+        for name, colour in zip(names, colours, strict=True)
+    ][:LABELS_IN_LEGEND]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    return figure
+
+
 def draw_radial_power(
     frequencies: Float[NDArray[np.float64], " shell"],
     real: tuple[Float[NDArray[np.float64], " shell"], Float[NDArray[np.float64], " shell"]],
@@ -310,6 +374,11 @@ def draw_radial_power(
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _label_colour(number: int) -> str:
+    """Colour of a label, from 1; after ten they repeat, but for the first, which stands out."""
+    return PREDICTION_COLOUR if number == 1 else f"C{(number - 1) % 9}"
 
 
 def _central(volume: NDArray[Any], plane: str) -> NDArray[Any]:

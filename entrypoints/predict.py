@@ -45,9 +45,14 @@ def story(given: Parameters) -> None:
             run.log({f"count/{name}": count for name, count in outcome.counts.items()})
             run.log({"particles": len(outcome.table), "probability": outcome.mean_probability})
         else:
-            model = given["model"] or "cectflow-segmenter@production"
-            segmented = predict_segments(model, files, out, None, options, print)
-            run.log({"particles": segmented.num_particles, "voxels": segmented.mean_voxels})
+            whole = files.tomogram is not None and files.particles is None
+            name = "tomogram-segmenter" if whole else "segmenter"
+            picks = out.with_suffix(".star") if whole else None
+            model = given["model"] or f"cectflow-{name}@production"
+            segmented = predict_segments(model, files, out, None, options, print, picks=picks)
+            run.log(segmented.figures)
+            if picks is not None:
+                run.log_files(picks)
         run.log_files(out)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from cectflow.dataset import BatchSource, Dataset, open_dataset
 from cectflow.figures import draw_confusion, draw_groups, draw_learning_curves, draw_slices
 from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
-from cectflow.learning.augmentation import allowed_turns
 from cectflow.learning.breakdown import Group, break_down
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
 from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
@@ -37,6 +36,7 @@ from cectflow.simulation.live import open_live
 from cectflow.tracking.registry import find_registered, register_model, resolve_model
 from cectflow.tracking.runs import Run, cectflow_commit, start_run
 from cectflow.tracking.versions import RegisteredVersion, registered_name, role_name
+from cectflow.turns import allowed_turns
 
 __all__ = [
     "DATASET_TAG",
