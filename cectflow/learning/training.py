@@ -135,7 +135,9 @@ def train_network(
         recipe_digest=recipe_digest, live_digest=live_digest, commit=commit,
         epochs=result.best_epoch, teacher=teacher,
     )  # fmt: skip
-    card = export_network(network, card, unfinished)
+    info = network_info(recipe.network)
+    open_shape = info.task == "segment" and manifest.box % info.stride == 0
+    card = export_network(network, card, unfinished, stride=info.stride if open_shape else None)
     evaluation = evaluate_folder(unfinished, dataset)
     baselines = {}
     if objective.task == "target":
