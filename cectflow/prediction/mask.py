@@ -9,7 +9,9 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
-__all__ = ["Fill", "mask_neighbours"]
+from cectflow.prediction.contract import LoadedNetwork
+
+__all__ = ["Fill", "mask_neighbours", "masked_with"]
 
 Fill = Literal["mean", "noise"]
 
@@ -52,6 +54,38 @@ def mask_neighbours(
         other = np.full_like(cube, cube.mean()) if fill == "mean" else _noise_like(cube, seed)
         masked[index] = weight * cube + (1.0 - weight) * other
     return masked
+
+
+def masked_with(network: LoadedNetwork, segmenter: LoadedNetwork) -> LoadedNetwork:
+    """A classifier that sees no neighbours: a segmenter outlines the target of each cube first.
+
+    Parameters
+    ----------
+    network
+        Of the task ``classify``.
+    segmenter
+        Of the task ``target``.
+
+    Raises
+    ------
+    ValueError
+        If the two expect different boxes, voxel sizes or contrasts.
+    """
+    for name in ("box", "voxel_size", "contrast"):
+        given, expected = getattr(segmenter.card, name), getattr(network.card, name)
+        if given != expected:
+            msg = (
+                f"{segmenter.label} was trained with {name} {given}, {network.label} expects "
+                f"{expected}: mask with a segmenter of the classifier's own recipe"
+            )
+            raise ValueError(msg)
+
+    def infer(cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> NDArray[np.float32]:
+        logits = segmenter.infer(cubes)
+        return network.infer(mask_neighbours(cubes[:, 0], logits[:, 1] > logits[:, 0])[:, None])
+
+    label = f"{network.label} masked with {segmenter.label}"
+    return LoadedNetwork(network.card, infer, label)
 
 
 def _noise_like(
