@@ -22,7 +22,7 @@ COMMANDS = (
     ("simulate", "calibrate"),
     ("simulate", "tomograms"),
     ("dataset", "info"), ("dataset", "check"), ("dataset", "import"), ("dataset", "export"),
-    ("train",), ("distill",), ("evaluate", "model"),
+    ("train",), ("distill",), ("evaluate", "model"), ("evaluate", "picks"),
     ("evaluate", "generalisation"), ("models", "list"), ("models", "show"),
     ("models", "promote"), ("models", "rollback"), ("predict", "classify"),
     ("predict", "segment"), ("doctor",),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from builders import CLASSES, MemorySource, TinyClassifier, TinySegmenter, write_dataset
 from torch import Tensor, nn
 
-from cectflow.learning.augmentation import HALF_TURNS, augment
+from cectflow.learning.augmentation import augment
 from cectflow.learning.losses import (
     SegmentationLoss,
     soft_tversky_loss,
@@ -20,6 +20,7 @@ from cectflow.learning.losses import (
 )
 from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
 from cectflow.learning.task import SemanticLabels, target_mask
+from cectflow.turns import HALF_TURNS
 
 MERGED = SemanticLabels.choose(CLASSES, None, merged=True)
 EACH = SemanticLabels.choose(CLASSES, None, merged=False)

@@ -149,19 +149,6 @@ def test_a_box_below_the_minimum_is_refused(name: str) -> None:
         create_network(name, num_outputs=2, box=smallest - 1)
 
 
-@pytest.mark.parametrize("name", list_networks("segment"))
-def test_a_box_that_is_no_multiple_of_the_stride_is_refused(name: str) -> None:
-    stride = network_info(name).stride
-    with pytest.raises(ValueError, match=rf"needs a multiple of {stride}: pad to {10 * stride}³"):
-        create_network(name, num_outputs=2, box=10 * stride - 1)
-
-
-def test_the_message_computes_the_box_to_pad_to() -> None:
-    message = "subtomogram is 30³; ssn3d_ed needs a multiple of 8: pad to 32³"
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        create_network("ssn3d_ed", num_outputs=2, box=30)
-
-
 @EVERY_NETWORK
 def test_every_network_is_described(name: str) -> None:
     info = network_info(name)
