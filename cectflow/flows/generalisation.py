@@ -117,7 +117,7 @@ def tabulate_generalisation(
     """Header and rows of the table that the terminal shows."""
     header = ("structure", "kDa", "test cubes", "IoU seen", "IoU unseen", "unseen / seen",
               "control", "best ball", "best threshold")  # fmt: skip
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             row.name, f"{row.mass_kda:.0f}", str(row.num_test), f"{row.seen.value:.3f}",
             f"{row.unseen.value:.3f}", _in_words(row.ratio), _in_words(row.control),
@@ -125,17 +125,15 @@ def tabulate_generalisation(
         )
         for row in result.structures
     ]  # fmt: skip
-    means = [
-        np.mean([getattr(row, name) for row in result.structures]) for name in ("ball", "threshold")
-    ]
-    values = [
-        np.mean([getattr(row, name).value for row in result.structures])
-        for name in ("seen", "unseen")
-    ]
+    means = np.mean(
+        [(row.seen.value, row.unseen.value, row.ball, row.threshold) for row in result.structures],
+        axis=0,
+    )
+    seen, unseen, ball, threshold = (f"{mean:.3f}" for mean in means)
+    number = sum(row.num_test for row in result.structures)
     rows.append(
-        ("all alike", "", str(sum(row.num_test for row in result.structures)),
-         *(f"{value:.3f}" for value in values), _in_words(result.ratio),
-         _in_words(result.control), *(f"{value:.3f}" for value in means))
+        ("all alike", "", str(number), seen, unseen, _in_words(result.ratio),
+         _in_words(result.control), ball, threshold)
     )  # fmt: skip
     return header, rows
 
