@@ -82,7 +82,7 @@ class Generalisation(Config):
 
     def figures(self) -> dict[str, float]:
         """Flat: name → number, for runs and benchmarks."""
-        flat: dict[str, float] = {"train_cubes": self.train_cubes}
+        flat = {"train_cubes": float(self.train_cubes)}
         named = {"unseen_over_seen": self.ratio, "control_over_seen": self.control}
         if self.smallest is not None:
             named["unseen_over_seen_smallest"] = self.smallest.ratio
