@@ -281,7 +281,9 @@ def log_evaluation(
 def _place(group: Group) -> tuple[str, float, tuple[float, float, float]]:
     """Name, abscissa and score with its interval, for a figure."""
     assert group.position is not None
-    return group.name, group.position, (group.score.value, group.score.low, group.score.high)
+    # A range of SNR is read off the axis, a structure is not.
+    name = group.name if group.by == "structure" else ""
+    return name, group.position, (group.score.value, group.score.low, group.score.high)
 
 
 def _choose_extremes(values: NDArray[np.float64]) -> dict[int, str]:
