@@ -79,7 +79,8 @@ def main() -> None:
 
         def found(batch: Batch) -> Tensor:
             with torch.inference_mode():
-                return segmenter(batch.subtomograms).argmax(dim=1)
+                logits: Tensor = segmenter(batch.subtomograms)
+            return logits.argmax(dim=1)
 
         plain = _train(CLASSIFIER, classify, train, validation, folder)
         masked = _train(
