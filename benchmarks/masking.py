@@ -23,7 +23,7 @@ from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.prediction.mask import Fill, mask_neighbours
 from cectflow.simulation.delivery import simulate_dataset
 
-SEGMENTER, CLASSIFIER = "strided_ed", "strided_small"
+SEGMENTER, CLASSIFIER = "strided_ed_small", "strided_small"
 Outline = Callable[[Batch], Tensor]
 
 

@@ -56,7 +56,7 @@ def _quick_costs() -> Iterator[None]:
 
 @pytest.fixture(
     scope="module",
-    params=[(Segment(), "strided_ed"), (Classify(2), "strided_micro")],
+    params=[(Segment(), "strided_ed_small"), (Classify(2), "strided_micro")],
     ids=["segmenter", "teacher"],
 )
 def trained(
@@ -182,7 +182,7 @@ def test_nothing_called_model_is_left_by_a_training_that_failed_at_its_end(
 
 @pytest.mark.parametrize(
     ("objective", "network", "kind"),
-    [(Classify(2), "strided_ed", "classify"), (Segment(), "strided_micro", "segment")],
+    [(Classify(2), "strided_ed_small", "classify"), (Segment(), "strided_micro", "segment")],
 )
 def test_a_network_of_another_task_is_refused(
     objective: Objective, network: str, kind: str, dataset: Dataset, tmp_path: Path
