@@ -390,7 +390,7 @@ def _tomogram_segmenter(recipe: Recipe) -> TomogramSegmenterRecipe:
     if recipe.tomogram_segmenter is None:
         msg = (
             "the recipe has no section tomogram_segmenter: add one, such as "
-            "`tomogram_segmenter: {fit: {network: strided_ed, ...}}`"
+            "`tomogram_segmenter: {fit: {network: strided_ed_small, ...}}`"
         )
         raise ValueError(msg)
     return recipe.tomogram_segmenter
@@ -402,7 +402,7 @@ def _student_of(recipe: Recipe, teacher: ModelCard) -> StudentRecipe:
     if recipe.student_segmenter is None:
         msg = (
             "the teacher is a segmenter, and the recipe has no section student_segmenter: add "
-            "one, such as `student_segmenter: {fit: {network: strided_ed, ...}}`"
+            "one, such as `student_segmenter: {fit: {network: strided_ed_small, ...}}`"
         )
         raise ValueError(msg)
     return recipe.student_segmenter
