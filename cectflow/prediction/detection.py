@@ -32,8 +32,6 @@ REACH = 0.5
 BETA = 4.0
 """How many times recall counts as much as precision in the challenge's score."""
 
-Positions = Float[NDArray[np.float64], "n 3"]
-
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -49,7 +47,7 @@ class Found:
         Of picks; None: not known.
     """
 
-    positions: Positions
+    positions: Float[NDArray[np.float64], "n 3"]
     names: tuple[str, ...]
     scores: Float[NDArray[np.float64], " n"] | None = None
 
@@ -104,14 +102,18 @@ class Agreement:
         mine, theirs = asdict(self), asdict(other)
         return Agreement(**{name: mine[name] + theirs[name] for name in mine})
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, int | float]:
         """Counts and scores by name."""
         return asdict(self) | {
             "precision": self.precision, "recall": self.recall, "f1": self.f1, "f4": self.f4,
         }  # fmt: skip
 
 
-def match(truth: Positions, picks: Positions, distance: float) -> Int[NDArray[np.int64], "pair 2"]:
+def match(
+    truth: Float[NDArray[np.float64], "particle 3"],
+    picks: Float[NDArray[np.float64], "pick 3"],
+    distance: float,
+) -> Int[NDArray[np.int64], "pair 2"]:
     """One-to-one pairs (particle, pick) no farther apart than a distance.
 
     As many pairs as possible and, among such choices, the smallest sum of distances. Only

@@ -31,7 +31,7 @@ from cectflow.particles import ParticleTable, make_particle_rows, particles_from
 __all__ = ["Bodies", "PickRules", "find_bodies", "make_picks", "suppress"]
 
 SMOOTHING = 1.0
-"""Sigma in voxels of the Gaussian that closes pinholes in the probabilities before flooding."""
+"""Sigma in voxels of the Gaussian over the distance to the background."""
 CORE = 128
 """Edge in voxels of the blocks that bodies are looked for in."""
 REACH = 250.0
@@ -245,19 +245,17 @@ def _measure(
     Columns: voxels; centre (z, y, x); sum of probabilities; voxels of each label.
     """
     empty = np.zeros((0, 5 + num_labels))
-    smooth = ndimage.gaussian_filter(probabilities, SMOOTHING, truncate=2.0)
-    thick = smooth > rules.probability
-    if not thick.any():
+    foreground = probabilities > rules.probability
+    if not foreground.any():
         return empty
-    depth = ndimage.distance_transform_edt(_without_holes(thick)).astype(np.float32)
+    depth = ndimage.distance_transform_edt(_without_holes(foreground)).astype(np.float32)
     # Smoothing gives plateaus and ridges of the distance a single top.
     depth = ndimage.gaussian_filter(depth, SMOOTHING, truncate=2.0)
-    depth[~thick] = 0.0
+    depth[~foreground] = 0.0
     places = np.flatnonzero(depth)
     order = places[np.argsort(-depth.ravel()[places], kind="stable")]
     owner = np.full(depth.shape, -1, np.int32)
     tops = _flood(depth, order, owner, rules.neck)
-    foreground = (probabilities > rules.probability) & (owner >= 0)
     bodies = owner[foreground]
     top_places = np.stack(np.unravel_index(order[tops], depth.shape), axis=1)
     low, high = ([getattr(part, end) for part in owned] for end in ("start", "stop"))
@@ -316,25 +314,30 @@ def _flood(depth, order, owner, neck):
         y = place // num_x % num_y
         x = place % num_x
         best = -1
+        highest = -1.0
         for dz in range(-1, 2):
             for dy in range(-1, 2):
                 for dx in range(-1, 2):
                     nz, ny, nx = z + dz, y + dy, x + dx
                     if nz < 0 or ny < 0 or nx < 0 or nz >= num_z or ny >= num_y or nx >= num_x:
                         continue
-                    other = flat_owner[(nz * num_y + ny) * num_x + nx]
+                    neighbour = (nz * num_y + ny) * num_x + nx
+                    other = flat_owner[neighbour]
                     if other < 0:
                         continue
                     while parent[other] != other:
                         other = parent[other]
-                    if best < 0:
-                        best = other
-                    elif other != best:
+                    if best >= 0 and other != best:
                         # Numbers count from the thickest top down: the smaller one is thicker.
                         thick, thin = min(best, other), max(best, other)
                         if flat_depth[place] >= neck * flat_depth[order[top[thin]]]:
                             parent[thin] = thick
-                        best = thick
+                            best = thick
+                            other = thick
+                    # Uphill, or a body would creep around its neighbour along the surface.
+                    if flat_depth[neighbour] > highest:
+                        highest = flat_depth[neighbour]
+                        best = other
         if best < 0:
             best = number
             parent[number] = number

@@ -45,7 +45,7 @@ class Segmentation:
     @property
     def figures(self) -> dict[str, float]:
         """What a run logs."""
-        return {"particles": self.num_particles, "voxels": self.mean_voxels}
+        return {"particles": float(self.num_particles), "voxels": self.mean_voxels}
 
 
 def segment_stack(

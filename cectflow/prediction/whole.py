@@ -285,7 +285,7 @@ class _OnSourceGrid:
 def _hats(places: NDArray[np.float64], num: int) -> Float[NDArray[np.float32], "place {num}"]:
     """Matrix from voxels to their linear interpolation at places."""
     distances = np.abs(places[:, None] - np.arange(num))
-    hats: NDArray[np.float32] = np.maximum(1.0 - distances, 0.0).astype(np.float32)
+    hats: NDArray[np.float32] = np.maximum(1.0 - distances.astype(np.float32), np.float32(0.0))
     return hats
 
 

@@ -129,7 +129,7 @@ def plan_windows(
         for number in range(1, max(1, (length - 2 * halo) // stride) + 1):
             window = _length(length, number, halo, stride)
             if number == 1 or window >= least:
-                fewest.setdefault(window, number * window)
+                fewest[window] = len(_stretches(length, window, halo)) * window
         lengths = [(total, window) for window, total in fewest.items()]
         if edge is not None:
             lengths = [min(choice for choice in lengths if choice[1] <= edge)]
