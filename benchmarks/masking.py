@@ -16,14 +16,16 @@ from cectflow.dataset import Batch, BatchSource, Manifest, open_dataset
 from cectflow.execution import single_thread
 from cectflow.flows.simulation import load_structures
 from cectflow.learning.fit import FitRecipe, fit, open_fabric
+from cectflow.learning.losses import SegmentationLoss
 from cectflow.learning.objective import Classify, Objective, Segment
-from cectflow.learning.scores import evaluate, target_mask
+from cectflow.learning.scores import evaluate
+from cectflow.learning.task import target_mask
 from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.prediction.mask import Fill, mask_neighbours
 from cectflow.simulation.delivery import simulate_dataset
 
-SEGMENTER, CLASSIFIER = "strided_ed", "strided_small"
+SEGMENTER, CLASSIFIER = "strided_ed_small", "strided_small"
 Outline = Callable[[Batch], Tensor]
 
 
@@ -75,11 +77,18 @@ def main() -> None:
         dataset = open_dataset(folder / "data")
         train, validation, test = (dataset.split(s) for s in ("train", "validation", "test"))
         classify = Classify(len(dataset.manifest.classes))
-        segmenter = _train(SEGMENTER, Segment(dice_weight=1.0), train, validation, folder)
+        segmenter = _train(
+            SEGMENTER,
+            Segment(SegmentationLoss(cross_entropy=1.0, dice=1.0)),
+            train,
+            validation,
+            folder,
+        )
 
         def found(batch: Batch) -> Tensor:
             with torch.inference_mode():
-                return segmenter(batch.subtomograms).argmax(dim=1)
+                logits: Tensor = segmenter(batch.subtomograms)
+            return logits.argmax(dim=1)
 
         plain = _train(CLASSIFIER, classify, train, validation, folder)
         masked = _train(

@@ -16,6 +16,7 @@ from cectflow.dataset import Dataset, open_dataset
 from cectflow.execution import single_thread
 from cectflow.flows.simulation import load_structures
 from cectflow.learning.fit import FitRecipe, fit, open_fabric
+from cectflow.learning.losses import SegmentationLoss
 from cectflow.learning.objective import Segment
 from cectflow.learning.scores import evaluate
 from cectflow.networks.normalisation import NormalisePerCube
@@ -46,6 +47,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "half_wider": {"stem": 2, "widths": (32, 64, 128), "depth": (1, 2)},
     # Depth: blocks of a level, number of levels.
     "half_deep": {"stem": 2, "widths": (16, 32, 64), "depth": (2, 3)},
+    "half_wider_deep": {"stem": 2, "widths": (32, 64, 128), "depth": (2, 3)},
     "half_shallow": {"stem": 2, "widths": (24, 48), "depth": (2,)},
     # The decoder's width.
     "half_slender": {
@@ -92,9 +94,10 @@ def _measure(name: str, dataset: Dataset, folder: Path) -> dict[str, float]:
     recipe = FitRecipe(
         network=name, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE
     )
+    objective = Segment(SegmentationLoss(cross_entropy=1.0, dice=1.0))
     start = time.process_time()
     fit(
-        network, Segment(dice_weight=1.0), train, dataset.split("validation"), recipe,
+        network, objective, train, dataset.split("validation"), recipe,
         fabric=open_fabric("cpu"), folder=folder, log=lambda metrics, step: None,
     )  # fmt: skip
     seconds = time.process_time() - start

@@ -184,8 +184,8 @@ def draw_groups(
     Parameters
     ----------
     panels
-        Label of the abscissa → groups: name, abscissa, and score with the ends of its interval.
-        A property without groups is said to be unknown.
+        Label of the abscissa → groups: name to be written beside it, or empty; abscissa; score
+        with the ends of its interval. A property without groups is said to be unknown.
     score
         Label of the ordinate.
     title
@@ -207,10 +207,8 @@ def draw_groups(
             )  # fmt: skip
         else:
             axes.text(0.5, 0.5, "unknown", transform=axes.transAxes, ha="center")
-        for name, place, (value, _, _) in groups:
-            # A range is read off the axis; a structure is not.
-            if " to " not in name:
-                axes.annotate(name, (place, value), (4, 4), textcoords="offset points", fontsize=7)
+        for name, place, (height, _, _) in groups:
+            axes.annotate(name, (place, height), (4, 4), textcoords="offset points", fontsize=7)
         if reference is not None:
             axes.axhline(reference, color="grey", ls="--", lw=1, label="best trivial method")
         if len(groups) and places.min() > 0 and places.max() > LOG_SPAN_OF_GROUPS * places.min():

@@ -281,7 +281,9 @@ def log_evaluation(
 def _place(group: Group) -> tuple[str, float, tuple[float, float, float]]:
     """Name, abscissa and score with its interval, for a figure."""
     assert group.position is not None
-    return group.name, group.position, (group.score.value, group.score.low, group.score.high)
+    # A range of SNR is read off the axis, a structure is not.
+    name = group.name if group.by == "structure" else ""
+    return name, group.position, (group.score.value, group.score.low, group.score.high)
 
 
 def _choose_extremes(values: NDArray[np.float64]) -> dict[int, str]:
@@ -388,7 +390,7 @@ def _tomogram_segmenter(recipe: Recipe) -> TomogramSegmenterRecipe:
     if recipe.tomogram_segmenter is None:
         msg = (
             "the recipe has no section tomogram_segmenter: add one, such as "
-            "`tomogram_segmenter: {fit: {network: strided_ed, ...}}`"
+            "`tomogram_segmenter: {fit: {network: strided_ed_small, ...}}`"
         )
         raise ValueError(msg)
     return recipe.tomogram_segmenter
@@ -400,7 +402,7 @@ def _student_of(recipe: Recipe, teacher: ModelCard) -> StudentRecipe:
     if recipe.student_segmenter is None:
         msg = (
             "the teacher is a segmenter, and the recipe has no section student_segmenter: add "
-            "one, such as `student_segmenter: {fit: {network: strided_ed, ...}}`"
+            "one, such as `student_segmenter: {fit: {network: strided_ed_small, ...}}`"
         )
         raise ValueError(msg)
     return recipe.student_segmenter

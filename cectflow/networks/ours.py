@@ -3,8 +3,8 @@
 The papers' networks spend half and more of their multiplications on two convolutions at full
 resolution, where a cube holds mostly noise. Ours go to a coarser grid at once, learn
 residuals (He et al. 2016, arXiv:1512.03385) and normalise with batch norm, which an export folds
-into the convolutions. They use nothing but convolution, batch norm, ReLU, addition, mean and
-nearest upsampling, so ONNX runtimes take them whole.
+into the convolutions. They use nothing but convolution, transposed convolution, batch norm, ReLU,
+addition, mean and nearest upsampling, so ONNX runtimes take them whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from cectflow.networks.blocks import initialise_weights, normed_convolution
 from cectflow.networks.catalogue import register_network
 
-__all__ = ["StridedClassifier", "StridedSegmenter", "strided_ed", "strided_micro", "strided_small"]
+__all__ = [
+    "StridedClassifier",
+    "StridedSegmenter",
+    "append_distance",
+    "strided_ed_base",
+    "strided_ed_small",
+    "strided_micro",
+    "strided_small",
+]
 
 PAPER = "cectflow, unpublished"
 
@@ -224,9 +232,9 @@ def strided_micro(num_outputs: int, box: int) -> nn.Module:
     return StridedClassifier(num_outputs, box, widths=(16, 32, 40))
 
 
-@register_network(task="segment", stride=4, min_box=8, reach=26, paper=PAPER)
-def strided_ed(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
-    """Compact target segmenter of ours: residual encoder-decoder; 8, 24, 48 channels.
+@register_network(task="segment", stride=8, min_box=12, reach=77, paper=PAPER)
+def strided_ed_base(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
+    """Segmenter of ours for the last points: residual encoder-decoder; 32, 64, 128 channels.
 
     Parameters
     ----------
@@ -238,7 +246,25 @@ def strided_ed(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
         See the distance from the centre: true for the task ``target``, false for ``semantic``.
     """
     return StridedSegmenter(
-        num_outputs, box, stem=1, widths=(8, 24, 48), depth=(1, 2), centred=centred
+        num_outputs, box, stem=2, widths=(32, 64, 128), depth=(2, 3), centred=centred
+    )
+
+
+@register_network(task="segment", stride=8, min_box=12, reach=77, paper=PAPER)
+def strided_ed_small(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
+    """Compact segmenter of ours: residual encoder-decoder on half the grid; 16, 32, 64 channels.
+
+    Parameters
+    ----------
+    num_outputs
+        Number of labels, background included.
+    box
+        Edge of the input cube in voxels: the unit of the distance channel.
+    centred
+        See the distance from the centre: true for the task ``target``, false for ``semantic``.
+    """
+    return StridedSegmenter(
+        num_outputs, box, stem=2, widths=(16, 32, 64), depth=(2, 3), centred=centred
     )
 
 

@@ -23,6 +23,7 @@ from cectflow.learning.training import (
     train_network,
 )
 from cectflow.model_card import ModelCard
+from cectflow.networks import network_info
 from cectflow.runtime import RUNTIMES, RuntimeName, load_runtime
 
 LABELS = SemanticLabels.choose(CLASSES, None, merged=False)
@@ -63,8 +64,8 @@ def _quick_costs() -> Iterator[None]:
 @pytest.fixture(
     scope="module",
     params=[
-        (Segment(), "strided_ed"),
-        (Segment(labels=LABELS), "strided_ed"),
+        (Segment(), "strided_ed_small"),
+        (Segment(labels=LABELS), "strided_ed_small"),
         (Classify(2), "strided_micro"),
     ],
     ids=["segmenter", "tomogram-segmenter", "teacher"],
@@ -231,7 +232,7 @@ def test_nothing_called_model_is_left_by_a_training_that_failed_at_its_end(
 
 @pytest.mark.parametrize(
     ("objective", "network", "kind"),
-    [(Classify(2), "strided_ed", "classify"), (Segment(), "strided_micro", "segment")],
+    [(Classify(2), "strided_ed_small", "classify"), (Segment(), "strided_micro", "segment")],
 )
 def test_a_network_of_another_task_is_refused(
     objective: Objective, network: str, kind: str, dataset: Dataset, tmp_path: Path
@@ -249,18 +250,25 @@ def test_windows_that_would_be_padded_are_refused(dataset: Dataset, tmp_path: Pa
 
 
 def test_a_semantic_network_has_no_sense_of_a_centre() -> None:
-    told = FitRecipe(network="strided_ed", arguments={"centred": True}, **RECIPE)
+    told = FitRecipe(network="strided_ed_small", arguments={"centred": True}, **RECIPE)
     with pytest.raises(ValueError, match="in the task semantic no particle is at the centre"):
         make_network(told, "semantic", 2, BOX)
-    untold = FitRecipe(network="strided_ed", **RECIPE)
+    untold = FitRecipe(network="strided_ed_small", **RECIPE)
     network = make_network(untold, "semantic", 2, 32).eval()
-    volumes = torch.zeros(2, 1, 64, 64, 64)
-    volumes[0, 0, 29, 30, 31], volumes[1, 0, 33, 34, 31] = 5.0, 5.0
-    logits = network(volumes)
+    info = network_info(untold.network)
+    assert info.reach is not None
+    middle = -(-(info.reach + 4) // info.stride) * info.stride
+    volumes = torch.zeros(2, 1, 2 * middle + info.stride, 2 * middle, 2 * middle)
+    volumes[0, 0, middle, middle, middle] = 5.0
+    volumes[1, 0, middle + info.stride, middle, middle] = 5.0
+    with torch.no_grad():
+        logits = network(volumes)[..., middle - 3 : middle + 4, middle - 3 : middle + 4]
     # The same voxel a stride away, farther from the faces than the network reaches.
     torch.testing.assert_close(
-        logits[0, :, 27:32, 28:33, 28:34], logits[1, :, 31:36, 32:37, 28:34], atol=1e-5, rtol=0.0
-    )
+        logits[0, :, middle - 3 : middle + 4],
+        logits[1, :, middle - 3 + info.stride : middle + 4 + info.stride],
+        atol=1e-5, rtol=0.0,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

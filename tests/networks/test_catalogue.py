@@ -155,7 +155,6 @@ def test_every_network_is_described(name: str) -> None:
     assert info.name == name
     assert info.summary.endswith(".")
     assert info.paper
-    assert info.min_box % info.stride == 0
     assert info.task == "segment" or info.stride == 1
 
 
@@ -180,7 +179,11 @@ def test_multiplications_of_the_segmenters_are_those_of_their_anatomy(name: str,
 
 @pytest.mark.parametrize(
     ("name", "most_parameters", "published", "times_cheaper"),
-    [("strided_micro", 150_000, "dsrf3d_v2", 20), ("strided_ed", 300_000, "ssn3d_ed", 4)],
+    [
+        ("strided_micro", 150_000, "dsrf3d_v2", 20),
+        ("strided_ed_small", 800_000, "ssn3d_ed", 12),
+        ("strided_ed_base", 3_200_000, "ssn3d_ed", 3),
+    ],
 )
 def test_our_networks_are_small_and_cheap(
     name: str, most_parameters: int, published: str, times_cheaper: int
