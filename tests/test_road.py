@@ -273,6 +273,15 @@ def test_a_student_is_distilled_from_live_data(road: Road) -> None:
     assert not Path("other/student").exists()
 
 
+def test_structures_left_out_are_an_entry_point(road: Road) -> None:
+    # The page of the trainings has the same command by hand, which takes this folder up.
+    out = road.folder / "unseen"
+    output = road.mlflow_run("generalisation", recipe="tiny", out=str(out), device="cpu")
+    assert "held out in turn: barrel + bowl; rod" in output
+    assert "unseen / seen" in output
+    assert (out / "generalisation.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.usefixtures("by_hand")
 def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> None:
