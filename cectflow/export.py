@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import nn
 
 from cectflow.files import appearing, refuse_existing_folder
 from cectflow.model_card import CARD_FILE, ModelCard
-from cectflow.networks import network_info
 from cectflow.runtime import ONNX_FILE, PT2_FILE, load_runtime
 
 __all__ = ["export_network", "measure_parity"]
@@ -23,19 +21,23 @@ __all__ = ["export_network", "measure_parity"]
 PARITY_CUBES = 3
 
 
-def export_network(network: nn.Module, card: ModelCard, folder: Path) -> ModelCard:
+def export_network(
+    network: nn.Module, card: ModelCard, folder: Path, *, stride: int | None = None
+) -> ModelCard:
     """Write a model folder and return its card, with the parity measured.
 
     Parameters
     ----------
     network
         Cubes ``(n, 1, z, y, x)`` in the card's contrast → logits, normalisation included.
-        It is exported in evaluation mode, with a dynamic batch. A semantic segmenter, which takes
-        normalised windows of tomograms, also takes any multiples of its stride.
+        It is exported in evaluation mode, with a dynamic batch.
     card
         Without parity.
     folder
         Absent or empty; it appears when complete.
+    stride
+        Of a segmenter whose box is a multiple of it: the exported network takes volumes of any
+        shape ``(z, y, x)`` of at least two strides and multiples of it. None: the box only.
 
     Raises
     ------
@@ -45,27 +47,33 @@ def export_network(network: nn.Module, card: ModelCard, folder: Path) -> ModelCa
     refuse_existing_folder(folder)
     network = network.cpu().eval()
     # A batch of two: torch.export takes a dimension of one for a constant.
-    example = torch.zeros(2, 1, card.box, card.box, card.box)
-    shapes = {0: torch.export.Dim("batch")}
-    if card.task == "semantic":
-        stride = network_info(card.network).stride
-        for axis, name in enumerate(("depth", "height", "width"), start=2):
-            shapes[axis] = stride * torch.export.Dim(name)
+    example = torch.zeros(2, 1, *_shape(card.box, stride))
+    dimensions = _dynamic_dimensions(stride)
     with appearing(folder) as temporary:
-        program = torch.export.export(network, (example,), dynamic_shapes=(shapes,), strict=False)
+        program = torch.export.export(
+            network, (example,), dynamic_shapes=(dimensions,), strict=False
+        )
         torch.export.save(program, temporary / PT2_FILE)
-        _export_onnx(network, example, shapes, temporary / ONNX_FILE)
+        _export_onnx(network, example, dimensions, temporary / ONNX_FILE)
         (temporary / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
-        finished = card.model_copy(update={"parity": measure_parity(temporary)})
+        parity = measure_parity(temporary, stride=stride)
+        finished = card.model_copy(update={"parity": parity})
         (temporary / CARD_FILE).write_text(finished.to_json(), encoding="utf-8")
     return finished
 
 
-def measure_parity(folder: Path) -> float:
+def measure_parity(folder: Path, *, stride: int | None = None) -> float:
     """Largest absolute difference of logits between model.pt2 and model.onnx on random cubes.
 
-    A batch of another size than the exported one is used, and of a semantic segmenter windows of
-    another shape, so that what was frozen at export is found out.
+    A batch of another size than the exported one is used, so that a batch frozen at export
+    is found out; with a stride also volumes of another shape, for the same reason.
+
+    Parameters
+    ----------
+    folder
+        A model folder.
+    stride
+        As in :func:`export_network`.
 
     Raises
     ------
@@ -74,23 +82,37 @@ def measure_parity(folder: Path) -> float:
     """
     card = ModelCard.from_folder(folder)
     generator = np.random.default_rng(0)
-    shape = [card.box] * 3
-    if card.task == "semantic":
-        stride = network_info(card.network).stride
-        shape = [card.box + number * stride for number in range(3)]
-    cubes = generator.normal(size=(PARITY_CUBES, 1, *shape)).astype(np.float32)
-    reference = load_runtime(folder, "torch")(cubes)
-    parity = float(np.abs(reference - load_runtime(folder, "onnxruntime")(cubes)).max())
+    first, second = load_runtime(folder, "torch"), load_runtime(folder, "onnxruntime")
+    parity = 0.0
+    for shape in [(card.box,) * 3, *([_shape(2 * card.box, stride)] if stride else [])]:
+        cubes = generator.normal(size=(PARITY_CUBES, 1, *shape)).astype(np.float32)
+        parity = float(np.maximum(parity, np.abs(first(cubes) - second(cubes)).max()))
     if not math.isfinite(parity):
         msg = f"{folder}: {card.network} gives logits that are not finite: train it anew"
         raise ValueError(msg)
     return parity
 
 
+def _shape(box: int, stride: int | None) -> tuple[int, int, int]:
+    """A volume's; three edges with a stride, since torch.export takes equal ones for the same."""
+    return (box, box + (stride or 0), box + 2 * (stride or 0))
+
+
+def _dynamic_dimensions(stride: int | None) -> dict[int, Any]:
+    """Axis → what it may be: any batch; with a stride any multiples of it as edges."""
+    dimensions: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if stride is not None:
+        for axis, name in enumerate("zyx", start=2):
+            # From two strides on, since a convolution pads a single cell by another rule.
+            cells = torch.export.Dim(name, min=2)
+            dimensions[axis] = cells if stride == 1 else stride * cells
+    return dimensions
+
+
 def _export_onnx(
-    network: nn.Module, example: torch.Tensor, shapes: Mapping[int, Any], path: Path
+    network: nn.Module, example: torch.Tensor, dimensions: dict[int, Any], path: Path
 ) -> None:
-    """One self-contained ONNX file with dynamic axes; the exporter's chatter is kept down."""
+    """One self-contained ONNX file; the exporter's chatter is kept down."""
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
@@ -102,7 +124,7 @@ def _export_onnx(
                 (example,),
                 str(path),
                 dynamo=True,
-                dynamic_shapes=(shapes,),
+                dynamic_shapes=(dimensions,),
                 input_names=["subtomograms"],
                 output_names=["logits"],
                 external_data=False,

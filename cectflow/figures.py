@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 __all__ = [
     "draw_confusion",
     "draw_field",
+    "draw_groups",
     "draw_learning_curves",
     "draw_radial_power",
     "draw_slices",
@@ -30,6 +31,9 @@ LABEL_COLOUR = "#ff7f0e"
 PREDICTION_COLOUR = "#17becf"
 LOG_SPAN = 30.0
 """Ratio of the largest to the smallest loss above which the axis is logarithmic."""
+LOG_SPAN_OF_GROUPS = 4.0
+"""Ratio of the largest to the smallest abscissa above which :func:`draw_groups` takes its
+logarithm."""
 SCALE_BAR_FRACTION = 0.3
 NUM_LABEL_COLOURS = 20
 LABELS_IN_LEGEND = 12
@@ -164,6 +168,56 @@ def draw_slices(
         figure.legend(
             handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8
         )
+    return figure
+
+
+def draw_groups(
+    panels: Mapping[str, Sequence[tuple[str, float, tuple[float, float, float]]]],
+    score: str,
+    title: str,
+    *,
+    reference: float | None = None,
+) -> Figure:
+    """A score against what subtomograms have in common, one panel for each such property.
+
+    Parameters
+    ----------
+    panels
+        Label of the abscissa → groups: name to be written beside it, or empty; abscissa; score
+        with the ends of its interval. A property without groups is said to be unknown.
+    score
+        Label of the ordinate.
+    title
+        Over all panels.
+    reference
+        Score of the best trivial method, drawn as a line.
+    """
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    for axes, (label, groups) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        places = np.array([place for _, place, _ in groups])
+        scores = np.array([values for _, _, values in groups]).reshape(-1, 3).T
+        if len(groups):
+            value, low, high = scores
+            axes.errorbar(
+                places, value, (value - low, high - value), fmt="o", capsize=3,
+                color=PREDICTION_COLOUR, label="mean, 95 % over fields",
+            )  # fmt: skip
+        else:
+            axes.text(0.5, 0.5, "unknown", transform=axes.transAxes, ha="center")
+        for name, place, (height, _, _) in groups:
+            axes.annotate(name, (place, height), (4, 4), textcoords="offset points", fontsize=7)
+        if reference is not None:
+            axes.axhline(reference, color="grey", ls="--", lw=1, label="best trivial method")
+        if len(groups) and places.min() > 0 and places.max() > LOG_SPAN_OF_GROUPS * places.min():
+            axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.set(xlabel=label, ylabel=score, ylim=(0, 1.05))
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -15,7 +15,7 @@ from entrypoints.door import Parameters, chosen, walk
 
 PARAMETERS = (
     "task", "model", "subtomograms", "tomogram", "particles", "out", "contrast", "voxel_size",
-    "rescale", "device",
+    "rescale", "device", "mask_with",
 )  # fmt: skip
 
 
@@ -41,7 +41,8 @@ def story(given: Parameters) -> None:
     with start_run(f"predict_{task}") as run:
         if task == "classify":
             model = given["model"] or "cectflow-student@production"
-            outcome = predict_classes(model, files, out, options, print)
+            mask_with = given["mask_with"]
+            outcome = predict_classes(model, files, out, options, print, mask_with=mask_with)
             run.log({f"count/{name}": count for name, count in outcome.counts.items()})
             run.log({"particles": len(outcome.table), "probability": outcome.mean_probability})
         else:

@@ -33,7 +33,7 @@ from cectflow.volume import read_volume
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("structures", "simulation", "datasets", "training", "registry", "prediction")
 
-ROLES = ("segmenter", "teacher", "student")
+ROLES = ("segmenter", "tomogram-segmenter", "teacher", "student")
 
 pytestmark = pytest.mark.slow
 
@@ -131,8 +131,13 @@ def test_the_run_holds_recipe_pictures_and_lineage(road: Road) -> None:
     assert distilled.inputs.model_inputs, "no lineage from student to teacher"
     assert distilled.outputs.model_outputs, "the student is not an output of its run"
     assert distilled.data.metrics["labels_only_accuracy"] > 0
-    figures = {file.path for file in client.list_artifacts(distilled.info.run_id, "figures")}
-    assert figures >= {f"figures/{name}.png" for name in ("learning_curves", "confusion", "slices")}
+    segmented = next(run for run in reversed(found) if run.info.run_name == "train_segmenter")
+    for run, drawn in (
+        (distilled, {"learning_curves", "confusion", "slices", "groups"}),
+        (segmented, {"learning_curves", "gallery", "slices", "groups"}),
+    ):
+        figures = {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
+        assert figures == {f"figures/{name}.png" for name in drawn}
     assert "recipe.yaml" in {file.path for file in client.list_artifacts(distilled.info.run_id)}
 
 

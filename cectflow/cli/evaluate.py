@@ -28,17 +28,28 @@ def evaluate_model(
     tracking_uri: TrackingOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the scores of a model on a dataset's test split, with 95 % intervals over fields."""
+    """Print a model's scores on a test split, by structure, occupancy and SNR, with intervals."""
     from cectflow.flows.promotion import evaluate_model as flow
     from cectflow.tracking.runs import connect
 
     connect(tracking_uri)
-    scores = flow(model, dataset)
+    report = flow(model, dataset)
     if json:
-        print_json({name: score.model_dump() for name, score in scores.items()})
+        scores = {name: score.model_dump() for name, score in report.scores.items()}
+        groups = [vars(group) | {"score": group.score.model_dump()} for group in report.groups]
+        print_json({"scores": scores, "baselines": report.baselines, "groups": groups})
         return
-    rows = [(k, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}") for k, s in scores.items()]
+    rows = [(k, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}") for k, s in report.scores.items()]
+    rows += [(f"best {k}", f"{v:.4f}", "trivial") for k, v in report.baselines.items()]
     print_table(("score", "value", "95 % interval"), rows)
+    what = "foreground IoU" if report.baselines else "accuracy"
+    by_group = [
+        (f"{g.by} {g.name}", str(g.number), f"{g.score.value:.4f}",
+         f"{g.score.low:.4f} to {g.score.high:.4f}")
+        for g in report.groups
+    ]  # fmt: skip
+    typer.echo()
+    print_table((f"{what} by", "number", "value", "95 % interval"), by_group)
 
 
 @app.command("picks")

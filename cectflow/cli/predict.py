@@ -41,6 +41,10 @@ def predict_classify(
     voxel_size: VoxelSizeOption = None,
     contrast: ContrastOption = "dark",
     rescale: RescaleOption = False,
+    mask_with: Annotated[
+        str | None,
+        typer.Option("--mask-with", help="Target segmenter that takes out the neighbours first."),
+    ] = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = 64,
     overwrite: OverwriteOption = False,
@@ -53,8 +57,9 @@ def predict_classify(
 
     files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
     options = InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
-    _connect_for(model, tracking_uri)
-    predict_classes(model, files, out, options, typer.echo)
+    for name in (model, mask_with or model):
+        _connect_for(name, tracking_uri)
+    predict_classes(model, files, out, options, typer.echo, mask_with=mask_with)
 
 
 @app.command("segment")

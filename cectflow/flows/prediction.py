@@ -11,6 +11,7 @@ from cectflow.files import replacing
 from cectflow.model_card import CARD_FILE
 from cectflow.prediction.classify import Classification, classify_particles, refuse_existing
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
+from cectflow.prediction.mask import masked_with
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
 from cectflow.prediction.source import InputFiles, TomogramSource
 from cectflow.prediction.whole import (
@@ -27,7 +28,13 @@ Report = Callable[[str], None]
 
 
 def predict_classes(
-    model: str, files: InputFiles, out: Path, options: InputOptions, report: Report
+    model: str,
+    files: InputFiles,
+    out: Path,
+    options: InputOptions,
+    report: Report,
+    *,
+    mask_with: str | None = None,
 ) -> Classification:
     """Classes of particles, written as a STAR file with every row and column of the input.
 
@@ -43,9 +50,13 @@ def predict_classes(
         What the user says of the input.
     report
         Told what is done to the input and what came out.
+    mask_with
+        Target segmenter, named like the model, that takes the neighbours out of each cube first.
     """
     refuse_existing((out,), overwrite=options.overwrite)
     network = _load(model, ("classify",), options.device)
+    if mask_with is not None:
+        network = masked_with(network, _load(mask_with, ("target",), options.device))
     outcome = classify_particles(network, files.open(network.card, options, report))
     outcome.table.write(out, overwrite=options.overwrite)
     counts = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())

@@ -11,6 +11,7 @@ from cectflow.cost import measure_throughputs
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.export import measure_parity
 from cectflow.flows.training import DATASET_TAG, log_evaluation
+from cectflow.learning.breakdown import Group
 from cectflow.learning.scores import Evaluation, baselines
 from cectflow.learning.task import MONITORS, SemanticLabels
 from cectflow.learning.training import check_matches, evaluate_folder
@@ -20,15 +21,16 @@ from cectflow.tracking.promotion import record_refusal, set_stage
 from cectflow.tracking.registry import resolve_model
 from cectflow.tracking.runs import Run, start_run
 from cectflow.tracking.versions import (
+    PREFIX,
     ROLE_NAMES,
     RegisteredVersion,
     find_version,
     newest_version,
-    registered_name,
+    role_name,
     stage_holder,
 )
 
-__all__ = ["Promotion", "evaluate_model", "newest_of_role", "promote"]
+__all__ = ["Promotion", "Report", "evaluate_model", "newest_of_role", "promote"]
 
 Target = Literal["staging", "production"]
 
@@ -58,7 +60,26 @@ class Promotion:
     note: str = ""
 
 
-def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) -> dict[str, Score]:
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a network is worth on a test split.
+
+    Attributes
+    ----------
+    scores
+        With intervals over fields.
+    baselines
+        Foreground IoU of trivial methods on the same cubes; empty for classifiers.
+    groups
+        Accuracy or foreground IoU by structure, occupancy and SNR.
+    """
+
+    scores: dict[str, Score]
+    baselines: dict[str, float]
+    groups: tuple[Group, ...]
+
+
+def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) -> Report:
     """Scores of a registered version or model folder on a dataset's test split, logged as a run."""
     folder, version = resolve_model(model)
     data = _frozen_dataset(version, dataset)
@@ -71,8 +92,17 @@ def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) ->
             data.manifest.kind, data.manifest.content_digest(), str(data.folder.resolve()), "test"
         )
         evaluation = evaluate_folder(folder, data)
-        log_evaluation(run, folder, card, data, evaluation)
-    return evaluation.summary()
+        trivial = _trivial_methods(card, data)
+        groups = log_evaluation(run, folder, card, data, evaluation, trivial)
+        run.log({f"baseline_{name}_iou": value for name, value in trivial.items()})
+    return Report(evaluation.summary(), trivial, groups)
+
+
+def _trivial_methods(card: ModelCard, data: Dataset) -> dict[str, float]:
+    labels = None
+    if card.task == "semantic":
+        labels = SemanticLabels.of_card(card, data.manifest.classes)
+    return baselines(data.split("test"), card.task, labels)
 
 
 def promote(
@@ -110,8 +140,7 @@ def promote(
     folder, _ = resolve_model(version.uri)
     card = ModelCard.from_folder(folder)
     data = _frozen_dataset(version, dataset)
-    # Each registered name has a policy of its own: `tomogram-segmenter`, `student` ...
-    rules = load_policy(policy or registered_name(card.role, card.task).removeprefix("cectflow-"))
+    rules = load_policy(policy or role_name(card.role, card.task))
     promotions = []
     with start_run(f"promote_{card.role}", tags={"role": card.role}, nested=nested) as run:
         run.log_input_model(version)
@@ -154,11 +183,10 @@ def newest_of_role(role: str) -> str:
     ValueError
         If the role is unknown or nothing is registered under its name.
     """
-    known = [name.removeprefix("cectflow-") for name in ROLE_NAMES.values()]
-    if role not in known:
-        msg = f"unknown role {role!r}: expected {', '.join(known)}"
+    if role not in ROLE_NAMES.values():
+        msg = f"unknown role {role!r}: expected {', '.join(ROLE_NAMES.values())}"
         raise ValueError(msg)
-    return newest_version(f"cectflow-{role}").uri
+    return newest_version(f"{PREFIX}-{role}").uri
 
 
 def _measure(
@@ -168,10 +196,7 @@ def _measure(
     figures = {"parity": measure_parity(folder)}
     for name, score in evaluation.summary().items():
         figures |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
-    labels = None
-    if card.task == "semantic":
-        labels = SemanticLabels.of_card(card, data.manifest.classes)
-    trivial = baselines(data.split("test"), card.task, labels)
+    trivial = _trivial_methods(card, data)
     if trivial:
         figures |= {f"baseline_{name}_iou": value for name, value in trivial.items()}
         figures["iou_margin"] = figures["foreground_iou"] - max(trivial.values())

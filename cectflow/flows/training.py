@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cectflow.dataset import BatchSource, Dataset, open_dataset
-from cectflow.figures import draw_confusion, draw_learning_curves, draw_slices
+from cectflow.figures import draw_confusion, draw_groups, draw_learning_curves, draw_slices
 from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
+from cectflow.learning.breakdown import Group, break_down
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
 from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
 from cectflow.learning.scores import Evaluation
@@ -32,7 +35,7 @@ from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.tracking.registry import find_registered, register_model, resolve_model
 from cectflow.tracking.runs import Run, cectflow_commit, start_run
-from cectflow.tracking.versions import RegisteredVersion, registered_name
+from cectflow.tracking.versions import RegisteredVersion, registered_name, role_name
 from cectflow.turns import allowed_turns
 
 __all__ = [
@@ -218,21 +221,91 @@ def distill(
 
 
 def log_evaluation(
-    run: Run, folder: Path, card: ModelCard, data: Dataset, evaluation: Evaluation
-) -> None:
-    """Log scores with intervals, and the picture of where a network is right and wrong."""
+    run: Run, folder: Path, card: ModelCard, data: Dataset, evaluation: Evaluation,
+    trivial: Mapping[str, float],
+) -> tuple[Group, ...]:  # fmt: skip
+    """Log scores with intervals, and the pictures of where a network is right and wrong.
+
+    Parameters
+    ----------
+    run
+        Receives them.
+    folder, card
+        Of the network.
+    data, evaluation
+        The dataset, and what the network made of its test split.
+    trivial
+        Foreground IoU of trivial methods there; empty for classifiers.
+
+    Returns
+    -------
+    tuple of Group
+        The score of each subtomogram that the pictures show, by structure, occupancy and SNR.
+    """
     for name, score in evaluation.summary().items():
         run.log({f"test_{name}": score.value, f"test_{name}_low": score.low,
                  f"test_{name}_high": score.high})  # fmt: skip
     title = f"{card.network} on test"
+    score_name = "accuracy" if card.task == "classify" else "foreground_iou"
+    groups = break_down(evaluation, data.manifest, score_name)
+    rows = [{**asdict(group), "score": group.score.model_dump()} for group in groups]
+    run.log_json(rows, f"{score_name}_by_group.json")
+    figure = draw_groups(
+        {
+            "SNR": [_place(group) for group in groups if group.by == "SNR"],
+            "mass (kDa)": [_place(group) for group in groups
+                           if group.by == "structure" and group.position is not None],
+        },
+        "accuracy" if card.task == "classify" else "foreground IoU",
+        title,
+        reference=max(trivial.values(), default=None),
+    )  # fmt: skip
+    run.log_figure(figure, "figures/groups.png")
     if evaluation.predicted is not None:
         figure = draw_confusion(
             evaluation.class_ids, evaluation.predicted, data.manifest.classes, title
         )
         run.log_figure(figure, "figures/confusion.png")
-    number = min(6, len(evaluation.class_ids))
-    shown = np.linspace(0, len(evaluation.class_ids) - 1, number).astype(np.int64)
-    batch = data.split("test").read(shown)
+    number = len(evaluation.class_ids)
+    shown = np.linspace(0, number - 1, min(6, number)).astype(np.int64)
+    run.log_figure(_draw_cubes(folder, card, data, shown, {}), "figures/slices.png")
+    if card.task != "classify":
+        values = evaluation.scores[score_name]
+        chosen = _choose_extremes(values)
+        notes = {row: f"{word} {values[row]:.2f} " for row, word in chosen.items()}
+        extremes = np.array(list(chosen), np.int64)
+        run.log_figure(_draw_cubes(folder, card, data, extremes, notes), "figures/gallery.png")
+    return groups
+
+
+def _place(group: Group) -> tuple[str, float, tuple[float, float, float]]:
+    """Name, abscissa and score with its interval, for a figure."""
+    assert group.position is not None
+    # A range of SNR is read off the axis, a structure is not.
+    name = group.name if group.by == "structure" else ""
+    return name, group.position, (group.score.value, group.score.low, group.score.high)
+
+
+def _choose_extremes(values: NDArray[np.float64]) -> dict[int, str]:
+    """Rows of the two best, the two median and the two worst subtomograms, each named once."""
+    order = np.argsort(-values, kind="stable")
+    middle = len(order) // 2
+    chosen: dict[int, str] = {}
+    for word, rows in (
+        ("best", order[:2]),
+        ("worst", order[-2:]),
+        ("median", order[max(middle - 1, 0) : middle + 1]),
+    ):
+        for row in rows.tolist():
+            chosen.setdefault(row, word)
+    return dict(sorted(chosen.items(), key=lambda item: -values[item[0]]))
+
+
+def _draw_cubes(
+    folder: Path, card: ModelCard, data: Dataset, rows: NDArray[np.int64], notes: Mapping[int, str]
+) -> Figure:
+    """Slices of test cubes with what is true and what a segmenter predicts."""
+    batch = data.split("test").read(rows)
     names = [data.manifest.classes[i - 1] for i in batch.class_ids.tolist()]
     truth = predicted = None
     if batch.instances is not None:
@@ -243,11 +316,11 @@ def log_evaluation(
     if card.task != "classify":
         logits = load_runtime(folder)(network_input(batch, card.task).numpy())
         predicted = logits.argmax(axis=1)
-    figure = draw_slices(
+    return draw_slices(
         batch.subtomograms[:, 0].numpy(), truth, predicted,
-        voxel_size=data.manifest.voxel_size, titles=names,
+        voxel_size=data.manifest.voxel_size,
+        titles=[notes.get(int(row), "") + name for row, name in zip(rows, names, strict=True)],
     )  # fmt: skip
-    run.log_figure(figure, "figures/slices.png")
 
 
 def _train(
@@ -256,8 +329,7 @@ def _train(
 ) -> Registered:  # fmt: skip
     """Fit, judge, log and register one network."""
     manifest = data.manifest
-    name = registered_name(role, objective.task)
-    part = name.removeprefix("cectflow-")
+    part = role_name(role, objective.task)
     run.log_config(recipe, "recipe")
     run.log_dataset(
         manifest.kind, manifest.content_digest(), str(data.folder.resolve()), "training"
@@ -281,8 +353,9 @@ def _train(
         draw_learning_curves(trained.result.history, f"{part}: {card.network}"),
         "figures/learning_curves.png",
     )
-    log_evaluation(run, trained.folder, card, data, trained.evaluation)
+    log_evaluation(run, trained.folder, card, data, trained.evaluation, card.baselines)
     run.log(_card_metrics(card))
+    name = registered_name(role, card.task)
     # A model that an earlier call finished and registered keeps its version.
     version = find_registered(trained.folder, name) or register_model(
         run, trained.folder, name=name, tags={DATASET_TAG: str(data.folder.resolve())}
@@ -295,7 +368,7 @@ def _train_control(
     hardware: Hardware,
 ) -> float:  # fmt: skip
     """Test score of the student trained from labels alone: same data, seed and budget."""
-    part = registered_name("student", labels.task).removeprefix("cectflow-")
+    part = role_name("student", labels.task)
     with (
         start_run("labels_only", tags={"role": "control"}, nested=True) as run,
         _live(recipe, data, hardware, part) as live,
@@ -317,7 +390,7 @@ def _tomogram_segmenter(recipe: Recipe) -> TomogramSegmenterRecipe:
     if recipe.tomogram_segmenter is None:
         msg = (
             "the recipe has no section tomogram_segmenter: add one, such as "
-            "`tomogram_segmenter: {fit: {network: strided_ed, ...}}`"
+            "`tomogram_segmenter: {fit: {network: strided_ed_small, ...}}`"
         )
         raise ValueError(msg)
     return recipe.tomogram_segmenter
@@ -329,7 +402,7 @@ def _student_of(recipe: Recipe, teacher: ModelCard) -> StudentRecipe:
     if recipe.student_segmenter is None:
         msg = (
             "the teacher is a segmenter, and the recipe has no section student_segmenter: add "
-            "one, such as `student_segmenter: {fit: {network: strided_ed, ...}}`"
+            "one, such as `student_segmenter: {fit: {network: strided_ed_small, ...}}`"
         )
         raise ValueError(msg)
     return recipe.student_segmenter

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from cectflow.dataset import Batch, BatchSource
+from cectflow.learning.surface import surface_distances
 from cectflow.learning.task import SemanticLabels, network_input, segmentation_truth
 from cectflow.model_card import Score, Task
 
@@ -138,7 +139,8 @@ class Evaluation:
     Attributes
     ----------
     scores
-        Name → value of each subtomogram; the mean over subtomograms is the reported score.
+        Name → value of each subtomogram; the mean over subtomograms is the reported score. NaN
+        where a subtomogram has none, which the mean leaves out.
     class_ids
         Truth, from 1.
     predicted
@@ -171,7 +173,8 @@ class Evaluation:
 
     def summary(self) -> dict[str, Score]:
         """All scores with their intervals."""
-        return {name: self.interval(name) for name in (*self.scores, *self._overlap_names())}
+        named = [name for name, values in self.scores.items() if np.isfinite(values).any()]
+        return {name: self.interval(name) for name in (*named, *self._overlap_names())}
 
     def ratio(self, reference: Evaluation, name: str) -> Score:
         """Ratio of a score to that of another network on the same subtomograms, paired.
@@ -247,8 +250,10 @@ def evaluate(
         Test data, in order.
     task
         ``classify`` gives ``accuracy``; ``target`` and ``semantic`` give ``foreground_iou`` and
-        ``iou`` (paper (a)'s mean of foreground and background), for which all labels are one;
-        ``semantic`` also gives, over all voxels, IoU and Dice of each label and their means.
+        ``iou`` (paper (a)'s mean of foreground and background), for which all labels are one,
+        with ``surface_distance`` and ``hausdorff_95`` in Å (:func:`surface_distances`) and
+        ``missed``, 1 where there is a foreground and none was found; ``semantic`` also gives, over
+        all voxels, IoU and Dice of each label and their means.
     labels
         Of the task ``semantic``.
     batch_size
@@ -268,6 +273,11 @@ def evaluate(
             foreground = intersection_over_union(guess > 0, truth > 0)
             background = intersection_over_union(guess == 0, truth == 0)
             found = {"foreground_iou": foreground, "iou": (foreground + background) / 2}
+            distances = surface_distances(
+                (guess > 0).numpy(), (truth > 0).numpy(), source.manifest.voxel_size
+            )
+            found["surface_distance"], found["hausdorff_95"] = torch.from_numpy(distances).T
+            found["missed"] = (truth > 0).flatten(1).any(1) & (guess == 0).flatten(1).all(1)
             if labels is not None:
                 counts.append(_confusion(guess, truth, labels.num_outputs))
         for name, values in found.items():
@@ -299,7 +309,9 @@ def bootstrap_score(
     """Mean over subtomograms and its 95 % percentile interval over resampled fields.
 
     Fields are resampled, not subtomograms: those of one field share neighbours and noise.
+    Subtomograms whose value is NaN are left out.
     """
+    fields, values = fields[np.isfinite(values)], values[np.isfinite(values)]
     sums, counts = _field_sums(values, fields), _field_sums(np.ones_like(values), fields)
     drawn = _resample(len(sums), seed)
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)

@@ -143,7 +143,9 @@ def train_network(
         recipe_digest=recipe_digest, live_digest=live_digest, commit=commit,
         epochs=result.best_epoch, teacher=teacher,
     )  # fmt: skip
-    card = export_network(network, card, unfinished)
+    info = network_info(recipe.network)
+    open_shape = info.task == "segment" and manifest.box % info.stride == 0
+    card = export_network(network, card, unfinished, stride=info.stride if open_shape else None)
     evaluation = evaluate_folder(unfinished, dataset)
     card = card.model_copy(
         update={
@@ -232,6 +234,13 @@ def make_network(recipe: FitRecipe, task: Task, num_outputs: int, box: int) -> n
         msg = (
             f"network {recipe.network!r} is of another task: expected one that can {kind}, "
             f"{', '.join(list_networks(kind))}"
+        )
+        raise ValueError(msg)
+    if task == "semantic" and box % info.stride:
+        # A network is exported for volumes of any shape only if the window needs no padding.
+        msg = (
+            f"windows are {box}³; {recipe.network} segments tomograms in multiples of "
+            f"{info.stride}: set box to {-(-box // info.stride) * info.stride}"
         )
         raise ValueError(msg)
     arguments = dict(recipe.arguments)

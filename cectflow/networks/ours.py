@@ -3,8 +3,8 @@
 The papers' networks spend half and more of their multiplications on two convolutions at full
 resolution, where a cube holds mostly noise. Ours go to a coarser grid at once, learn
 residuals (He et al. 2016, arXiv:1512.03385) and normalise with batch norm, which an export folds
-into the convolutions. They use nothing but convolution, batch norm, ReLU, addition, mean and
-nearest upsampling, so ONNX runtimes take them whole.
+into the convolutions. They use nothing but convolution, transposed convolution, batch norm, ReLU,
+addition, mean and nearest upsampling, so ONNX runtimes take them whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from cectflow.networks.blocks import initialise_weights, normed_convolution
 from cectflow.networks.catalogue import register_network
 
-__all__ = ["StridedClassifier", "StridedSegmenter", "strided_ed", "strided_micro", "strided_small"]
+__all__ = [
+    "StridedClassifier",
+    "StridedSegmenter",
+    "append_distance",
+    "strided_ed_base",
+    "strided_ed_small",
+    "strided_micro",
+    "strided_small",
+]
 
 PAPER = "cectflow, unpublished"
 
@@ -89,7 +97,12 @@ class StridedClassifier(nn.Module):
 
 
 class StridedSegmenter(nn.Module):
-    """Encoder-decoder of residual blocks.
+    """Encoder-decoder of residual blocks on a grid coarser than the input's.
+
+    The stem goes to the grid on which the finest features live, the encoder halves it at every
+    level, and the decoder climbs back by the same steps, adding the encoder's features. The last
+    layer gives each cell of the stem's grid the logits of its voxels. Which stem, widths and depth
+    pay is measured by ``benchmarks/segmenter_search.py``.
 
     Parameters
     ----------
@@ -97,8 +110,15 @@ class StridedSegmenter(nn.Module):
         Number of labels, background included.
     box
         Edge of the input cube in voxels: the unit of the distance.
+    stem
+        Stride of the first convolution; its kernel spans twice as much and one voxel more.
     widths
-        Channels at full, half and quarter resolution.
+        Channels of the encoder's levels, the stem's first.
+    depth
+        Residual blocks of each level below the stem's.
+    decoder
+        Channels of the decoder's levels, from the stem's down to the last but one; None: as in
+        the encoder.
     centred
         See how far each voxel is from the centre (:func:`append_distance`): for the task
         ``target``, where it tells the particle at the centre from its neighbours; zero padding
@@ -106,33 +126,61 @@ class StridedSegmenter(nn.Module):
     """
 
     def __init__(
-        self, num_outputs: int, box: int, *, widths: tuple[int, int, int], centred: bool
+        self,
+        num_outputs: int,
+        box: int,
+        *,
+        stem: int,
+        widths: tuple[int, ...],
+        depth: tuple[int, ...],
+        decoder: tuple[int, ...] | None = None,
+        centred: bool = True,
     ) -> None:
         super().__init__()
-        full, half, quarter = widths
         self.box = box
         self.centred = centred
-        self.stem = nn.Sequential(normed_convolution(1 + centred, full), nn.ReLU(inplace=True))
-        self.encode_half = ResidualBlock(full, half, stride=2)
-        self.encode_quarter = nn.Sequential(
-            ResidualBlock(half, quarter, stride=2), ResidualBlock(quarter, quarter)
+        self.stem = nn.Sequential(
+            normed_convolution(1 + centred, widths[0], kernel=2 * stem + 1, stride=stem),
+            nn.ReLU(inplace=True),
         )
-        self.raise_half = _Raise(quarter, half)
-        self.decode_half = ResidualBlock(half, half)
-        self.raise_full = _Raise(half, full)
-        self.decode_full = nn.Sequential(normed_convolution(full, full), nn.ReLU(inplace=True))
-        self.score = nn.Conv3d(full, num_outputs, 1)
+        self.encoder = nn.ModuleList(
+            nn.Sequential(
+                ResidualBlock(finer, coarser, stride=2),
+                *(ResidualBlock(coarser, coarser) for _ in range(blocks - 1)),
+            )
+            for (finer, coarser), blocks in zip(pairwise(widths), depth, strict=True)
+        )
+        narrow = decoder or widths[:-1]
+        self.raises = nn.ModuleList(
+            _Raise(coarser, finer) for finer, coarser in pairwise((*narrow, widths[-1]))
+        )
+        self.skips = nn.ModuleList(
+            nn.Identity() if wide == width else normed_convolution(wide, width, kernel=1)
+            for wide, width in zip(widths[:-1], narrow, strict=True)
+        )
+        self.decoder = nn.ModuleList(
+            [
+                nn.Sequential(normed_convolution(narrow[0], narrow[0]), nn.ReLU(inplace=True)),
+                *(ResidualBlock(width, width) for width in narrow[1:]),
+            ]
+        )
+        self.score: nn.Module = nn.Conv3d(narrow[0], num_outputs, 1)
+        if stem > 1:
+            self.score = nn.ConvTranspose3d(narrow[0], num_outputs, stem, stem)
         initialise_weights(self)
 
     def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs z y x"]:
-        """Logits of every voxel of normalised cubes."""
+        """Logits of every voxel of normalised volumes whose edges are multiples of the stride."""
         volumes = append_distance(subtomograms, self.box) if self.centred else subtomograms
-        full = self.stem(volumes)
-        half = self.encode_half(full)
-        quarter = self.encode_quarter(half)
-        half = self.decode_half(half + self.raise_half(quarter))
-        full = self.decode_full(full + self.raise_full(half))
-        logits: Tensor = self.score(full)
+        levels = [self.stem(volumes)]
+        for encode in self.encoder:
+            levels.append(encode(levels[-1]))
+        features = levels.pop()
+        for raise_, skip, decode in reversed(
+            list(zip(self.raises, self.skips, self.decoder, strict=True))
+        ):
+            features = decode(skip(levels.pop()) + raise_(features))
+        logits: Tensor = self.score(features)
         return logits
 
 
@@ -184,9 +232,9 @@ def strided_micro(num_outputs: int, box: int) -> nn.Module:
     return StridedClassifier(num_outputs, box, widths=(16, 32, 40))
 
 
-@register_network(task="segment", stride=4, min_box=8, reach=26, paper=PAPER)
-def strided_ed(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
-    """Compact target segmenter of ours: residual encoder-decoder; 8, 24, 48 channels.
+@register_network(task="segment", stride=8, min_box=12, reach=77, paper=PAPER)
+def strided_ed_base(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
+    """Segmenter of ours for the last points: residual encoder-decoder; 32, 64, 128 channels.
 
     Parameters
     ----------
@@ -197,7 +245,27 @@ def strided_ed(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
     centred
         See the distance from the centre: true for the task ``target``, false for ``semantic``.
     """
-    return StridedSegmenter(num_outputs, box, widths=(8, 24, 48), centred=centred)
+    return StridedSegmenter(
+        num_outputs, box, stem=2, widths=(32, 64, 128), depth=(2, 3), centred=centred
+    )
+
+
+@register_network(task="segment", stride=8, min_box=12, reach=77, paper=PAPER)
+def strided_ed_small(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
+    """Compact segmenter of ours: residual encoder-decoder on half the grid; 16, 32, 64 channels.
+
+    Parameters
+    ----------
+    num_outputs
+        Number of labels, background included.
+    box
+        Edge of the input cube in voxels: the unit of the distance channel.
+    centred
+        See the distance from the centre: true for the task ``target``, false for ``semantic``.
+    """
+    return StridedSegmenter(
+        num_outputs, box, stem=2, widths=(16, 32, 64), depth=(2, 3), centred=centred
+    )
 
 
 @register_network(task="classify", stride=1, min_box=12, paper=PAPER)

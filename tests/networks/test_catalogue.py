@@ -149,26 +149,12 @@ def test_a_box_below_the_minimum_is_refused(name: str) -> None:
         create_network(name, num_outputs=2, box=smallest - 1)
 
 
-@pytest.mark.parametrize("name", list_networks("segment"))
-def test_a_box_that_is_no_multiple_of_the_stride_is_refused(name: str) -> None:
-    stride = network_info(name).stride
-    with pytest.raises(ValueError, match=rf"needs a multiple of {stride}: pad to {10 * stride}³"):
-        create_network(name, num_outputs=2, box=10 * stride - 1)
-
-
-def test_the_message_computes_the_box_to_pad_to() -> None:
-    message = "subtomogram is 30³; ssn3d_ed needs a multiple of 8: pad to 32³"
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        create_network("ssn3d_ed", num_outputs=2, box=30)
-
-
 @EVERY_NETWORK
 def test_every_network_is_described(name: str) -> None:
     info = network_info(name)
     assert info.name == name
     assert info.summary.endswith(".")
     assert info.paper
-    assert info.min_box % info.stride == 0
     assert info.task == "segment" or info.stride == 1
 
 
@@ -193,7 +179,11 @@ def test_multiplications_of_the_segmenters_are_those_of_their_anatomy(name: str,
 
 @pytest.mark.parametrize(
     ("name", "most_parameters", "published", "times_cheaper"),
-    [("strided_micro", 150_000, "dsrf3d_v2", 20), ("strided_ed", 300_000, "ssn3d_ed", 4)],
+    [
+        ("strided_micro", 150_000, "dsrf3d_v2", 20),
+        ("strided_ed_small", 800_000, "ssn3d_ed", 12),
+        ("strided_ed_base", 3_200_000, "ssn3d_ed", 3),
+    ],
 )
 def test_our_networks_are_small_and_cheap(
     name: str, most_parameters: int, published: str, times_cheaper: int

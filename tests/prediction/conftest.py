@@ -46,7 +46,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "segmenter"
-    return make_model_folder(folder, "strided_ed", "segmenter", "target")
+    return make_model_folder(folder, "strided_ed_small", "segmenter", "target")
 
 
 @pytest.fixture(scope="session")

@@ -154,6 +154,15 @@ def test_a_field_is_the_same_at_every_call(specimen: Specimen) -> None:
     assert first.record == again.record
 
 
+def test_a_field_states_the_statistics_of_its_tomogram(specimen: Specimen) -> None:
+    field = simulate_field(specimen, "train", 1)
+    record, values = field.record, field.tomogram.astype(np.float64)
+    assert record.median == pytest.approx(np.median(values))
+    deviation = 1.4826 * np.median(np.abs(values - np.median(values)))
+    assert record.robust_std == pytest.approx(deviation, rel=1e-5)
+    assert record.mean == pytest.approx(values.mean(), abs=1e-5)
+
+
 def test_no_two_fields_share_a_scene_or_noise(specimen: Specimen) -> None:
     keys = [("train", 0), ("train", 1), ("validation", 0), ("test", 0), ("test", 1)]
     fields = [simulate_field(specimen, *key) for key in keys]
