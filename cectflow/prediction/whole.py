@@ -272,7 +272,7 @@ class _OnSourceGrid:
             part = np.float32(place - below)
             plane = (1 - part) * volume[below] + part * volume[above]
             result.append(along_y @ (plane @ along_x.T))
-        return np.clip(np.stack(result), 0.0, 1.0)
+        return np.asarray(np.clip(np.stack(result), 0.0, 1.0), np.float32)
 
     def nearest(self, volume: NDArray[np.int16], depths: slice) -> NDArray[np.int16]:
         """Values of the nearest voxels of a slab."""

@@ -49,6 +49,22 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder(folder, "strided_ed_small", "segmenter", "target")
 
 
+@pytest.fixture(scope="session")
+def semantic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A semantic segmenter of two classes at 10 Å, without a sense of the centre."""
+    folder = tmp_path_factory.mktemp("models") / "semantic"
+    names = CLASSES[:2]
+    card = make_card(
+        role="segmenter", task="semantic", network="strided_ed", num_outputs=3, classes=names,
+        labels=names, box=BOX, voxel_size=10.0, normalisation="tomogram",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    export_network(
+        create_network("strided_ed", num_outputs=3, box=BOX, centred=False), card, folder
+    )
+    return folder
+
+
 @pytest.fixture
 def cubes() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(5, BOX, BOX, BOX)).astype(np.float32)
