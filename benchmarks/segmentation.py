@@ -45,7 +45,6 @@ from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.simulation.microscope import Microscope
 from cectflow.simulation.recipe import SimulationRecipe
-from cectflow.simulation.structure import find_structures, summarise_structure
 from cectflow.tracking.runs import connect
 from cectflow.volume import read_volume
 
@@ -446,11 +445,7 @@ def _tomogram(bench: Bench) -> dict[str, float]:
         simulate_tomograms(judged, folder / name, count=1, shape=shape)[0]
         for name, shape in (("tuning", plan.tuning_shape), ("test", plan.tomogram_shape))
     )
-    small = [
-        summary.name
-        for summary in map(summarise_structure, find_structures(",".join(simulation.structures)))
-        if summary.mass_kda < LARGE_KDA
-    ]
+    small = [s.name for s in load_structures(simulation) if s.mass_kda < LARGE_KDA]
     _segment(model, tuning, "picks")
     tuned = evaluate_picks(
         tuning / "particles.star", tuning / "picks.star", PICK_RADIUS, ignore=small,
