@@ -33,7 +33,7 @@ NAMES = ("ribosome", "proteasome")
 def semantic_card(**changes: object) -> ModelCard:
     """Card of a semantic segmenter of two classes; the network's name gives stride and reach."""
     content = {
-        "role": "segmenter", "task": "semantic", "network": "strided_ed", "num_outputs": 3,
+        "role": "segmenter", "task": "semantic", "network": "ssn3d_ed", "num_outputs": 3,
         "classes": NAMES, "labels": NAMES, "box": 16, "voxel_size": VOXEL,
         "normalisation": "tomogram",
     }  # fmt: skip
@@ -181,7 +181,7 @@ def test_a_tomogram_smaller_than_the_network_needs_is_padded_and_cropped(tmp_pat
     told: list[str] = []
     outcome, outputs = run(store(tmp_path / "small.mrc", data), report=told.append)
     assert read_volume(outputs.labels).shape == (3, 21, 6)
-    assert any("1 windows of 8x24x8 voxels" in line for line in told)
+    assert any("1 windows of 16x24x16 voxels" in line for line in told)
     assert outcome.picks is not None
 
 
