@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from cectflow.tracking.runs import cectflow_commit
 __all__ = ["parse_options", "write_report"]
 
 
-def parse_options(description: str) -> argparse.Namespace:
-    """Options ``--quick`` and ``--json FILE`` of a benchmark."""
+def parse_options(
+    description: str, extend: Callable[[argparse.ArgumentParser], object] = lambda _: None
+) -> argparse.Namespace:
+    """Options ``--quick`` and ``--json FILE`` of a benchmark, and those that ``extend`` adds."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--quick",
@@ -26,14 +28,15 @@ def parse_options(description: str) -> argparse.Namespace:
         help="at most 20 minutes on 2 cores; no evidence for a claim",
     )
     parser.add_argument("--json", type=Path, required=True, help="file to write")
+    extend(parser)
     options = parser.parse_args()
     if not options.json.resolve().parent.is_dir():
         parser.error(f"folder {options.json.resolve().parent} does not exist: create it first")
     return options
 
 
-def write_report(path: Path, figures: Mapping[str, float], *, quick: bool) -> None:
-    """Write metric → number, with command, commit, hardware, versions and whether it was quick.
+def write_report(path: Path, figures: Mapping[str, float | str], *, quick: bool) -> None:
+    """Write metric → number or text, with command, commit, hardware, versions, and if it was quick.
 
     A full run also writes the same as a Markdown table beside it.
     """
@@ -58,8 +61,8 @@ def _tabulate(content: Mapping[str, object]) -> str:
             ends = (content.get(f"{name}_{end}", value) for end in ("low", "high"))
             lines.append(f"| {name} | {value:.4g} | " + " | ".join(f"{e:.4g}" for e in ends) + " |")
     lines.append("")
-    told = ("seeds", "command", "commit", "hardware", "versions")
-    lines += [f"- {name}: {content[name]}" for name in told if name in content]
+    told = [name for name, value in content.items() if isinstance(value, str) or name == "seeds"]
+    lines += [f"- {name}: {content[name]}" for name in told]
     return "\n".join(lines) + "\n"
 
 

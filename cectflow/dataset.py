@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -38,11 +38,13 @@ __all__ = [
     "Dataset",
     "FieldRecord",
     "Manifest",
+    "Selection",
     "ShardRecord",
     "Split",
     "SplitName",
     "Subtomograms",
     "check_dataset",
+    "field_statistics",
     "open_dataset",
     "read_manifest",
     "write_shard",
@@ -65,6 +67,9 @@ class FieldRecord(Config):
     """Identifies the field within the dataset: targets of one field share neighbours and noise."""
     mean: float
     std: float
+    median: float | None = None
+    robust_std: float | None = None
+    """1.4826 times the median absolute deviation; both None where they were not measured."""
     defocus_um: float | None = None
     drawn: dict[str, float] = Field(default_factory=dict)
     """Name → value of what microscope and tilts may give as a range."""
@@ -105,6 +110,8 @@ class Manifest(Config):
     commit: str = "unknown"
     classes: tuple[str, ...]
     """``class_id`` counts from 1 in this order."""
+    left_out: tuple[str, ...] = ()
+    """Classes of which the simulation placed no particle, though its recipe has them."""
     box: int = Field(ge=1)
     voxel_size: float = Field(gt=0)
     contrast: Contrast = "dark"
@@ -114,6 +121,8 @@ class Manifest(Config):
     snr: tuple[float, float] | None = None
     noise_spectrum: str = "unknown"
     occupancy: float | None = None
+    masses_kda: dict[str, float] = Field(default_factory=dict)
+    """Class name → mass of the structure, of simulated data."""
     jitter: float = 0.0
     has_voxel_labels: bool
     planned_shards: dict[str, int]
@@ -200,6 +209,9 @@ class Batch:
         Number of each cube's view: the same number means the same voxels, whichever pass they are
         read in. Multiples of :data:`VIEWS_PER_CUBE`, to which augmentation adds the turn; None
         where cubes do not come twice.
+    statistics
+        Median and robust standard deviation of each cube's whole field; None where they are not
+        known.
     """
 
     subtomograms: Float[Tensor, "n 1 z y x"]
@@ -208,6 +220,7 @@ class Batch:
     class_ids: Int[Tensor, " n"]
     fields: Int[Tensor, " n"]
     views: Int[Tensor, " n"] | None = None
+    statistics: Float[Tensor, "n 2"] | None = None
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -221,6 +234,7 @@ class Batch:
             self.class_ids.to(device),
             self.fields.to(device),
             self.views,
+            None if self.statistics is None else self.statistics.to(device),
         )
 
 
@@ -285,9 +299,11 @@ class Split:
         tables = [read_particles(folder / f"{shard.name}.star").rows for shard in shards]
         self.rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
         self._starts = np.concatenate([[0], np.cumsum([shard.count for shard in shards])])
-        names = {record.field: i for i, record in enumerate(manifest.field_records(name))}
+        records = manifest.field_records(name)
+        names = {record.field: i for i, record in enumerate(records)}
         tomograms = self.rows["rlnTomoName"].astype(str) if tables else pd.Series(dtype=str)
         self.fields = np.array([names[field] for field in tomograms], np.int64)
+        self._statistics = field_statistics(records)
         class_numbers = self.rows["rlnClassNumber"] if tables else pd.Series(dtype=np.int64)
         self.class_ids = class_numbers.to_numpy(np.int64)
 
@@ -317,6 +333,7 @@ class Split:
             torch.from_numpy(self.class_ids[indices]),
             torch.from_numpy(self.fields[indices]),
             torch.from_numpy((SPLITS.index(self.name) << 40) + indices * VIEWS_PER_CUBE),
+            None if self._statistics is None else self._statistics[self.fields[indices]],
         )
 
     def _gather(self, kind: str, indices: NDArray[np.int64]) -> NDArray[Any]:
@@ -327,6 +344,38 @@ class Split:
             rows = np.flatnonzero(shard_of == shard)
             stacks[shard].read_into(cubes, rows, indices[rows] - self._starts[shard])
         return cubes
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Some subtomograms of a split: a :class:`BatchSource` of their own.
+
+    Attributes
+    ----------
+    split
+        To which they belong; their fields keep its numbers.
+    rows
+        Their places in it.
+    """
+
+    split: Split
+    rows: Int[NDArray[np.int64], " n"]
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the dataset."""
+        return self.split.manifest
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Batches of one pass: shuffled with a generator, in order without."""
+        order = torch.arange(len(self))
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+        for indices in torch.split(order, batch_size):
+            yield self.split.read(self.rows[indices.numpy()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,6 +398,14 @@ class Dataset:
             msg = f"{self.folder} has no {name} split: it holds {', '.join(filled) or 'nothing'}"
             raise ValueError(msg)
         return Split(self.folder, self.manifest, name)
+
+
+def field_statistics(records: Sequence[FieldRecord]) -> Float[Tensor, "field 2"] | None:
+    """Median and robust standard deviation of each field; None if one of them states none."""
+    pairs = [(record.median, record.robust_std) for record in records]
+    if not pairs or any(None in pair for pair in pairs):
+        return None
+    return torch.tensor(pairs, dtype=torch.float32)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ __all__ = ["export_network", "measure_parity"]
 PARITY_CUBES = 3
 
 
-def export_network(network: nn.Module, card: ModelCard, folder: Path) -> ModelCard:
+def export_network(
+    network: nn.Module, card: ModelCard, folder: Path, *, stride: int | None = None
+) -> ModelCard:
     """Write a model folder and return its card, with the parity measured.
 
     Parameters
@@ -32,6 +35,9 @@ def export_network(network: nn.Module, card: ModelCard, folder: Path) -> ModelCa
         Without parity.
     folder
         Absent or empty; it appears when complete.
+    stride
+        Of a segmenter whose box is a multiple of it: the exported network takes volumes of any
+        shape ``(z, y, x)`` of at least two strides and multiples of it. None: the box only.
 
     Raises
     ------
@@ -41,24 +47,33 @@ def export_network(network: nn.Module, card: ModelCard, folder: Path) -> ModelCa
     refuse_existing_folder(folder)
     network = network.cpu().eval()
     # A batch of two: torch.export takes a dimension of one for a constant.
-    example = torch.zeros(2, 1, card.box, card.box, card.box)
+    example = torch.zeros(2, 1, *_shape(card.box, stride))
+    dimensions = _dynamic_dimensions(stride)
     with appearing(folder) as temporary:
         program = torch.export.export(
-            network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+            network, (example,), dynamic_shapes=(dimensions,), strict=False
         )
         torch.export.save(program, temporary / PT2_FILE)
-        _export_onnx(network, example, temporary / ONNX_FILE)
+        _export_onnx(network, example, dimensions, temporary / ONNX_FILE)
         (temporary / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
-        finished = card.model_copy(update={"parity": measure_parity(temporary)})
+        parity = measure_parity(temporary, stride=stride)
+        finished = card.model_copy(update={"parity": parity})
         (temporary / CARD_FILE).write_text(finished.to_json(), encoding="utf-8")
     return finished
 
 
-def measure_parity(folder: Path) -> float:
+def measure_parity(folder: Path, *, stride: int | None = None) -> float:
     """Largest absolute difference of logits between model.pt2 and model.onnx on random cubes.
 
     A batch of another size than the exported one is used, so that a batch frozen at export
-    is found out.
+    is found out; with a stride also volumes of another shape, for the same reason.
+
+    Parameters
+    ----------
+    folder
+        A model folder.
+    stride
+        As in :func:`export_network`.
 
     Raises
     ------
@@ -67,17 +82,37 @@ def measure_parity(folder: Path) -> float:
     """
     card = ModelCard.from_folder(folder)
     generator = np.random.default_rng(0)
-    cubes = generator.normal(size=(PARITY_CUBES, 1, *(card.box,) * 3)).astype(np.float32)
-    reference = load_runtime(folder, "torch")(cubes)
-    parity = float(np.abs(reference - load_runtime(folder, "onnxruntime")(cubes)).max())
+    first, second = load_runtime(folder, "torch"), load_runtime(folder, "onnxruntime")
+    parity = 0.0
+    for shape in [(card.box,) * 3, *([_shape(2 * card.box, stride)] if stride else [])]:
+        cubes = generator.normal(size=(PARITY_CUBES, 1, *shape)).astype(np.float32)
+        parity = float(np.maximum(parity, np.abs(first(cubes) - second(cubes)).max()))
     if not math.isfinite(parity):
         msg = f"{folder}: {card.network} gives logits that are not finite: train it anew"
         raise ValueError(msg)
     return parity
 
 
-def _export_onnx(network: nn.Module, example: torch.Tensor, path: Path) -> None:
-    """One self-contained ONNX file with a dynamic batch; the exporter's chatter is kept down."""
+def _shape(box: int, stride: int | None) -> tuple[int, int, int]:
+    """A volume's; three edges with a stride, since torch.export takes equal ones for the same."""
+    return (box, box + (stride or 0), box + 2 * (stride or 0))
+
+
+def _dynamic_dimensions(stride: int | None) -> dict[int, Any]:
+    """Axis → what it may be: any batch; with a stride any multiples of it as edges."""
+    dimensions: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if stride is not None:
+        for axis, name in enumerate("zyx", start=2):
+            # From two strides on, since a convolution pads a single cell by another rule.
+            cells = torch.export.Dim(name, min=2)
+            dimensions[axis] = cells if stride == 1 else stride * cells
+    return dimensions
+
+
+def _export_onnx(
+    network: nn.Module, example: torch.Tensor, dimensions: dict[int, Any], path: Path
+) -> None:
+    """One self-contained ONNX file; the exporter's chatter is kept down."""
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
@@ -89,7 +124,7 @@ def _export_onnx(network: nn.Module, example: torch.Tensor, path: Path) -> None:
                 (example,),
                 str(path),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=(dimensions,),
                 input_names=["subtomograms"],
                 output_names=["logits"],
                 external_data=False,

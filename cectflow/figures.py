@@ -25,9 +25,12 @@ from cectflow.files import replacing
 __all__ = [
     "draw_confusion",
     "draw_field",
+    "draw_generalisation",
+    "draw_groups",
     "draw_learning_curves",
     "draw_radial_power",
     "draw_slices",
+    "draw_tomogram",
     "write_figure",
 ]
 
@@ -36,6 +39,9 @@ LABEL_COLOUR = "#ff7f0e"
 PREDICTION_COLOUR = "#17becf"
 LOG_SPAN = 30.0
 """Ratio of the largest to the smallest loss above which the axis is logarithmic."""
+LOG_SPAN_OF_GROUPS = 4.0
+"""Ratio of the largest to the smallest abscissa above which :func:`draw_groups` takes its
+logarithm."""
 SCALE_BAR_FRACTION = 0.3
 LABEL_COLOURS = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#BBBBBB",
@@ -43,6 +49,7 @@ LABEL_COLOURS = (
     "#EE8866", "#AAAA00", "#77AADD", "#FFAABB",
 )  # fmt: skip
 """Of voxel labels on black: Okabe and Ito's, which colour-blind eyes tell apart, then Tol's."""
+LABELS_IN_LEGEND = 12
 TITLE_CHARACTERS = 21
 """That fit over a panel of :func:`draw_slices` in the usual size; longer titles are set smaller."""
 
@@ -189,6 +196,56 @@ def draw_slices(
     return figure
 
 
+def draw_groups(
+    panels: Mapping[str, Sequence[tuple[str, float, tuple[float, float, float]]]],
+    score: str,
+    title: str,
+    *,
+    reference: float | None = None,
+) -> Figure:
+    """A score against what subtomograms have in common, one panel for each such property.
+
+    Parameters
+    ----------
+    panels
+        Label of the abscissa → groups: name to be written beside it, or empty; abscissa; score
+        with the ends of its interval. A property without groups is said to be unknown.
+    score
+        Label of the ordinate.
+    title
+        Over all panels.
+    reference
+        Score of the best trivial method, drawn as a line.
+    """
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    for axes, (label, groups) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        places = np.array([place for _, place, _ in groups])
+        scores = np.array([values for _, _, values in groups]).reshape(-1, 3).T
+        if len(groups):
+            value, low, high = scores
+            axes.errorbar(
+                places, value, (value - low, high - value), fmt="o", capsize=3,
+                color=PREDICTION_COLOUR, label="mean, 95 % over fields",
+            )  # fmt: skip
+        else:
+            axes.text(0.5, 0.5, "unknown", transform=axes.transAxes, ha="center")
+        for name, place, (height, _, _) in groups:
+            axes.annotate(name, (place, height), (4, 4), textcoords="offset points", fontsize=7)
+        if reference is not None:
+            axes.axhline(reference, color="grey", ls="--", lw=1, label="best trivial method")
+        if len(groups) and places.min() > 0 and places.max() > LOG_SPAN_OF_GROUPS * places.min():
+            axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.set(xlabel=label, ylabel=score, ylim=(0, 1.05))
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def draw_field(
     panels: Sequence[tuple[str, Shaped[NDArray[Any], "z y x"], str]],
     *,
@@ -252,6 +309,68 @@ def draw_field(
     return figure
 
 
+def draw_tomogram(
+    volume: Shaped[NDArray[Any], "z y x"],
+    labels: Shaped[NDArray[Any], "z y x"],
+    positions_zyx: Float[NDArray[np.float64], "n 3"],
+    class_ids: Int[NDArray[np.int64], " n"],
+    names: Sequence[str],
+    *,
+    voxel_size: float,
+    title: str,
+    depth: float = 50.0,
+) -> Figure:
+    """Central xy (top) and xz slices of a tomogram, plain (left) and with labels and picks.
+
+    Parameters
+    ----------
+    volume, labels
+        May be memory-mapped: only the slices are read.
+    positions_zyx, class_ids
+        Of picks, in voxels; those within ``depth`` of a slice are marked.
+    names
+        Of the labels, from 1.
+    voxel_size
+        In Å.
+    title
+        Over the panels.
+    depth
+        In Å.
+    """
+    num_z, height, width = volume.shape
+    ratio = num_z / height
+    figure = Figure(figsize=(11, 5.5 * height / width * (1 + ratio) + 1.0), layout="constrained")
+    panels = figure.subplots(2, 2, squeeze=False, gridspec_kw={"height_ratios": [1, ratio]})
+    colours = [_label_colour(number) for number in range(1, len(names) + 1)]
+    for row, (plane, axis, across) in enumerate((("xy", 0, 1), ("xz", 1, 0))):
+        near = np.abs(positions_zyx[:, axis] - volume.shape[axis] // 2) * voxel_size <= depth
+        outlined = _central(labels, plane)
+        for column in (0, 1):
+            axes = panels[row, column]
+            _draw_plane(axes, _central(volume, plane))
+            axes.set_ylabel(plane if column == 0 else "")
+            if column == 0:
+                continue
+            for number, colour in enumerate(colours, start=1):
+                _outline(axes, outlined == number, colour)
+                chosen = positions_zyx[near & (class_ids == number)]
+                axes.plot(chosen[:, 2], chosen[:, across], "+", color=colour, markersize=6)
+            axes.set_xlim(-0.5, width - 0.5)
+            axes.set_ylim(-0.5, outlined.shape[0] - 0.5)
+    _scale_bar(panels[0, 0], voxel_size)
+    panels[0, 0].set_title(title, fontsize=10)
+    panels[0, 1].set_title(
+        f"labels, and picks within {depth:g} Å of the slice" if len(positions_zyx) else "labels",
+        fontsize=10,
+    )
+    handles = [
+        Line2D([], [], color=colour, marker="+", label=name)
+        for name, colour in zip(names, colours, strict=True)
+    ][:LABELS_IN_LEGEND]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    return figure
+
+
 def draw_radial_power(
     frequencies: Float[NDArray[np.float64], " shell"],
     real: tuple[Float[NDArray[np.float64], " shell"], Float[NDArray[np.float64], " shell"]],
@@ -298,6 +417,60 @@ def draw_radial_power(
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def draw_generalisation(
+    names: Sequence[str],
+    overlaps: Mapping[str, Float[NDArray[np.float64], "3 structure"]],
+    ratios: Mapping[str, Float[NDArray[np.float64], "3 structure"]],
+    *,
+    title: str,
+) -> Figure:
+    """Foreground IoU of each structure as bars (top), and ratios of it (bottom), with intervals.
+
+    Parameters
+    ----------
+    names
+        Of the structures, in the order in which they are drawn.
+    overlaps
+        Name of a network or trivial method → value, lower and upper end of its interval for each
+        structure; an interval that is its value is not drawn.
+    ratios
+        The same of ratios; NaN where there is none.
+    title
+        Over both panels.
+    """
+    figure = Figure(figsize=(3.0 + 0.75 * len(names), 6.0), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 2])
+    places = np.arange(len(names), dtype=np.float64)
+    width = 0.8 / max(len(overlaps), 1)
+    for number, (label, (values, lows, highs)) in enumerate(overlaps.items()):
+        shifted = places + (number - (len(overlaps) - 1) / 2) * width
+        top.bar(shifted, values, 0.92 * width, color=f"C{number}", label=label)
+        wide = highs > lows
+        if wide.any():
+            reach = np.stack([values - lows, highs - values])[:, wide]
+            top.errorbar(shifted[wide], values[wide], np.maximum(reach, 0.0), fmt="none",
+                         ecolor="black", elinewidth=1, capsize=2)  # fmt: skip
+    top.set(ylabel="foreground IoU", ylim=(0, 1))
+    bottom.axhline(1.0, color="black", lw=0.8)
+    for number, (label, (values, lows, highs)) in enumerate(ratios.items()):
+        shifted = places + (number - (len(ratios) - 1) / 2) * 0.2
+        reach = np.maximum(np.stack([values - lows, highs - values]), 0.0)
+        bottom.errorbar(shifted, values, reach, fmt="o", color=f"C{number}", ms=5, capsize=3,
+                        label=label)  # fmt: skip
+    bottom.set(ylabel="ratio of IoU", ylim=(0, max(1.2, bottom.get_ylim()[1])))
+    bottom.set_xticks(places, names, rotation=35, ha="right")
+    for axes in (top, bottom):
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _label_colour(number: int) -> str:
+    """Colour of a label, from 1; after ten they repeat, but for the first, which stands out."""
+    return PREDICTION_COLOUR if number == 1 else f"C{(number - 1) % 9}"
 
 
 def _central(volume: NDArray[Any], plane: str) -> NDArray[Any]:

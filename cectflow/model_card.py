@@ -48,17 +48,23 @@ class ModelCard(Config):
     network: str
     """Catalogue name."""
     num_outputs: int = Field(ge=2)
-    """Channels of the logits: classes of a classifier; background and target of a segmenter."""
+    """Channels of the logits: classes of a classifier; background and labels of a segmenter."""
     classes: tuple[str, ...]
-    """Class names; ``class_id`` counts from 1: 0 is background in voxel labels."""
+    """Class names; ``class_id`` counts from 1: 0 is background in voxel labels. Of a semantic
+    segmenter those whose particles it labels; all other particles are background to it."""
+    labels: tuple[str, ...] = ()
+    """Names of a semantic segmenter's outputs from 1 on: its classes, or one for all of them."""
     box: int = Field(ge=1)
     """Edge of the cube in voxels."""
     voxel_size: float = Field(gt=0)
     """In angstrom."""
     contrast: Contrast = "dark"
     """Of the input that the network expects; ``dark``: protein darker than its surroundings."""
-    normalisation: Literal["cube"] = "cube"
-    """``cube``: zero mean, unit variance per cube, computed inside the exported graph."""
+    normalisation: Literal["cube", "tomogram"] = "cube"
+    """``cube``: zero mean, unit variance per cube, computed inside the exported graph.
+    ``tomogram`` (semantic segmenters): whoever runs the network shows it
+    ``(value - median) / robust standard deviation`` of the whole tomogram, constant padding
+    excluded (:func:`cectflow.subtomogram.robust_statistics`)."""
     ctf_correction: CtfCorrection
     tilt_range: tuple[float, float]
     """Lowest and highest tilt in degrees."""

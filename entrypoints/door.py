@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from cectflow.exit_codes import BAD_INPUT, INTERRUPTED, is_foreseen
 
-__all__ = ["TRAINING_PARAMETERS", "Parameters", "chosen", "integer", "walk"]
+__all__ = ["TRAINING_PARAMETERS", "Parameters", "chosen", "integer", "tell", "walk"]
 
 Parameters = Mapping[str, str | None]
 
@@ -54,6 +54,11 @@ def walk(name: str, parameters: tuple[str, ...], story: Callable[[Parameters], i
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+
+
+def tell(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
 
 
 def integer(parameters: Parameters, name: str) -> int | None:

@@ -13,9 +13,12 @@ def story(given: Parameters) -> None:
     """Evaluate, and print each score with its interval."""
     connect()
     dataset = Path(given["dataset"]) if given["dataset"] else None
-    scores = evaluate_model(given["model"] or "cectflow-student@production", dataset)
-    for name, score in scores.items():
+    report = evaluate_model(given["model"] or "cectflow-student@production", dataset)
+    groups = {f"  {group.by} {group.name}": group.score for group in report.groups}
+    for name, score in (report.scores | groups).items():
         print(f"{name} {score.value:.4f} ({score.low:.4f} to {score.high:.4f})")
+    for name, value in report.baselines.items():
+        print(f"best {name} {value:.4f} (trivial method, foreground IoU)")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.console import Console
 from rich.table import Table
 
-from entrypoints.door import TRAINING_PARAMETERS, Parameters, walk
+from entrypoints.door import TRAINING_PARAMETERS, Parameters, tell, walk
 
 if TYPE_CHECKING:
     from cectflow.flows.road import RoadReport
@@ -31,11 +31,6 @@ def story(given: Parameters) -> None:
     uri = connect()
     report = walk_road(recipe, folder, request.hardware, stages=cast("Any", stages), report=tell)
     print_report(report, str(folder), uri)
-
-
-def tell(line: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(line, flush=True)
 
 
 def print_report(report: RoadReport, folder: str, uri: str) -> None:

@@ -15,7 +15,7 @@ from entrypoints.door import Parameters, chosen, walk
 
 PARAMETERS = (
     "task", "model", "subtomograms", "tomogram", "particles", "out", "contrast", "voxel_size",
-    "rescale", "device",
+    "rescale", "device", "mask_with",
 )  # fmt: skip
 
 
@@ -41,13 +41,19 @@ def story(given: Parameters) -> None:
     with start_run(f"predict_{task}") as run:
         if task == "classify":
             model = given["model"] or "cectflow-student@production"
-            outcome = predict_classes(model, files, out, options, print)
+            mask_with = given["mask_with"]
+            outcome = predict_classes(model, files, out, options, print, mask_with=mask_with)
             run.log({f"count/{name}": count for name, count in outcome.counts.items()})
             run.log({"particles": len(outcome.table), "probability": outcome.mean_probability})
         else:
-            model = given["model"] or "cectflow-segmenter@production"
-            segmented = predict_segments(model, files, out, None, options, print)
-            run.log({"particles": segmented.num_particles, "voxels": segmented.mean_voxels})
+            whole = files.tomogram is not None and files.particles is None
+            name = "tomogram-segmenter" if whole else "segmenter"
+            picks = out.with_suffix(".star") if whole else None
+            model = given["model"] or f"cectflow-{name}@production"
+            segmented = predict_segments(model, files, out, None, options, print, picks=picks)
+            run.log(segmented.figures)
+            if picks is not None:
+                run.log_files(picks)
         run.log_files(out)
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, cast
 
-from cectflow.flows.training import Hardware, TrainingRequest, train_segmenter, train_teacher
+from cectflow.flows.training import (
+    Hardware,
+    TrainingRequest,
+    train_segmenter,
+    train_teacher,
+    train_tomogram_segmenter,
+)
 from cectflow.learning.fit import Device, Precision
 from cectflow.tracking.runs import connect
 from entrypoints.door import Parameters, chosen, integer
@@ -35,11 +41,17 @@ def read_request(given: Parameters) -> TrainingRequest:
     )
 
 
-def train_role(role: Literal["segmenter", "teacher"], given: Parameters) -> None:
+def train_role(
+    role: Literal["segmenter", "tomogram-segmenter", "teacher"], given: Parameters
+) -> None:
     """Train and register a segmenter or a teacher as an entry point's parameters say."""
     request = read_request(given)
     recipe, folder = request.prepare(role)
     connect()
-    train = train_segmenter if role == "segmenter" else train_teacher
+    train = {
+        "segmenter": train_segmenter,
+        "tomogram-segmenter": train_tomogram_segmenter,
+        "teacher": train_teacher,
+    }[role]
     registered = train(recipe, folder, request.hardware, dataset=request.dataset)
     print(f"{registered.version.label}: {registered.version.uri}")

@@ -49,11 +49,11 @@ class TinyClassifier(nn.Module):
 class TinySegmenter(nn.Module):
     """Two convolutions, beside them a pooled view of the surroundings."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_outputs: int = 2) -> None:
         super().__init__()
         self.fine = nn.Conv3d(1, 8, 3, padding=1)
         self.coarse = nn.Conv3d(1, 8, 3, padding=1)
-        self.score = nn.Conv3d(16, 2, 3, padding=1)
+        self.score = nn.Conv3d(16, num_outputs, 3, padding=1)
 
     def forward(self, cubes: Tensor) -> Tensor:
         coarse = self.coarse(nn.functional.avg_pool3d(cubes, 2)).relu()
@@ -89,6 +89,7 @@ def make_cubes(num: int, seed: int = 0) -> Batch:
         torch.from_numpy(instances),
         torch.from_numpy(class_ids),
         torch.arange(num) % FIELDS_PER_SPLIT,
+        statistics=torch.tensor([[0.0, 0.4]]).repeat(num, 1),
     )
 
 
@@ -158,6 +159,7 @@ def take(batch: Batch, rows: Tensor) -> Batch:
         None if instances is None else instances[rows],
         batch.class_ids[rows],
         batch.fields[rows],
+        statistics=None if batch.statistics is None else batch.statistics[rows],
     )
 
 
@@ -181,7 +183,10 @@ def write_dataset(folder: Path, **changes: Any) -> Dataset:
             batch.instances.numpy(),
             rows,
         )
-        fields = tuple(FieldRecord(field=name, mean=0.0, std=1.0) for name in names)
+        fields = tuple(
+            FieldRecord(field=name, mean=-0.1, std=0.5, median=0.0, robust_std=0.4)
+            for name in names
+        )
         shards[split] = (write_shard(folder, f"{split}/00000", content, fields, 10.0),)
     planned = dict.fromkeys(SPLITS, 1)
     make_manifest(planned_shards=planned, shards=shards, **changes).write(folder)

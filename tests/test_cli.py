@@ -23,7 +23,8 @@ COMMANDS = (
     ("simulate", "calibrate"),
     ("simulate", "tomograms"),
     ("dataset", "info"), ("dataset", "check"), ("dataset", "import"), ("dataset", "export"),
-    ("train",), ("distill",), ("evaluate", "model"), ("models", "list"), ("models", "show"),
+    ("train",), ("distill",), ("evaluate", "model"), ("evaluate", "picks"),
+    ("evaluate", "generalisation"), ("models", "list"), ("models", "show"),
     ("models", "promote"), ("models", "rollback"), ("predict", "classify"),
     ("predict", "segment"), ("doctor",),
 )  # fmt: skip

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from cectflow.export import export_network, measure_parity
 from cectflow.model_card import ModelCard
+from cectflow.networks.normalisation import NormalisePerCube
+from cectflow.networks.ours import StridedSegmenter
+from cectflow.networks.padding import PadToStride
 from cectflow.runtime import RUNTIMES, RuntimeName, load_runtime
 
 pytest_plugins = ("exported",)
@@ -76,6 +79,41 @@ def test_the_onnx_file_stands_alone_and_names_its_ends(exported: Exported) -> No
     batch, *rest = (d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim)
     assert batch == 0  # open
     assert rest == [1, BOX, BOX, BOX]
+
+
+@pytest.fixture(scope="module")
+def any_shape(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A tiny segmenter with a sense of the centre, exported for volumes of any shape."""
+    torch.manual_seed(0)
+    network = NormalisePerCube(
+        PadToStride(
+            StridedSegmenter(2, BOX, stem=2, widths=(4, 6), depth=(1,), centred=True), stride=4
+        )
+    )
+    folder = tmp_path_factory.mktemp("any_shape") / "model"
+    card = make_card(role="segmenter", task="target")
+    return Exported(folder, network, export_network(network, card, folder, stride=4))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("shape", [(BOX, BOX, BOX), (8, 16, 20), (24, 12, 8)])
+def test_an_exported_segmenter_takes_any_multiple_of_its_stride(
+    any_shape: Exported, runtime: RuntimeName, shape: tuple[int, int, int]
+) -> None:
+    volumes = np.random.default_rng(1).normal(size=(1, 1, *shape)).astype(np.float32)
+    with torch.no_grad():
+        expected = any_shape.network.eval()(torch.from_numpy(volumes)).numpy()
+    logits = load_runtime(any_shape.folder, runtime)(volumes)
+    assert logits.shape == (1, 2, *shape)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_parity_of_a_segmenter_holds_for_other_shapes_too(any_shape: Exported) -> None:
+    assert any_shape.card.parity is not None
+    assert any_shape.card.parity < 1e-4
+    assert measure_parity(any_shape.folder, stride=4) == pytest.approx(
+        any_shape.card.parity, abs=1e-6
+    )
 
 
 def test_an_existing_folder_is_refused_and_kept(tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from cectflow.figures import draw_confusion, draw_field, draw_learning_curves, draw_slices
+from cectflow.figures import (
+    draw_confusion,
+    draw_field,
+    draw_groups,
+    draw_learning_curves,
+    draw_slices,
+)
 
 GENERATOR = np.random.default_rng(0)
 CUBES = GENERATOR.normal(size=(3, 12, 12, 12)).astype(np.float32)
@@ -193,3 +199,31 @@ def test_no_global_state_is_touched() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *_: pytest.fail("printed"))
         saved(draw_learning_curves(make_history(2, "train_loss"), "t"))
+
+
+GROUPS = {
+    "SNR": [("", 0.02, (0.4, 0.3, 0.5)), ("", 0.15, (0.7, 0.65, 0.72))],
+    "mass (kDa)": [("rod", 150.0, (0.6, 0.5, 0.7))],
+    "unknown here": [],
+}
+
+
+def test_groups_show_every_score_with_its_interval_and_the_trivial_method() -> None:
+    figure = draw_groups(GROUPS, "foreground IoU", "on test", reference=0.25)
+    by_label = {axes.get_xlabel(): axes for axes in figure.axes}
+    assert list(by_label) == list(GROUPS)
+    snr = by_label["SNR"]
+    assert snr.get_xscale() == "log"
+    bars = snr.containers[0].lines[2][0].get_segments()
+    assert [tuple(bar[:, 1].round(6)) for bar in bars] == [(0.3, 0.5), (0.65, 0.72)]
+    for axes in by_label.values():
+        assert any(np.all(np.equal(line.get_ydata(), 0.25)) for line in axes.get_lines())
+    assert [text.get_text() for text in by_label["mass (kDa)"].texts] == ["rod"]
+    assert [text.get_text() for text in by_label["unknown here"].texts] == ["unknown"]
+    saved(figure)
+
+
+def test_groups_need_no_trivial_method() -> None:
+    figure = draw_groups({"SNR": GROUPS["SNR"]}, "accuracy", "on test")
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["mean, 95 % over fields"]

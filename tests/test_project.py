@@ -15,6 +15,7 @@ from cectflow.config import list_named_files
 from cectflow.networks import list_networks, network_info
 from cectflow.recipe import load_recipe
 from cectflow.tracking.policy import load_policy
+from cectflow.tracking.versions import ROLE_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +69,7 @@ def test_entry_points_name_modules_that_exist() -> None:
     entry_points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
     assert set(entry_points) == {
         "main", "simulate", "train_segmenter", "train_teacher", "distill", "evaluate", "promote",
-        "predict",
+        "predict", "generalisation",
     }  # fmt: skip
     for name, entry in entry_points.items():
         assert f"python -m entrypoints.{name} " in entry["command"]
@@ -86,6 +87,7 @@ def test_every_recipe_is_valid_and_names_networks_of_the_right_task(name: str) -
         (recipe.segmenter.fit, "segment"),
         (recipe.teacher, "classify"),
         (recipe.student.fit, "classify"),
+        *((s.fit, "segment") for s in (recipe.tomogram_segmenter, recipe.student_segmenter) if s),
     ):
         assert fit.network in list_networks(task)
         assert box >= network_info(fit.network).min_box
@@ -93,7 +95,8 @@ def test_every_recipe_is_valid_and_names_networks_of_the_right_task(name: str) -
 
 @pytest.mark.parametrize("name", list_named_files("policies"))
 def test_every_policy_is_of_its_role(name: str) -> None:
-    assert load_policy(name).role == name
+    roles = {called: key.partition("/")[0] for key, called in ROLE_NAMES.items()}
+    assert load_policy(name).role == roles[name]
 
 
 def test_readme_names_every_network() -> None:

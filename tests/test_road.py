@@ -33,7 +33,7 @@ from cectflow.volume import read_volume
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("structures", "simulation", "datasets", "training", "registry", "prediction")
 
-ROLES = ("segmenter", "teacher", "student")
+ROLES = ("segmenter", "tomogram-segmenter", "teacher", "student")
 
 pytestmark = pytest.mark.slow
 
@@ -131,8 +131,13 @@ def test_the_run_holds_recipe_pictures_and_lineage(road: Road) -> None:
     assert distilled.inputs.model_inputs, "no lineage from student to teacher"
     assert distilled.outputs.model_outputs, "the student is not an output of its run"
     assert distilled.data.metrics["labels_only_accuracy"] > 0
-    figures = {file.path for file in client.list_artifacts(distilled.info.run_id, "figures")}
-    assert figures >= {f"figures/{name}.png" for name in ("learning_curves", "confusion", "slices")}
+    segmented = next(run for run in reversed(found) if run.info.run_name == "train_segmenter")
+    for run, drawn in (
+        (distilled, {"learning_curves", "confusion", "slices", "groups"}),
+        (segmented, {"learning_curves", "gallery", "slices", "groups"}),
+    ):
+        figures = {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
+        assert figures == {f"figures/{name}.png" for name in drawn}
     assert "recipe.yaml" in {file.path for file in client.list_artifacts(distilled.info.run_id)}
 
 
@@ -266,6 +271,15 @@ def test_a_student_is_distilled_from_live_data(road: Road) -> None:
         main(["distill", "--recipe", "live.yaml", "--dataset", "tour/dataset", "--out", "other"])
     assert stop.value.code == 2
     assert not Path("other/student").exists()
+
+
+def test_structures_left_out_are_an_entry_point(road: Road) -> None:
+    # The page of the trainings has the same command by hand, which takes this folder up.
+    out = road.folder / "unseen"
+    output = road.mlflow_run("generalisation", recipe="tiny", out=str(out), device="cpu")
+    assert "held out in turn: barrel + bowl; rod" in output
+    assert "unseen / seen" in output
+    assert (out / "generalisation.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("page", PAGES)

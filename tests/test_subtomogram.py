@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cectflow.subtomogram import cut, flip_contrast, inside, normalise, rescale
+from cectflow.subtomogram import (
+    cut,
+    flip_contrast,
+    inside,
+    normalise,
+    rescale,
+    robust_statistics,
+)
 from cectflow.volume import read_stack, read_volume
 
 
@@ -104,6 +111,21 @@ def test_normalised_cubes_have_zero_mean_and_unit_variance(dtype: str) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1, -1234.567])
 def test_a_constant_cube_normalises_to_zeros(value: float) -> None:
     assert not normalise(np.full((1, 5, 5, 5), value, np.float32)).any()
+
+
+def test_robust_statistics_are_those_of_normal_noise_and_do_not_see_a_few_gold_beads() -> None:
+    generator = np.random.default_rng(0)
+    noise = generator.normal(7.0, 2.0, (48, 48, 48)).astype(np.float32)
+    median, deviation = robust_statistics(noise)
+    assert median == pytest.approx(7.0, abs=0.02)
+    assert deviation == pytest.approx(2.0, rel=0.01)
+    noise[:5, :10, :10] = -500.0  # 0.5 % of the voxels; the standard deviation becomes 35
+    with_gold = robust_statistics(noise)
+    assert with_gold == pytest.approx((median, deviation), rel=0.02)
+
+
+def test_robust_statistics_of_a_constant_have_no_deviation() -> None:
+    assert robust_statistics(np.full((4, 4, 4), 3, np.int8)) == (3.0, 0.0)
 
 
 def test_real_cubes_are_normalised_already(shared_data: Path) -> None:

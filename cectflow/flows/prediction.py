@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
+from cectflow.files import replacing
 from cectflow.model_card import CARD_FILE
 from cectflow.prediction.classify import Classification, classify_particles, refuse_existing
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
+from cectflow.prediction.mask import masked_with
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
 from cectflow.prediction.source import InputFiles, TomogramSource
+from cectflow.prediction.whole import (
+    WholeOptions,
+    WholeOutputs,
+    WholeSegmentation,
+    segment_whole,
+)
+from cectflow.volume import read_volume
 
 __all__ = ["predict_classes", "predict_segments"]
 
@@ -17,7 +28,13 @@ Report = Callable[[str], None]
 
 
 def predict_classes(
-    model: str, files: InputFiles, out: Path, options: InputOptions, report: Report
+    model: str,
+    files: InputFiles,
+    out: Path,
+    options: InputOptions,
+    report: Report,
+    *,
+    mask_with: str | None = None,
 ) -> Classification:
     """Classes of particles, written as a STAR file with every row and column of the input.
 
@@ -33,9 +50,13 @@ def predict_classes(
         What the user says of the input.
     report
         Told what is done to the input and what came out.
+    mask_with
+        Target segmenter, named like the model, that takes the neighbours out of each cube first.
     """
     refuse_existing((out,), overwrite=options.overwrite)
     network = _load(model, ("classify",), options.device)
+    if mask_with is not None:
+        network = masked_with(network, _load(mask_with, ("target",), options.device))
     outcome = classify_particles(network, files.open(network.card, options, report))
     outcome.table.write(out, overwrite=options.overwrite)
     counts = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
@@ -53,21 +74,45 @@ def predict_segments(
     probabilities: Path | None,
     options: InputOptions,
     report: Report,
-) -> Segmentation:
-    """Label map of a tomogram's particles, or label stack of subtomograms.
+    *,
+    picks: Path | None = None,
+    figure: Path | None = None,
+    whole: WholeOptions | None = None,
+) -> Segmentation | WholeSegmentation:
+    """Label map of a tomogram or of its particles, or label stack of subtomograms.
 
     Parameters
     ----------
     model, files, options, report
-        As for :func:`predict_classes`, with a target segmenter.
+        As for :func:`predict_classes`, with a target segmenter, or with a semantic segmenter and
+        a tomogram alone.
     out
-        Label map (int16: row number of the particle) or label stack (int8: 1 is the target).
+        Label map (int16: row number of the particle; of a semantic segmenter int8: number of the
+        label) or label stack (int8: 1 is the target).
     probabilities
         Of the foreground, float32; None: not written.
+    picks, figure
+        STAR file of the particles found, and PNG of central slices; only of a whole tomogram.
+    whole
+        How to run over a whole tomogram; None: as is best for most.
+
+    Raises
+    ------
+    ValueError
+        If the network's task and the files do not fit; the message names the model that does.
     """
-    refuse_existing((out, probabilities), overwrite=options.overwrite)
-    network = _load(model, ("target",), options.device)
+    outputs = WholeOutputs(out, probabilities, picks, figure)
+    refuse_existing(outputs.paths, overwrite=options.overwrite)
+    network = _load(model, ("target", "semantic"), options.device)
+    if network.card.task == "semantic":
+        return _predict_whole(network, files, outputs, options, whole or WholeOptions(), report)
     source = files.open(network.card, options, report)
+    if picks is not None or figure is not None or whole is not None:
+        msg = (
+            f"{network.label} is for the task 'target': --picks, --figure and the options of whole "
+            "tomograms need a semantic segmenter, such as cectflow-tomogram-segmenter@production"
+        )
+        raise ValueError(msg)
     if isinstance(source, TomogramSource):
         outcome = segment_tomogram(network, source, out, probabilities, overwrite=options.overwrite)
     else:
@@ -77,6 +122,58 @@ def predict_segments(
         f"on average, {outcome.num_empty} without any; written to {out}"
     )
     return outcome
+
+
+def _predict_whole(
+    network: LoadedNetwork,
+    files: InputFiles,
+    outputs: WholeOutputs,
+    options: InputOptions,
+    whole: WholeOptions,
+    report: Report,
+) -> WholeSegmentation:
+    if files.tomogram is None or files.particles is not None:
+        msg = (
+            f"{network.label} is for the task 'semantic', which labels a whole tomogram by itself: "
+            "give --tomogram alone; to outline known particles use --model "
+            "cectflow-segmenter@production"
+        )
+        raise ValueError(msg)
+    outcome = segment_whole(network, files.tomogram, outputs, options, whole, report)
+    shares = ", ".join(f"{name} {share:.2%}" for name, share in outcome.shares.items())
+    report(
+        f"{files.tomogram} by {network.label}: {shares} of the voxels; written to {outputs.labels}"
+    )
+    if outcome.picks is not None:
+        counts = outcome.picks.rows["cectflowClassName"].value_counts()
+        named = ", ".join(f"{name} {count}" for name, count in counts.items())
+        report(f"{len(outcome.picks)} particles{': ' if named else ''}{named}; {outputs.picks}")
+    if outputs.figure is not None:
+        _draw(files.tomogram, outputs, outcome, options)
+        report(f"slices: {outputs.figure}")
+    return outcome
+
+
+def _draw(
+    tomogram: Path, outputs: WholeOutputs, outcome: WholeSegmentation, options: InputOptions
+) -> None:
+    """Central slices with outlines and picks."""
+    from cectflow.figures import draw_tomogram
+
+    volume = read_volume(tomogram, voxel_size=options.voxel_size)
+    positions = np.zeros((0, 3))
+    classes = np.zeros(0, np.int64)
+    if outcome.picks is not None:
+        rows = outcome.picks.rows
+        positions = rows[[f"rlnCoordinate{axis}" for axis in "ZYX"]].to_numpy(np.float64)
+        classes = rows["rlnClassNumber"].to_numpy(np.int64)
+    picture = draw_tomogram(
+        volume.data, read_volume(outputs.labels).data, positions, classes,
+        tuple(outcome.shares), voxel_size=volume.voxel_size, title=tomogram.name,
+    )  # fmt: skip
+    assert outputs.figure is not None
+    with replacing(outputs.figure, overwrite=options.overwrite) as temporary:
+        picture.savefig(temporary, format="png", dpi=130)
 
 
 def _load(model: str, tasks: tuple[str, ...], device: str) -> LoadedNetwork:

@@ -11,12 +11,9 @@ from cectflow.cost import measure_throughputs
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.export import measure_parity
 from cectflow.flows.training import DATASET_TAG, log_evaluation
-from cectflow.learning.scores import (
-    Evaluation,
-    baseline_ball,
-    baseline_threshold,
-    bootstrap_ratio,
-)
+from cectflow.learning.breakdown import Group
+from cectflow.learning.scores import Evaluation, baselines
+from cectflow.learning.task import MONITORS, SemanticLabels
 from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.model_card import ModelCard, Score
 from cectflow.tracking.policy import Policy, Verdict, judge, load_policy
@@ -24,14 +21,16 @@ from cectflow.tracking.promotion import record_refusal, set_stage
 from cectflow.tracking.registry import resolve_model
 from cectflow.tracking.runs import Run, start_run
 from cectflow.tracking.versions import (
+    PREFIX,
+    ROLE_NAMES,
     RegisteredVersion,
     find_version,
     newest_version,
-    registered_name,
+    role_name,
     stage_holder,
 )
 
-__all__ = ["Promotion", "evaluate_model", "newest_of_role", "promote"]
+__all__ = ["Promotion", "Report", "evaluate_model", "newest_of_role", "promote"]
 
 Target = Literal["staging", "production"]
 
@@ -61,7 +60,26 @@ class Promotion:
     note: str = ""
 
 
-def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) -> dict[str, Score]:
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a network is worth on a test split.
+
+    Attributes
+    ----------
+    scores
+        With intervals over fields.
+    baselines
+        Foreground IoU of trivial methods on the same cubes; empty for classifiers.
+    groups
+        Accuracy or foreground IoU by structure, occupancy and SNR.
+    """
+
+    scores: dict[str, Score]
+    baselines: dict[str, float]
+    groups: tuple[Group, ...]
+
+
+def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) -> Report:
     """Scores of a registered version or model folder on a dataset's test split, logged as a run."""
     folder, version = resolve_model(model)
     data = _frozen_dataset(version, dataset)
@@ -74,8 +92,17 @@ def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) ->
             data.manifest.kind, data.manifest.content_digest(), str(data.folder.resolve()), "test"
         )
         evaluation = evaluate_folder(folder, data)
-        log_evaluation(run, folder, card, data, evaluation)
-    return {name: evaluation.interval(name) for name in evaluation.scores}
+        trivial = _trivial_methods(card, data)
+        groups = log_evaluation(run, folder, card, data, evaluation, trivial)
+        run.log({f"baseline_{name}_iou": value for name, value in trivial.items()})
+    return Report(evaluation.summary(), trivial, groups)
+
+
+def _trivial_methods(card: ModelCard, data: Dataset) -> dict[str, float]:
+    labels = None
+    if card.task == "semantic":
+        labels = SemanticLabels.of_card(card, data.manifest.classes)
+    return baselines(data.split("test"), card.task, labels)
 
 
 def promote(
@@ -98,7 +125,7 @@ def promote(
     stages
         ``staging``, ``production`` or both, in order.
     policy
-        Name or path; by default that of the role.
+        Name or path; by default that of the role and task.
     dataset
         Folder; by default the one that the version was trained on, found by its tag and digest.
     nested
@@ -113,7 +140,7 @@ def promote(
     folder, _ = resolve_model(version.uri)
     card = ModelCard.from_folder(folder)
     data = _frozen_dataset(version, dataset)
-    rules = load_policy(policy or card.role)
+    rules = load_policy(policy or role_name(card.role, card.task))
     promotions = []
     with start_run(f"promote_{card.role}", tags={"role": card.role}, nested=nested) as run:
         run.log_input_model(version)
@@ -149,24 +176,17 @@ def _decide(
 
 
 def newest_of_role(role: str) -> str:
-    """URI of the newest version of a role's registered model.
+    """URI of the newest version of a role's registered model, such as ``tomogram-segmenter``.
 
     Raises
     ------
     ValueError
         If the role is unknown or nothing is registered under its name.
     """
-    tasks: dict[str, tuple[Literal["segmenter", "teacher", "student"], str]] = {
-        "segmenter": ("segmenter", "target"),
-        "teacher": ("teacher", "classify"),
-        "student": ("student", "classify"),
-    }
-    if role not in tasks:
-        msg = f"unknown role {role!r}: expected {', '.join(tasks)}"
+    if role not in ROLE_NAMES.values():
+        msg = f"unknown role {role!r}: expected {', '.join(ROLE_NAMES.values())}"
         raise ValueError(msg)
-    known, task = tasks[role]
-    name = registered_name(known, "target" if task == "target" else "classify")
-    return newest_version(name).uri
+    return newest_version(f"{PREFIX}-{role}").uri
 
 
 def _measure(
@@ -174,14 +194,12 @@ def _measure(
 ) -> dict[str, float]:
     """Figures of the candidate that policies may judge."""
     figures = {"parity": measure_parity(folder)}
-    for name in evaluation.scores:
-        score = evaluation.interval(name)
+    for name, score in evaluation.summary().items():
         figures |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
-    if card.task == "target":
-        test = data.split("test")
-        ball, threshold = baseline_ball(test)[0], baseline_threshold(test)[0]
-        figures |= {"baseline_ball_iou": ball, "baseline_threshold_iou": threshold}
-        figures["iou_margin"] = figures["foreground_iou"] - max(ball, threshold)
+    trivial = _trivial_methods(card, data)
+    if trivial:
+        figures |= {f"baseline_{name}_iou": value for name, value in trivial.items()}
+        figures["iou_margin"] = figures["foreground_iou"] - max(trivial.values())
     if card.role == "student":
         figures |= _measure_against_teacher(card, folder, data, evaluation)
     return figures
@@ -194,14 +212,13 @@ def _measure_against_teacher(
         return {}
     teacher_folder, _ = resolve_model(card.teacher)
     reference = evaluate_folder(teacher_folder, data)
-    retention = bootstrap_ratio(
-        evaluation.scores["accuracy"], reference.scores["accuracy"], evaluation.fields
-    )
+    monitor = MONITORS[card.task]
+    retention = evaluation.ratio(reference, monitor)
     student_rate, teacher_rate = measure_throughputs([folder, teacher_folder])
-    teacher_accuracy = reference.interval("accuracy")
+    taught = reference.interval(monitor)
     return {
-        "teacher_accuracy": teacher_accuracy.value,
-        "teacher_accuracy_low": teacher_accuracy.low,
+        f"teacher_{monitor}": taught.value,
+        f"teacher_{monitor}_low": taught.low,
         "retention": retention.value,
         "retention_low": retention.low,
         "retention_high": retention.high,
@@ -224,7 +241,7 @@ def _incumbent_figures(
     except ValueError as error:
         return None, f"not compared with {holder.label}, which serves other data: {error}"
     evaluation = evaluate_folder(folder, data)
-    return {name: float(values.mean()) for name, values in evaluation.scores.items()}, ""
+    return {name: score.value for name, score in evaluation.summary().items()}, ""
 
 
 def _frozen_dataset(version: RegisteredVersion | None, dataset: Path | None) -> Dataset:

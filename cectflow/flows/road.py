@@ -13,7 +13,14 @@ from cectflow.figures import draw_field, write_figure
 from cectflow.flows.prediction import predict_classes, predict_segments
 from cectflow.flows.promotion import Promotion, Target, promote
 from cectflow.flows.simulation import SimulatedTomogram, simulate, write_tomogram
-from cectflow.flows.training import Hardware, Registered, distill, train_segmenter, train_teacher
+from cectflow.flows.training import (
+    Hardware,
+    Registered,
+    distill,
+    train_segmenter,
+    train_teacher,
+    train_tomogram_segmenter,
+)
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.source import InputFiles
 from cectflow.recipe import Recipe
@@ -81,15 +88,22 @@ def walk_road(
         segmenter = train_segmenter(recipe, folder, hardware, dataset=data, nested=True)
         report(f"training the teacher {recipe.teacher.network}")
         teacher = train_teacher(recipe, folder, hardware, dataset=data, nested=True)
+        tomogram_segmenter = None
+        if recipe.tomogram_segmenter is not None:
+            report(f"training the tomogram segmenter {recipe.tomogram_segmenter.fit.network}")
+            tomogram_segmenter = train_tomogram_segmenter(
+                recipe, folder, hardware, dataset=data, nested=True
+            )
         control = ", and its control from labels alone" if recipe.student.control else ""
         report(f"distilling the student {recipe.student.fit.network}{control}")
         student = distill(
             recipe, folder, hardware, teacher=teacher.version.uri, dataset=data, nested=True
         )
-        report("judging all three on the test split")
+        report("judging all of them on the test split")
         promotions = [
             promotion
-            for registered in (segmenter, teacher, student)
+            for registered in (segmenter, tomogram_segmenter, teacher, student)
+            if registered is not None
             for promotion in promote(
                 registered.version.uri,
                 *_stages_ahead(registered, stages),
@@ -100,6 +114,10 @@ def walk_road(
         for promotion in promotions:
             report(_tell(promotion))
         figures = _collect(segmenter, teacher, student, promotions)
+        if tomogram_segmenter is not None:
+            card = tomogram_segmenter.trained.card
+            figures["tomogram_segmenter_fg_iou"] = card.scores["foreground_iou"].value
+            figures["tomogram_segmenter_baseline_fg_iou"] = card.baselines["threshold"]
         tomogram = write_tomogram(recipe.simulation, folder / "predictions", overwrite=True)
         names = (student.version.name, segmenter.version.name)
         promoted = [name for name in names if stage_holder(name, stages[-1])]
@@ -206,6 +224,17 @@ def _describe_networks(figures: dict[str, float]) -> Rows:
     return (
         ("segmenter, foreground IoU", f"{figures['segmenter_fg_iou']:.3f}"),
         ("  best centred ball / best threshold", f"{ball:.3f} / {threshold:.3f}"),
+        *(
+            [
+                (
+                    "tomogram segmenter, foreground IoU / best threshold",
+                    f"{figures['tomogram_segmenter_fg_iou']:.3f} / "
+                    f"{figures['tomogram_segmenter_baseline_fg_iou']:.3f}",
+                )
+            ]
+            if "tomogram_segmenter_fg_iou" in figures
+            else []
+        ),
         (
             "teacher accuracy",
             f"{figures['teacher_accuracy']:.3f} ({figures['teacher_accuracy_low']:.3f} to "

@@ -77,19 +77,8 @@ def choose_recipe(
     if structures:
         paths = tuple(part.strip() for part in structures.split(",") if part.strip())
         simulation = simulation.model_copy(update={"structures": paths})
-    if seed is None:
-        return recipe.model_copy(update={"simulation": simulation})
-    simulation = simulation.model_copy(update={"seed": seed})
-    segmenter = recipe.segmenter.fit.model_copy(update={"seed": seed})
-    student = recipe.student.fit.model_copy(update={"seed": seed})
-    return recipe.model_copy(
-        update={
-            "simulation": simulation,
-            "segmenter": recipe.segmenter.model_copy(update={"fit": segmenter}),
-            "teacher": recipe.teacher.model_copy(update={"seed": seed}),
-            "student": recipe.student.model_copy(update={"fit": student}),
-        }
-    )
+    recipe = recipe.model_copy(update={"simulation": simulation})
+    return recipe if seed is None else recipe.with_seed(seed)
 
 
 def load_structures(recipe: SimulationRecipe) -> tuple[Structure, ...]:

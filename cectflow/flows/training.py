@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
 
 from cectflow.dataset import BatchSource, Dataset, open_dataset
-from cectflow.figures import draw_confusion, draw_learning_curves, draw_slices
+from cectflow.figures import draw_confusion, draw_groups, draw_learning_curves, draw_slices
 from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
-from cectflow.learning.augmentation import allowed_turns
+from cectflow.learning.breakdown import Group, break_down
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
 from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
-from cectflow.learning.scores import Evaluation, bootstrap_ratio
+from cectflow.learning.scores import Evaluation
+from cectflow.learning.task import SemanticLabels, network_input, segmentation_truth
 from cectflow.learning.training import (
     TrainedNetwork,
     check_matches,
     evaluate_folder,
+    make_network,
     train_network,
 )
 from cectflow.model_card import ModelCard, Role
-from cectflow.networks import create_network
-from cectflow.recipe import Recipe
+from cectflow.recipe import Recipe, StudentRecipe, TomogramSegmenterRecipe
 from cectflow.runtime import load_program, load_runtime
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.tracking.registry import find_registered, register_model, resolve_model
 from cectflow.tracking.runs import Run, cectflow_commit, start_run
-from cectflow.tracking.versions import RegisteredVersion, registered_name
+from cectflow.tracking.versions import RegisteredVersion, registered_name, role_name
+from cectflow.turns import allowed_turns
 
 __all__ = [
     "DATASET_TAG",
@@ -42,6 +47,7 @@ __all__ = [
     "log_evaluation",
     "train_segmenter",
     "train_teacher",
+    "train_tomogram_segmenter",
 ]
 
 DATASET_TAG = "dataset.path"
@@ -96,14 +102,16 @@ class TrainingRequest:
         """
         open_fabric(self.hardware.device, self.hardware.precision)
         recipe = choose_recipe(self.recipe, structures=self.structures, seed=self.seed)
-        for fit_recipe in (recipe.segmenter.fit, recipe.teacher, recipe.student.fit):
-            with torch.device("meta"):
-                create_network(
-                    fit_recipe.network,
-                    num_outputs=2,
-                    box=recipe.simulation.box,
-                    **fit_recipe.arguments,
-                )
+        box = recipe.simulation.box
+        tomogram, student = recipe.tomogram_segmenter, recipe.student_segmenter
+        with torch.device("meta"):
+            make_network(recipe.segmenter.fit, "target", 2, box)
+            make_network(recipe.teacher, "classify", 2, box)
+            make_network(recipe.student.fit, "classify", 2, box)
+            if tomogram is not None:
+                make_network(tomogram.fit, "semantic", 2, box)
+            if student is not None:
+                make_network(student.fit, "target" if tomogram is None else "semantic", 2, box)
         return recipe, self.out or new_folder(Path(name).stem)
 
 
@@ -112,12 +120,30 @@ def train_segmenter(
     dataset: Path | None = None, nested: bool = False,
 ) -> Registered:  # fmt: skip
     """Registered segmenter of the task ``target``; without a dataset the recipe's is simulated."""
-    objective = Segment(dice_weight=recipe.segmenter.dice_weight)
     with start_run("train_segmenter", tags={"role": "segmenter"}, nested=nested) as run:
         data = _open_or_simulate(recipe, folder, hardware, dataset)
+        objective = Segment(recipe.segmenter.loss)
         return _train(
             run, "segmenter", objective, data, recipe.segmenter.fit, recipe, folder, hardware
         )
+
+
+def train_tomogram_segmenter(
+    recipe: Recipe, folder: Path, hardware: Hardware, *,
+    dataset: Path | None = None, nested: bool = False,
+) -> Registered:  # fmt: skip
+    """Registered segmenter of the task ``semantic``; without a dataset the recipe's is simulated.
+
+    Raises
+    ------
+    ValueError
+        If the recipe has no section ``tomogram_segmenter``.
+    """
+    section = _tomogram_segmenter(recipe)
+    with start_run("train_tomogram_segmenter", tags={"role": "segmenter"}, nested=nested) as run:
+        data = _open_or_simulate(recipe, folder, hardware, dataset)
+        objective = Segment(section.loss, section.labels(data.manifest.classes))
+        return _train(run, "segmenter", objective, data, section.fit, recipe, folder, hardware)
 
 
 def train_teacher(
@@ -135,100 +161,166 @@ def distill(
     recipe: Recipe, folder: Path, hardware: Hardware, *,
     teacher: str, dataset: Path | None = None, nested: bool = False,
 ) -> Registered:  # fmt: skip
-    """Registered student, distilled from a registered teacher.
+    """Registered student, distilled from a registered teacher or segmenter.
 
-    The run also trains the same student from labels alone (``labels_only_accuracy``), unless the
-    recipe says otherwise, and logs the student's retention of the teacher's accuracy.
+    The run also trains the same student from labels alone (``labels_only_accuracy``, or of a
+    segmenter its IoU), unless the recipe says otherwise, and logs the student's retention of the
+    teacher's score.
 
     Parameters
     ----------
     recipe, folder, hardware, dataset, nested
-        As for the other trainings.
+        As for the other trainings. A classifier is the teacher of the recipe's ``student``, a
+        segmenter of either task that of its ``student_segmenter``.
     teacher
         NAME, NAME@stage, NAME/VERSION, a ``models:/`` URI or a model folder.
+
+    Raises
+    ------
+    ValueError
+        If the recipe lacks the section, or the dataset is not what the teacher expects.
     """
     teacher_folder, teacher_version = resolve_model(teacher)
     teacher_card = ModelCard.from_folder(teacher_folder)
-    if teacher_card.task != "classify":
-        msg = f"{teacher} is a {teacher_card.role}: expected a classifier as the teacher"
-        raise ValueError(msg)
+    section = _student_of(recipe, teacher_card)
     teacher_uri = str(teacher_folder.resolve()) if teacher_version is None else teacher_version.uri
     with start_run("distill", tags={"role": "student"}, nested=nested) as run:
         if teacher_version is not None:
             run.log_input_model(teacher_version)
         data = _open_or_simulate(recipe, folder, hardware, dataset)
         check_matches(teacher_card, data)
-        labels = Classify(len(data.manifest.classes))
+        labels = _objective_of(recipe, teacher_card, data)
         device = open_fabric(hardware.device, hardware.precision).device
         program = load_program(teacher_folder, device.type)
-        student = recipe.student.fit
-        turns = allowed_turns(data.manifest.tilt_range) if student.augment else ("identity",)
-        # Of live data no view comes twice: there the teacher is asked with every batch.
-        trained_on = () if recipe.live else ((data.split("train"), turns),)
-        known = KnownLogits(
-            program,
-            (*trained_on, (data.split("validation"), ("identity",))),
-            batch_size=student.batch_size,
-            device=device,
-        )
         objective = Distill(
             labels,
             program,
-            known=known,
-            method=recipe.student.method,
-            weight=recipe.student.weight,
-            temperature=recipe.student.temperature,
+            known=_known_logits(program, recipe, section.fit, labels, data, device),
+            method=section.method,
+            weight=section.weight,
+            temperature=section.temperature,
         )
         registered = _train(
-            run, "student", objective, data, recipe.student.fit, recipe, folder, hardware,
+            run, "student", objective, data, section.fit, recipe, folder, hardware,
             teacher=teacher_uri,
         )  # fmt: skip
         reference = evaluate_folder(teacher_folder, data)
-        judged = registered.trained.evaluation
-        retention = bootstrap_ratio(
-            judged.scores["accuracy"], reference.scores["accuracy"], judged.fields
-        )
+        monitor = labels.monitor
+        retention = registered.trained.evaluation.ratio(reference, monitor)
         metrics = {
-            "teacher_accuracy": float(reference.scores["accuracy"].mean()),
+            f"teacher_{monitor}": reference.interval(monitor).value,
             "retention": retention.value,
             "retention_low": retention.low,
             "retention_high": retention.high,
         }
-        if recipe.student.control:
-            control = _train_control(recipe, labels, data, folder, hardware)
-            metrics["labels_only_accuracy"] = control
+        if section.control:
+            control = _train_control(recipe, section.fit, labels, data, folder, hardware)
+            metrics[f"labels_only_{monitor}"] = control
         run.log(metrics)
     return replace(registered, figures=metrics)
 
 
 def log_evaluation(
-    run: Run, folder: Path, card: ModelCard, data: Dataset, evaluation: Evaluation
-) -> None:
-    """Log scores with intervals, and the picture of where a network is right and wrong."""
-    for name in evaluation.scores:
-        score = evaluation.interval(name)
+    run: Run, folder: Path, card: ModelCard, data: Dataset, evaluation: Evaluation,
+    trivial: Mapping[str, float],
+) -> tuple[Group, ...]:  # fmt: skip
+    """Log scores with intervals, and the pictures of where a network is right and wrong.
+
+    Parameters
+    ----------
+    run
+        Receives them.
+    folder, card
+        Of the network.
+    data, evaluation
+        The dataset, and what the network made of its test split.
+    trivial
+        Foreground IoU of trivial methods there; empty for classifiers.
+
+    Returns
+    -------
+    tuple of Group
+        The score of each subtomogram that the pictures show, by structure, occupancy and SNR.
+    """
+    for name, score in evaluation.summary().items():
         run.log({f"test_{name}": score.value, f"test_{name}_low": score.low,
                  f"test_{name}_high": score.high})  # fmt: skip
     title = f"{card.network} on test"
+    score_name = "accuracy" if card.task == "classify" else "foreground_iou"
+    groups = break_down(evaluation, data.manifest, score_name)
+    rows = [{**asdict(group), "score": group.score.model_dump()} for group in groups]
+    run.log_json(rows, f"{score_name}_by_group.json")
+    figure = draw_groups(
+        {
+            "SNR": [_place(group) for group in groups if group.by == "SNR"],
+            "mass (kDa)": [_place(group) for group in groups
+                           if group.by == "structure" and group.position is not None],
+        },
+        "accuracy" if card.task == "classify" else "foreground IoU",
+        title,
+        reference=max(trivial.values(), default=None),
+    )  # fmt: skip
+    run.log_figure(figure, "figures/groups.png")
     if evaluation.predicted is not None:
         figure = draw_confusion(
             evaluation.class_ids, evaluation.predicted, data.manifest.classes, title
         )
         run.log_figure(figure, "figures/confusion.png")
-    number = min(6, len(evaluation.class_ids))
-    shown = np.linspace(0, len(evaluation.class_ids) - 1, number).astype(np.int64)
-    batch = data.split("test").read(shown)
+    number = len(evaluation.class_ids)
+    shown = np.linspace(0, number - 1, min(6, number)).astype(np.int64)
+    run.log_figure(_draw_cubes(folder, card, data, shown, {}), "figures/slices.png")
+    if card.task != "classify":
+        values = evaluation.scores[score_name]
+        chosen = _choose_extremes(values)
+        notes = {row: f"{word} {values[row]:.2f} " for row, word in chosen.items()}
+        extremes = np.array(list(chosen), np.int64)
+        run.log_figure(_draw_cubes(folder, card, data, extremes, notes), "figures/gallery.png")
+    return groups
+
+
+def _place(group: Group) -> tuple[str, float, tuple[float, float, float]]:
+    """Name, abscissa and score with its interval, for a figure."""
+    assert group.position is not None
+    # A range of SNR is read off the axis, a structure is not.
+    name = group.name if group.by == "structure" else ""
+    return name, group.position, (group.score.value, group.score.low, group.score.high)
+
+
+def _choose_extremes(values: NDArray[np.float64]) -> dict[int, str]:
+    """Rows of the two best, the two median and the two worst subtomograms, each named once."""
+    order = np.argsort(-values, kind="stable")
+    middle = len(order) // 2
+    chosen: dict[int, str] = {}
+    for word, rows in (
+        ("best", order[:2]),
+        ("worst", order[-2:]),
+        ("median", order[max(middle - 1, 0) : middle + 1]),
+    ):
+        for row in rows.tolist():
+            chosen.setdefault(row, word)
+    return dict(sorted(chosen.items(), key=lambda item: -values[item[0]]))
+
+
+def _draw_cubes(
+    folder: Path, card: ModelCard, data: Dataset, rows: NDArray[np.int64], notes: Mapping[int, str]
+) -> Figure:
+    """Slices of test cubes with what is true and what a segmenter predicts."""
+    batch = data.split("test").read(rows)
     names = [data.manifest.classes[i - 1] for i in batch.class_ids.tolist()]
-    truth = None if batch.instances is None else (batch.instances == 1).numpy()
-    predicted = None
-    if card.task == "target":
-        logits = load_runtime(folder)(batch.subtomograms.numpy())
+    truth = predicted = None
+    if batch.instances is not None:
+        labels = None
+        if card.task == "semantic":
+            labels = SemanticLabels.of_card(card, data.manifest.classes)
+        truth = segmentation_truth(batch, labels).numpy()
+    if card.task != "classify":
+        logits = load_runtime(folder)(network_input(batch, card.task).numpy())
         predicted = logits.argmax(axis=1)
-    figure = draw_slices(
+    return draw_slices(
         batch.subtomograms[:, 0].numpy(), truth, predicted,
-        voxel_size=data.manifest.voxel_size, titles=names,
+        voxel_size=data.manifest.voxel_size,
+        titles=[notes.get(int(row), "") + name for row, name in zip(rows, names, strict=True)],
     )  # fmt: skip
-    run.log_figure(figure, "figures/slices.png")
 
 
 def _train(
@@ -237,11 +329,12 @@ def _train(
 ) -> Registered:  # fmt: skip
     """Fit, judge, log and register one network."""
     manifest = data.manifest
+    part = role_name(role, objective.task)
     run.log_config(recipe, "recipe")
     run.log_dataset(
         manifest.kind, manifest.content_digest(), str(data.folder.resolve()), "training"
     )
-    with _live(recipe, data, hardware, role) as live:
+    with _live(recipe, data, hardware, part) as live:
         if live is not None:
             digest = live.manifest.content_digest()
             run.log_dataset("live", digest, str(data.folder.resolve()), "live")
@@ -249,7 +342,7 @@ def _train(
             role, objective, data, fit_recipe,
             recipe_digest=recipe.digest(),
             fabric=open_fabric(hardware.device, hardware.precision),
-            folder=folder / role,
+            folder=folder / part,
             log=run.log,
             live=live,
             commit=cectflow_commit(),
@@ -257,10 +350,10 @@ def _train(
         )  # fmt: skip
     card = trained.card
     run.log_figure(
-        draw_learning_curves(trained.result.history, f"{role}: {card.network}"),
+        draw_learning_curves(trained.result.history, f"{part}: {card.network}"),
         "figures/learning_curves.png",
     )
-    log_evaluation(run, trained.folder, card, data, trained.evaluation)
+    log_evaluation(run, trained.folder, card, data, trained.evaluation, card.baselines)
     run.log(_card_metrics(card))
     name = registered_name(role, card.task)
     # A model that an earlier call finished and registered keeps its version.
@@ -271,23 +364,76 @@ def _train(
 
 
 def _train_control(
-    recipe: Recipe, labels: Classify, data: Dataset, folder: Path, hardware: Hardware
-) -> float:
-    """Test accuracy of the student trained from labels alone: same data, seed and budget."""
+    recipe: Recipe, fit_recipe: FitRecipe, labels: Objective, data: Dataset, folder: Path,
+    hardware: Hardware,
+) -> float:  # fmt: skip
+    """Test score of the student trained from labels alone: same data, seed and budget."""
+    part = role_name("student", labels.task)
     with (
         start_run("labels_only", tags={"role": "control"}, nested=True) as run,
-        _live(recipe, data, hardware, "student") as live,
+        _live(recipe, data, hardware, part) as live,
     ):
         trained = train_network(
-            "student", labels, data, recipe.student.fit,
+            "student", labels, data, fit_recipe,
             recipe_digest=recipe.digest(),
             fabric=open_fabric(hardware.device, hardware.precision),
-            folder=folder / "labels_only",
+            folder=folder / part.replace("student", "labels_only"),
             log=run.log,
             live=live,
         )  # fmt: skip
-        run.log({"test_accuracy": trained.card.scores["accuracy"].value})
-        return trained.card.scores["accuracy"].value
+        score = trained.card.scores[labels.monitor].value
+        run.log({f"test_{labels.monitor}": score})
+        return score
+
+
+def _tomogram_segmenter(recipe: Recipe) -> TomogramSegmenterRecipe:
+    if recipe.tomogram_segmenter is None:
+        msg = (
+            "the recipe has no section tomogram_segmenter: add one, such as "
+            "`tomogram_segmenter: {fit: {network: strided_ed_small, ...}}`"
+        )
+        raise ValueError(msg)
+    return recipe.tomogram_segmenter
+
+
+def _student_of(recipe: Recipe, teacher: ModelCard) -> StudentRecipe:
+    if teacher.task == "classify":
+        return recipe.student
+    if recipe.student_segmenter is None:
+        msg = (
+            "the teacher is a segmenter, and the recipe has no section student_segmenter: add "
+            "one, such as `student_segmenter: {fit: {network: strided_ed_small, ...}}`"
+        )
+        raise ValueError(msg)
+    return recipe.student_segmenter
+
+
+def _objective_of(recipe: Recipe, teacher: ModelCard, data: Dataset) -> Objective:
+    """What a student learns from labels: the task and the labels of its teacher."""
+    if teacher.task == "classify":
+        return Classify(len(data.manifest.classes))
+    if teacher.task == "target":
+        return Segment(recipe.segmenter.loss)
+    labels = SemanticLabels.of_card(teacher, data.manifest.classes)
+    return Segment((recipe.tomogram_segmenter or recipe.segmenter).loss, labels)
+
+
+def _known_logits(
+    program: Callable[[Tensor], Tensor], recipe: Recipe, student: FitRecipe, labels: Objective,
+    data: Dataset, device: torch.device,
+) -> KnownLogits | None:  # fmt: skip
+    """A classifier's logits of all views; those of a segmenter, one per voxel, are too many."""
+    if labels.task != "classify":
+        return None
+    turns = allowed_turns(data.manifest.tilt_range) if student.augment else ("identity",)
+    # Of live data no view comes twice: there the teacher is asked with every batch.
+    trained_on = () if recipe.live else ((data.split("train"), turns),)
+    return KnownLogits(
+        program,
+        (*trained_on, (data.split("validation"), ("identity",))),
+        batch_size=student.batch_size,
+        device=device,
+    )
 
 
 def _open_or_simulate(
@@ -300,9 +446,9 @@ def _open_or_simulate(
 
 @contextmanager
 def _live(
-    recipe: Recipe, data: Dataset, hardware: Hardware, role: Role
+    recipe: Recipe, data: Dataset, hardware: Hardware, name: str
 ) -> Iterator[BatchSource | None]:
-    """Live data of a recipe that asks for them; each role sees fields of its own."""
+    """Live data of a recipe that asks for them; each name sees fields of its own."""
     if recipe.live is None:
         yield None
         return
@@ -310,7 +456,7 @@ def _live(
     specimen = prepare_specimen(recipe.simulation, load_structures(recipe.simulation))
     with open_live(
         specimen.to(str(device)), data.manifest, recipe.live.subtomograms_per_epoch,
-        workers=hardware.workers, name=role,
+        workers=hardware.workers, name=name,
     ) as source:  # fmt: skip
         yield source
 

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from cectflow.dataset import Batch
+from cectflow.turns import HALF_TURNS
 
-__all__ = ["HALF_TURNS", "allowed_turns", "augment", "turn", "turned_batch"]
-
-HALF_TURNS: dict[str, tuple[int, ...]] = {
-    "identity": (),
-    "x": (-3, -2),
-    "y": (-3, -1),
-    "z": (-2, -1),
-}
-"""Half turn about an axis → the array axes (z, y, x = -3, -2, -1) that it reverses."""
-
-
-def allowed_turns(tilt_range: tuple[float, float]) -> tuple[str, ...]:
-    """Names of the turns that keep the missing wedge: beam along z, tilt axis along y.
-
-    Parameters
-    ----------
-    tilt_range
-        Lowest and highest tilt in degrees. A symmetric range allows all four; an asymmetric one
-        only the identity and the half turn about the tilt axis. Quarter turns move the wedge,
-        mirrors change the hand: never allowed.
-    """
-    symmetric = abs(tilt_range[0] + tilt_range[1]) < 1e-6
-    return tuple(HALF_TURNS) if symmetric else ("identity", "y")
+__all__ = ["augment", "turn", "turned_batch"]
 
 
 def turn(volumes: Shaped[Tensor, "*n z y x"], axis: str) -> Shaped[Tensor, "*n z y x"]:
@@ -55,13 +36,12 @@ def augment(batch: Batch, turns: tuple[str, ...], generator: torch.Generator) ->
 
     subtomograms = turned(batch.subtomograms)
     assert subtomograms is not None
-    return Batch(
-        subtomograms,
-        turned(batch.voxel_labels),
-        turned(batch.instances),
-        batch.class_ids,
-        batch.fields,
-        None if batch.views is None else batch.views + _view_numbers(turns)[choice],
+    return replace(
+        batch,
+        subtomograms=subtomograms,
+        voxel_labels=turned(batch.voxel_labels),
+        instances=turned(batch.instances),
+        views=None if batch.views is None else batch.views + _view_numbers(turns)[choice],
     )
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from cectflow.config import Config
 from cectflow.dataset import BatchSource
 from cectflow.execution import track
-from cectflow.learning.augmentation import allowed_turns, augment
+from cectflow.learning.augmentation import augment
 from cectflow.learning.objective import Objective
+from cectflow.turns import allowed_turns
 
 __all__ = ["Device", "FitRecipe", "FitResult", "Log", "Precision", "fit", "open_fabric"]
 

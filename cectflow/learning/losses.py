@@ -2,47 +2,191 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
-__all__ = ["soft_dice_loss", "softened_kl", "voxel_cross_entropy"]
+from cectflow.config import Config
+
+__all__ = [
+    "CROSS_ENTROPY",
+    "SegmentationLoss",
+    "focal_loss",
+    "soft_tversky_loss",
+    "softened_kl",
+    "voxel_cross_entropy",
+]
+
+SMOOTHING = 0.5
+"""Voxels added to numerator and denominator of the Tversky index: it bounds the gradient where a
+particle has only a few. With equal weights it is the usual one voxel of soft Dice."""
+
+
+class SegmentationLoss(Config):
+    """Sum of losses, each with its weight: ``{cross_entropy: 1.0, dice: 1.0}``.
+
+    Cross entropy alone is paper (a)'s. Dice and Tversky weigh a small particle like a large one,
+    Tversky also misses against false alarms, and focal loss leaves easy voxels out of the count.
+    """
+
+    cross_entropy: float = Field(0.0, ge=0)
+    """Weight; see :func:`voxel_cross_entropy`."""
+    dice: float = Field(0.0, ge=0)
+    """Weight; :func:`soft_tversky_loss` with 0.5 and 0.5."""
+    tversky: float = Field(0.0, ge=0)
+    """Weight; :func:`soft_tversky_loss`."""
+    focal: float = Field(0.0, ge=0)
+    """Weight; :func:`focal_loss`."""
+    false_positives: float = Field(0.3, ge=0)
+    """Weight of false positive voxels in ``tversky``; Salehi et al. 2017 found 0.3 best."""
+    false_negatives: float = Field(0.7, ge=0)
+    """Weight of false negative voxels in ``tversky``."""
+    gamma: float = Field(2.0, ge=0)
+    """Exponent of ``focal``; 0, or at least 1; Lin et al. 2017 found 2 best."""
+    class_weights: tuple[float, ...] | None = None
+    """Of background and every label, in ``cross_entropy`` and ``focal``; null: all alike."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SegmentationLoss:
+        if not any((self.cross_entropy, self.dice, self.tversky, self.focal)):
+            msg = "a loss needs a weight above 0 for cross_entropy, dice, tversky or focal"
+            raise ValueError(msg)
+        if 0 < self.gamma < 1:
+            # (1 - p)^gamma then has an infinite slope at p = 1.
+            msg = f"gamma is {self.gamma:g}: expected 0, or at least 1"
+            raise ValueError(msg)
+        if self.tversky and not self.false_positives + self.false_negatives:
+            msg = "false_positives and false_negatives are both 0: expected one above 0"
+            raise ValueError(msg)
+        if self.class_weights is not None and (
+            min(self.class_weights, default=0.0) < 0 or not any(self.class_weights)
+        ):
+            msg = f"class_weights is {self.class_weights}: expected none below 0, and one above"
+            raise ValueError(msg)
+        return self
+
+    def check_outputs(self, num_outputs: int) -> None:
+        """Refuse class weights of another number than there are outputs.
+
+        Raises
+        ------
+        ValueError
+            Naming both numbers.
+        """
+        if self.class_weights is not None and len(self.class_weights) != num_outputs:
+            msg = (
+                f"loss.class_weights has {len(self.class_weights)} numbers, the network "
+                f"{num_outputs} outputs: give one for the background and one for every label"
+            )
+            raise ValueError(msg)
+
+    def measure(
+        self, logits: Float[Tensor, "n c z y x"], labels: Int[Tensor, "n z y x"]
+    ) -> dict[str, Tensor]:
+        """Terms that have a weight, unweighted, and ``loss``, their weighted sum."""
+        weights = None
+        if self.class_weights is not None:
+            weights = torch.tensor(self.class_weights, device=logits.device)
+        terms: dict[str, Tensor] = {}
+        if self.cross_entropy:
+            terms["cross_entropy"] = voxel_cross_entropy(logits, labels, weights)
+        if self.dice:
+            terms["dice"] = soft_tversky_loss(logits, labels)
+        if self.tversky:
+            terms["tversky"] = soft_tversky_loss(
+                logits, labels, self.false_positives, self.false_negatives
+            )
+        if self.focal:
+            terms["focal"] = focal_loss(logits, labels, self.gamma, weights)
+        total = torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
+        return {"loss": total} | (terms if len(terms) > 1 else {})
+
+
+CROSS_ENTROPY = SegmentationLoss(cross_entropy=1.0)
+"""Paper (a)'s loss."""
 
 
 def voxel_cross_entropy(
-    logits: Float[Tensor, "n c z y x"], labels: Int[Tensor, "n z y x"]
+    logits: Float[Tensor, "n c z y x"],
+    labels: Int[Tensor, "n z y x"],
+    weights: Float[Tensor, " c"] | None = None,
 ) -> Float[Tensor, ""]:
     """Cross entropy averaged over all voxels.
 
     Parameters
     ----------
     logits
-        Unnormalised scores of c classes, 0 = background.
+        Unnormalised scores of c labels, 0 = background.
     labels
-        Class of every voxel.
+        Label of every voxel.
+    weights
+        Of each label: the mean over voxels is weighted by those of the true labels.
     """
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, weights)
 
 
-def soft_dice_loss(
-    logits: Float[Tensor, "n 2 z y x"], foreground: Int[Tensor, "n z y x"]
+def soft_tversky_loss(
+    logits: Float[Tensor, "n c z y x"],
+    labels: Int[Tensor, "n z y x"],
+    false_positives: float = 0.5,
+    false_negatives: float = 0.5,
 ) -> Float[Tensor, ""]:
-    """One minus the soft Dice of the foreground, averaged over cubes (Milletari et al. 2016).
+    """One minus the soft Tversky index ``TP / (TP + a FP + b FN)`` of labels in cubes.
+
+    Salehi, Erdogmus and Gholipour 2017 (arXiv 1706.05721), equation 3; with both weights 0.5 it
+    is the soft Dice of Milletari, Navab and Ahmadi 2016 (arXiv 1606.04797), without the squares
+    of its denominator. The mean is over cubes, and over the labels other than background that the
+    truth of a cube has. A label that is absent there is left out of that cube, since an index
+    of nothing is 0 for the smallest false alarm; cross entropy or focal loss must answer for
+    those. Where no cube has any label the loss is 0, with a gradient of 0.
 
     Parameters
     ----------
     logits
-        Of background and foreground.
-    foreground
-        1 in the foreground, 0 elsewhere. A perfect, confident prediction has loss 0.
+        Unnormalised scores of c labels, 0 = background.
+    labels
+        Label of every voxel. A perfect, confident prediction has loss 0.
+    false_positives, false_negatives
+        The weights a and b.
     """
-    probability = logits.softmax(dim=1)[:, 1]
-    truth = foreground.to(probability.dtype)
-    axes = (1, 2, 3)
-    overlap = (probability * truth).sum(dim=axes)
-    size = probability.sum(dim=axes) + truth.sum(dim=axes)
-    # One voxel in numerator and denominator: an empty truth with an empty prediction agrees.
-    return (1.0 - (2.0 * overlap + 1.0) / (size + 1.0)).mean()
+    probabilities = logits.softmax(dim=1)[:, 1:]
+    truth = F.one_hot(labels.long(), logits.shape[1]).movedim(-1, 1)[:, 1:].to(probabilities.dtype)
+    axes = (2, 3, 4)
+    size = truth.sum(dim=axes)
+    hits = (probabilities * truth).sum(dim=axes)
+    alarms, misses = probabilities.sum(dim=axes) - hits, size - hits
+    wrong = false_positives * alarms + false_negatives * misses
+    index = (hits + SMOOTHING) / (hits + wrong + SMOOTHING)
+    present = (size > 0).to(index.dtype)
+    total: Tensor = ((1.0 - index) * present).sum() / present.sum().clamp(min=1.0)
+    return total
+
+
+def focal_loss(
+    logits: Float[Tensor, "n c z y x"],
+    labels: Int[Tensor, "n z y x"],
+    gamma: float,
+    weights: Float[Tensor, " c"] | None = None,
+) -> Float[Tensor, ""]:
+    """Cross entropy of each voxel times ``(1 - p)^gamma``, p the probability of its true label.
+
+    Lin et al. 2017 (arXiv 1708.02002), equation 5, for several labels. The mean is that of
+    :func:`voxel_cross_entropy`, so that both are equal for gamma 0.
+
+    Parameters
+    ----------
+    logits, labels, weights
+        As there.
+    gamma
+        0, or at least 1: the larger, the less a voxel counts that is right already.
+    """
+    entropy = F.cross_entropy(logits, labels, reduction="none")
+    each = -torch.expm1(-entropy)  # 1 - p, exact near p = 1
+    factors = torch.ones_like(entropy) if weights is None else weights[labels.long()]
+    total: Tensor = (factors * each**gamma * entropy).sum() / factors.sum()
+    return total
 
 
 def softened_kl(
@@ -57,7 +201,7 @@ def softened_kl(
     Parameters
     ----------
     logits, teacher_logits
-        Of student and teacher. Equal logits have divergence 0.
+        Of student and teacher, of cubes or of their voxels. Equal logits have divergence 0.
     temperature
         T > 0 divides both.
     """

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from cectflow.dataset import Batch, BatchSource
 from cectflow.execution import track
 from cectflow.learning.augmentation import turned_batch
-from cectflow.learning.losses import soft_dice_loss, softened_kl, voxel_cross_entropy
-from cectflow.learning.scores import SubtomogramIou, target_mask
+from cectflow.learning.losses import CROSS_ENTROPY, SegmentationLoss, softened_kl
+from cectflow.learning.scores import LabelIou, SubtomogramIou
+from cectflow.learning.task import MONITORS, SemanticLabels, network_input, segmentation_truth
 from cectflow.model_card import Task
 
 __all__ = ["Classify", "Distill", "DistillMethod", "KnownLogits", "Objective", "Segment"]
@@ -40,6 +41,16 @@ class Objective(Protocol):
         """The score that chooses the best epoch; higher is better."""
         ...
 
+    @property
+    def num_outputs(self) -> int:
+        """Channels of the logits."""
+        ...
+
+    @property
+    def labels(self) -> SemanticLabels | None:
+        """Of the task ``semantic``; None of the others."""
+        ...
+
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Terms of one step: ``loss`` (differentiable), ``output`` (logits) and named others."""
         ...
@@ -59,7 +70,13 @@ class Classify:
 
     num_classes: int
     task: Task = "classify"
-    monitor: str = "accuracy"
+    monitor: str = MONITORS["classify"]
+    labels: SemanticLabels | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """Of the classes."""
+        return self.num_classes
 
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss and logits ``(n, class)``."""
@@ -77,39 +94,53 @@ class Classify:
 
 @dataclass(frozen=True)
 class Segment:
-    """The task ``target``: the particle at the centre against all else, its own kind included.
+    """Which voxels belong to the particle at the centre, or to the particles of some classes.
 
-    Cross entropy as in paper (a), plus soft Dice when asked: Dice weighs a small target like a
-    large one.
+    Without labels it is the task ``target``: the particle at the centre against all else, its own
+    kind included. With them it is ``semantic``: every voxel of every particle of their classes.
     """
 
-    dice_weight: float = 0.0
-    task: Task = "target"
-    monitor: str = "foreground_iou"
+    loss: SegmentationLoss = CROSS_ENTROPY
+    labels: SemanticLabels | None = None
+
+    def __post_init__(self) -> None:
+        self.loss.check_outputs(self.num_outputs)
+
+    @property
+    def task(self) -> Task:
+        """``target`` or ``semantic``."""
+        return "target" if self.labels is None else "semantic"
+
+    @property
+    def monitor(self) -> str:
+        """IoU of the target over subtomograms, or mean IoU of the labels over all voxels."""
+        return MONITORS[self.task]
+
+    @property
+    def num_outputs(self) -> int:
+        """Background and target, or background and labels."""
+        return 2 if self.labels is None else self.labels.num_outputs
 
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Loss and logits ``(n, 2, z, y, x)``."""
-        logits, truth = network(batch.subtomograms), self.truth(batch)
-        loss = voxel_cross_entropy(logits, truth)
-        if self.dice_weight:
-            loss = loss + self.dice_weight * soft_dice_loss(logits, truth)
-        return {"loss": loss, "output": logits}
+        """Loss, its terms where there are several, and logits ``(n, label, z, y, x)``."""
+        logits = network(network_input(batch, self.task))
+        return self.loss.measure(logits, self.truth(batch)) | {"output": logits}
 
     def truth(self, batch: Batch) -> Tensor:
-        """1 in the target, 0 elsewhere."""
-        return target_mask(batch)
+        """Label of every voxel; of the task ``target`` 1 in the target, 0 elsewhere."""
+        return segmentation_truth(batch, self.labels)
 
     def make_scores(self) -> MetricCollection:
-        """Foreground IoU and the paper's mean of foreground and background IoU."""
-        return MetricCollection(
-            {
-                "foreground_iou": SubtomogramIou(foreground_only=True),
-                "iou": SubtomogramIou(foreground_only=False),
-            },
-            # torchmetrics takes metrics whose states agree after the first batch for one and the
-            # same, and these agree when that batch was segmented perfectly.
-            compute_groups=False,
-        )
+        """Foreground IoU and paper (a)'s score per subtomogram; of labels also over all voxels."""
+        scores: dict[str, Metric] = {
+            "foreground_iou": SubtomogramIou(foreground_only=True),
+            "iou": SubtomogramIou(foreground_only=False),
+        }
+        if self.labels is not None:
+            scores["mean_iou"] = LabelIou(self.num_outputs)
+        # torchmetrics takes metrics whose states agree after the first batch for one and the
+        # same, and these agree when that batch was segmented perfectly.
+        return MetricCollection(dict(scores), compute_groups=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +241,16 @@ class Distill:
         """Of the wrapped objective."""
         return self.objective.monitor
 
+    @property
+    def num_outputs(self) -> int:
+        """Of the wrapped objective."""
+        return self.objective.num_outputs
+
+    @property
+    def labels(self) -> SemanticLabels | None:
+        """Of the wrapped objective."""
+        return self.objective.labels
+
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss, logits, and the two terms ``soft`` and ``hard``."""
         hard = self.objective(network, batch)
@@ -217,7 +258,7 @@ class Distill:
             teacher_logits = self.known(batch.views).to(batch.subtomograms.device)
         else:
             with torch.no_grad():
-                teacher_logits = self.teacher(batch.subtomograms)
+                teacher_logits = self.teacher(network_input(batch, self.task))
         logits = hard["output"]
         if self.method == "mse":
             soft = F.mse_loss(logits, teacher_logits.to(logits.dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +23,23 @@ from cectflow.learning.fit import FitRecipe, FitResult, Log, fit
 from cectflow.learning.objective import Objective
 from cectflow.learning.scores import (
     Evaluation,
-    baseline_ball,
-    baseline_threshold,
+    baselines,
     evaluate,
 )
+from cectflow.learning.task import SemanticLabels, check_statistics
 from cectflow.model_card import CARD_FILE, ModelCard, Role, Task
 from cectflow.networks import create_network, list_networks, network_info
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.runtime import load_runtime
 
-__all__ = ["TrainedNetwork", "check_matches", "evaluate_folder", "train_network"]
+__all__ = [
+    "TrainedNetwork",
+    "check_matches",
+    "evaluate_folder",
+    "fit_and_judge",
+    "make_network",
+    "train_network",
+]
 
 VOXEL_TOLERANCE = 0.01
 """Relative difference of voxel sizes that still counts as equal, as in prediction."""
@@ -117,7 +125,9 @@ def train_network(
         )  # fmt: skip
     train = dataset.split("train") if live is None else live
     validation, test = dataset.split("validation"), dataset.split("test")
-    network = _make_network(recipe, objective.task, manifest)
+    if objective.task == "semantic":
+        check_statistics(manifest)
+    network = make_network(recipe, objective.task, objective.num_outputs, manifest.box)
     result = fit(
         network, objective, train, validation, recipe,
         fabric=fabric, folder=folder / "checkpoints", log=log,
@@ -131,25 +141,71 @@ def train_network(
     unfinished = folder / ".model"
     shutil.rmtree(unfinished, ignore_errors=True)
     card = _describe(
-        role, objective.task, recipe, manifest,
+        role, objective, recipe, manifest,
         recipe_digest=recipe_digest, live_digest=live_digest, commit=commit,
         epochs=result.best_epoch, teacher=teacher,
     )  # fmt: skip
-    card = export_network(network, card, unfinished)
+    info = network_info(recipe.network)
+    open_shape = info.task == "segment" and manifest.box % info.stride == 0
+    card = export_network(network, card, unfinished, stride=info.stride if open_shape else None)
     evaluation = evaluate_folder(unfinished, dataset)
-    baselines = {}
-    if objective.task == "target":
-        baselines = {"ball": baseline_ball(test)[0], "threshold": baseline_threshold(test)[0]}
     card = card.model_copy(
         update={
-            "scores": {name: evaluation.interval(name) for name in evaluation.scores},
-            "baselines": baselines,
+            "scores": evaluation.summary(),
+            "baselines": baselines(test, objective.task, objective.labels),
             "cost": measure_cost(network, unfinished),
         }
     )
     (unfinished / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
     unfinished.replace(model_folder)
     return TrainedNetwork(model_folder, card, result, evaluation)
+
+
+def fit_and_judge(
+    objective: Objective,
+    train: BatchSource,
+    validation: BatchSource,
+    tests: Mapping[str, BatchSource],
+    recipe: FitRecipe,
+    *,
+    fabric: Fabric,
+    folder: Path,
+    log: Log,
+    provenance: Mapping[str, str] | None = None,
+) -> tuple[FitResult, dict[str, Evaluation]]:
+    """Fit a network for a comparison: its scores on several tests, and no model folder.
+
+    A second call with the same folder and arguments goes on where the first one was broken off.
+
+    Parameters
+    ----------
+    objective, train, validation, recipe, fabric, folder, log, provenance
+        See :func:`~cectflow.learning.fit.fit`.
+    tests
+        Name → source on which the weights of the best epoch are judged.
+
+    Raises
+    ------
+    ValueError
+        As ``fit`` and :func:`make_network`.
+    """
+    box = train.manifest.box
+    network = make_network(recipe, objective.task, objective.num_outputs, box)
+    result = fit(
+        network, objective, train, validation, recipe,
+        fabric=fabric, folder=folder, log=log, provenance=provenance,
+    )  # fmt: skip
+    network.to(fabric.device).eval()
+
+    def infer(cubes: Tensor) -> Tensor:
+        logits: Tensor = network(cubes.to(fabric.device))
+        return logits
+
+    scored = {
+        name: evaluate(infer, source, objective.task, labels=objective.labels)
+        for name, source in tests.items()
+    }
+    return result, scored
 
 
 def evaluate_folder(folder: Path, dataset: Dataset, split: SplitName = "test") -> Evaluation:
@@ -167,7 +223,10 @@ def evaluate_folder(folder: Path, dataset: Dataset, split: SplitName = "test") -
     def logits(cubes: Tensor) -> Tensor:
         return torch.from_numpy(infer(cubes.numpy()))
 
-    return evaluate(logits, dataset.split(split), card.task)
+    labels = None
+    if card.task == "semantic":
+        labels = SemanticLabels.of_card(card, dataset.manifest.classes)
+    return evaluate(logits, dataset.split(split), card.task, labels=labels)
 
 
 def check_matches(card: ModelCard, dataset: Dataset) -> None:
@@ -187,6 +246,8 @@ def check_matches(card: ModelCard, dataset: Dataset) -> None:
         pairs["voxel size (Å)"] = (manifest.voxel_size, card.voxel_size)
     if card.task == "classify":
         pairs["classes"] = (manifest.classes, card.classes)
+    if card.task == "semantic":
+        check_statistics(manifest)
     for name, (given, expected) in pairs.items():
         if given != expected:
             msg = f"{dataset.folder}: {name} is {given}, this {card.role} expects {expected}"
@@ -205,39 +266,60 @@ def _refuse_other(model_folder: Path, **identity: str | None) -> None:
         raise FileExistsError(msg)
 
 
-def _make_network(recipe: FitRecipe, task: Task, manifest: Manifest) -> nn.Module:
-    """Freshly initialised network of a recipe, its normalisation included."""
+def make_network(recipe: FitRecipe, task: Task, num_outputs: int, box: int) -> nn.Module:
+    """Freshly initialised network of a recipe for a task.
+
+    Networks of the tasks ``classify`` and ``target`` include the normalisation of each cube; those
+    of ``semantic`` do not, and do without the distance from the centre.
+
+    Raises
+    ------
+    ValueError
+        If the network is of another kind, has no such argument, or does not take the box.
+    """
     kind = "classify" if task == "classify" else "segment"
-    if network_info(recipe.network).task != kind:
+    info = network_info(recipe.network)
+    if info.task != kind:
         msg = (
             f"network {recipe.network!r} is of another task: expected one that can {kind}, "
             f"{', '.join(list_networks(kind))}"
         )
         raise ValueError(msg)
-    torch.manual_seed(recipe.seed)
-    num_outputs = _count_outputs(task, manifest)
-    return NormalisePerCube(
-        create_network(
-            recipe.network, num_outputs=num_outputs, box=manifest.box, **recipe.arguments
+    if task == "semantic" and box % info.stride:
+        # A network is exported for volumes of any shape only if the window needs no padding.
+        msg = (
+            f"windows are {box}³; {recipe.network} segments tomograms in multiples of "
+            f"{info.stride}: set box to {-(-box // info.stride) * info.stride}"
         )
-    )
-
-
-def _count_outputs(task: Task, manifest: Manifest) -> int:
-    return len(manifest.classes) if task == "classify" else 2
+        raise ValueError(msg)
+    arguments = dict(recipe.arguments)
+    if task == "semantic" and "centred" in info.arguments:
+        arguments = {"centred": False} | arguments
+    if task == "semantic" and arguments.get("centred"):
+        msg = (
+            f"arguments of {recipe.network} say centred: true, but in the task semantic no "
+            f"particle is at the centre: leave it out"
+        )
+        raise ValueError(msg)
+    torch.manual_seed(recipe.seed)
+    network = create_network(recipe.network, num_outputs=num_outputs, box=box, **arguments)
+    return network if task == "semantic" else NormalisePerCube(network)
 
 
 def _describe(
-    role: Role, task: Task, recipe: FitRecipe, manifest: Manifest, *,
+    role: Role, objective: Objective, recipe: FitRecipe, manifest: Manifest, *,
     recipe_digest: str, live_digest: str | None, commit: str, epochs: int, teacher: str | None,
 ) -> ModelCard:  # fmt: skip
     """Card of what is known before anything is measured: network, data and descent."""
+    labels = objective.labels
     return ModelCard(
         role=role,
-        task=task,
+        task=objective.task,
         network=recipe.network,
-        num_outputs=_count_outputs(task, manifest),
-        classes=manifest.classes,
+        num_outputs=objective.num_outputs,
+        classes=manifest.classes if labels is None else labels.classes,
+        labels=() if labels is None else labels.names,
+        normalisation="cube" if labels is None else "tomogram",
         box=manifest.box,
         voxel_size=manifest.voxel_size,
         contrast=manifest.contrast,

@@ -65,7 +65,7 @@ def initialise_weights(network: nn.Module) -> None:
     square between layers of equal width; the logits start near zero and the networks learn.
     """
     for layer in network.modules():
-        if not isinstance(layer, nn.Conv3d | nn.Linear):
+        if not isinstance(layer, nn.Conv3d | nn.ConvTranspose3d | nn.Linear):
             continue
         if layer.bias is None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

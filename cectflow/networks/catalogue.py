@@ -14,6 +14,8 @@ from typing import Literal, TypeVar, get_args
 
 from torch import nn
 
+from cectflow.networks.padding import PadToStride
+
 __all__ = ["NetworkInfo", "create_network", "list_networks", "network_info", "register_network"]
 
 NetworkTask = Literal["classify", "segment"]
@@ -28,19 +30,29 @@ class NetworkInfo:
     task: NetworkTask
     """``classify``: logits ``(n, num_outputs)``; ``segment``: ``(n, num_outputs, z, y, x)``."""
     stride: int
-    """The box must be a multiple of it; 1 for classifiers."""
+    """A segmenter pads its input to a multiple of it; 1 for classifiers."""
     min_box: int
     """Smallest edge of the input cube, in voxels."""
+    reach: int | None
+    """Farthest distance along an axis, in voxels, at which the input changes a segmenter's logit;
+    None for classifiers. It is exact: windows that start at multiples of the stride and overlap
+    so that every kept voxel has this many beside it, on every side where the volume goes on,
+    give the logits of the whole volume (of networks without a sense of the centre)."""
     paper: str
     summary: str
     _build: Callable[..., nn.Module] = field(repr=False)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the network's own arguments."""
+        return tuple(inspect.signature(self._build).parameters)[2:]  # after num_outputs and box
 
 
 _CATALOGUE: dict[str, NetworkInfo] = {}
 
 
 def register_network(
-    *, task: NetworkTask, stride: int, min_box: int, paper: str
+    *, task: NetworkTask, stride: int, min_box: int, paper: str, reach: int | None = None
 ) -> Callable[[Builder], Builder]:
     """Return a decorator that enters a function ``(num_outputs, box, **arguments)``.
 
@@ -51,16 +63,18 @@ def register_network(
     task
         ``classify`` or ``segment``.
     stride
-        The box must be a multiple of it; 1 for classifiers.
+        What the edges of a segmenter's input must be a multiple of; 1 for classifiers.
     min_box
         Smallest edge of the input cube that the network takes, in voxels.
     paper
         Where the network was published.
+    reach
+        Of a segmenter: see :class:`NetworkInfo`.
 
     Raises
     ------
     ValueError
-        If the name is taken.
+        If the name is taken, or a segmenter does not state its reach.
     """
 
     def register(build: Builder) -> Builder:
@@ -68,8 +82,11 @@ def register_network(
         if name in _CATALOGUE:
             msg = f"network {name!r} is registered already: give the new one another name"
             raise ValueError(msg)
+        if task == "segment" and reach is None:
+            msg = f"segmenter {name!r} states no reach: give it, whole tomograms need it as halo"
+            raise ValueError(msg)
         summary = (inspect.getdoc(build) or "").partition("\n")[0]
-        _CATALOGUE[name] = NetworkInfo(name, task, stride, min_box, paper, summary, build)
+        _CATALOGUE[name] = NetworkInfo(name, task, stride, min_box, reach, paper, summary, build)
         return build
 
     return register
@@ -79,8 +96,9 @@ def create_network(name: str, *, num_outputs: int, box: int, **arguments: object
     """Create a freshly initialised network.
 
     It takes normalised float32 cubes ``(n, 1, z, y, x)`` and returns logits, ``(n, num_outputs)``
-    from a classifier and ``(n, num_outputs, z, y, x)`` from a segmenter. The weights are drawn
-    from torch's global generator.
+    from a classifier and ``(n, num_outputs, z, y, x)`` from a segmenter. A segmenter takes volumes
+    of any shape (:class:`~cectflow.networks.padding.PadToStride`), a classifier the box only. The
+    weights are drawn from torch's global generator.
 
     Parameters
     ----------
@@ -97,7 +115,7 @@ def create_network(name: str, *, num_outputs: int, box: int, **arguments: object
     ------
     ValueError
         If the name or an argument is unknown, there are fewer than two outputs, or the box is
-        too small or no multiple of the network's stride.
+        too small.
     """
     info = network_info(name)
     _check_arguments(info, arguments)
@@ -108,7 +126,8 @@ def create_network(name: str, *, num_outputs: int, box: int, **arguments: object
         )
         raise ValueError(msg)
     _check_box(info, box)
-    return info._build(num_outputs, box, **arguments)
+    network = info._build(num_outputs, box, **arguments)
+    return PadToStride(network, info.stride) if info.task == "segment" else network
 
 
 def list_networks(task: str | None = None) -> tuple[str, ...]:
@@ -146,7 +165,7 @@ def network_info(name: str) -> NetworkInfo:
 
 
 def _check_arguments(info: NetworkInfo, arguments: dict[str, object]) -> None:
-    known = list(inspect.signature(info._build).parameters)[2:]  # after num_outputs and box
+    known = info.arguments
     unknown = [name for name in arguments if name not in known]
     if unknown:
         msg = (
@@ -157,16 +176,9 @@ def _check_arguments(info: NetworkInfo, arguments: dict[str, object]) -> None:
 
 
 def _check_box(info: NetworkInfo, box: int) -> None:
-    padded = -(-max(box, info.min_box) // info.stride) * info.stride
     if box < info.min_box:
         msg = (
             f"subtomogram is {box}³; {info.name} needs at least {info.min_box}³: "
-            f"cut or pad to {padded}³"
-        )
-        raise ValueError(msg)
-    if box % info.stride:
-        msg = (
-            f"subtomogram is {box}³; {info.name} needs a multiple of {info.stride}: "
-            f"pad to {padded}³"
+            f"cut or pad to {info.min_box}³"
         )
         raise ValueError(msg)

@@ -3,8 +3,8 @@
 The papers' networks spend half and more of their multiplications on two convolutions at full
 resolution, where a cube holds mostly noise. Ours go to a coarser grid at once, learn
 residuals (He et al. 2016, arXiv:1512.03385) and normalise with batch norm, which an export folds
-into the convolutions. They use nothing but convolution, batch norm, ReLU, addition, mean and
-nearest upsampling, so ONNX runtimes take them whole.
+into the convolutions. They use nothing but convolution, transposed convolution, batch norm, ReLU,
+addition, mean and nearest upsampling, so ONNX runtimes take them whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from cectflow.networks.blocks import initialise_weights, normed_convolution
 from cectflow.networks.catalogue import register_network
 
-__all__ = ["StridedClassifier", "StridedSegmenter", "strided_ed", "strided_micro", "strided_small"]
+__all__ = [
+    "StridedClassifier",
+    "StridedSegmenter",
+    "append_distance",
+    "strided_ed_base",
+    "strided_ed_small",
+    "strided_micro",
+    "strided_small",
+]
 
 PAPER = "cectflow, unpublished"
 
@@ -68,11 +76,9 @@ class StridedClassifier(nn.Module):
         Channels of the stem and of each residual block; each halves the size.
     """
 
-    distance: Tensor
-
     def __init__(self, num_outputs: int, box: int, *, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.register_buffer("distance", distance_from_centre(box)[None, None], persistent=False)
+        self.box = box
         self.stem = nn.Sequential(
             normed_convolution(2, widths[0], kernel=5, stride=2),
             nn.ReLU(inplace=True),
@@ -85,55 +91,96 @@ class StridedClassifier(nn.Module):
 
     def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs"]:
         """Logits of normalised cubes."""
-        distance = self.distance.expand(subtomograms.shape[0], -1, -1, -1, -1)
-        features = self.blocks(self.stem(torch.cat([subtomograms, distance], dim=1)))
+        features = self.blocks(self.stem(append_distance(subtomograms, self.box)))
         logits: Tensor = self.score(features.mean(dim=(2, 3, 4)))
         return logits
 
 
 class StridedSegmenter(nn.Module):
-    """Encoder-decoder of residual blocks that sees how far each voxel is from the box centre.
+    """Encoder-decoder of residual blocks on a grid coarser than the input's.
 
-    The distance tells the particle at the centre from its neighbours; without it zero padding
-    would be the only cue. It fits one box only.
+    The stem goes to the grid on which the finest features live, the encoder halves it at every
+    level, and the decoder climbs back by the same steps, adding the encoder's features. The last
+    layer gives each cell of the stem's grid the logits of its voxels. Which stem, widths and depth
+    pay is measured by ``benchmarks/segmenter_search.py``.
 
     Parameters
     ----------
     num_outputs
         Number of labels, background included.
     box
-        Edge of the input cube in voxels.
+        Edge of the input cube in voxels: the unit of the distance.
+    stem
+        Stride of the first convolution; its kernel spans twice as much and one voxel more.
     widths
-        Channels at full, half and quarter resolution.
+        Channels of the encoder's levels, the stem's first.
+    depth
+        Residual blocks of each level below the stem's.
+    decoder
+        Channels of the decoder's levels, from the stem's down to the last but one; None: as in
+        the encoder.
+    centred
+        See how far each voxel is from the centre (:func:`append_distance`): for the task
+        ``target``, where it tells the particle at the centre from its neighbours; zero padding
+        would be the only cue without it. The task ``semantic`` must not have it.
     """
 
-    distance: Tensor
-
-    def __init__(self, num_outputs: int, box: int, *, widths: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        num_outputs: int,
+        box: int,
+        *,
+        stem: int,
+        widths: tuple[int, ...],
+        depth: tuple[int, ...],
+        decoder: tuple[int, ...] | None = None,
+        centred: bool = True,
+    ) -> None:
         super().__init__()
-        full, half, quarter = widths
-        self.register_buffer("distance", distance_from_centre(box)[None, None], persistent=False)
-        self.stem = nn.Sequential(normed_convolution(2, full), nn.ReLU(inplace=True))
-        self.encode_half = ResidualBlock(full, half, stride=2)
-        self.encode_quarter = nn.Sequential(
-            ResidualBlock(half, quarter, stride=2), ResidualBlock(quarter, quarter)
+        self.box = box
+        self.centred = centred
+        self.stem = nn.Sequential(
+            normed_convolution(1 + centred, widths[0], kernel=2 * stem + 1, stride=stem),
+            nn.ReLU(inplace=True),
         )
-        self.raise_half = _Raise(quarter, half)
-        self.decode_half = ResidualBlock(half, half)
-        self.raise_full = _Raise(half, full)
-        self.decode_full = nn.Sequential(normed_convolution(full, full), nn.ReLU(inplace=True))
-        self.score = nn.Conv3d(full, num_outputs, 1)
+        self.encoder = nn.ModuleList(
+            nn.Sequential(
+                ResidualBlock(finer, coarser, stride=2),
+                *(ResidualBlock(coarser, coarser) for _ in range(blocks - 1)),
+            )
+            for (finer, coarser), blocks in zip(pairwise(widths), depth, strict=True)
+        )
+        narrow = decoder or widths[:-1]
+        self.raises = nn.ModuleList(
+            _Raise(coarser, finer) for finer, coarser in pairwise((*narrow, widths[-1]))
+        )
+        self.skips = nn.ModuleList(
+            nn.Identity() if wide == width else normed_convolution(wide, width, kernel=1)
+            for wide, width in zip(widths[:-1], narrow, strict=True)
+        )
+        self.decoder = nn.ModuleList(
+            [
+                nn.Sequential(normed_convolution(narrow[0], narrow[0]), nn.ReLU(inplace=True)),
+                *(ResidualBlock(width, width) for width in narrow[1:]),
+            ]
+        )
+        self.score: nn.Module = nn.Conv3d(narrow[0], num_outputs, 1)
+        if stem > 1:
+            self.score = nn.ConvTranspose3d(narrow[0], num_outputs, stem, stem)
         initialise_weights(self)
 
     def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs z y x"]:
-        """Logits of every voxel of normalised cubes."""
-        distance = self.distance.expand(subtomograms.shape[0], -1, -1, -1, -1)
-        full = self.stem(torch.cat([subtomograms, distance], dim=1))
-        half = self.encode_half(full)
-        quarter = self.encode_quarter(half)
-        half = self.decode_half(half + self.raise_half(quarter))
-        full = self.decode_full(full + self.raise_full(half))
-        logits: Tensor = self.score(full)
+        """Logits of every voxel of normalised volumes whose edges are multiples of the stride."""
+        volumes = append_distance(subtomograms, self.box) if self.centred else subtomograms
+        levels = [self.stem(volumes)]
+        for encode in self.encoder:
+            levels.append(encode(levels[-1]))
+        features = levels.pop()
+        for raise_, skip, decode in reversed(
+            list(zip(self.raises, self.skips, self.decoder, strict=True))
+        ):
+            features = decode(skip(levels.pop()) + raise_(features))
+        logits: Tensor = self.score(features)
         return logits
 
 
@@ -147,19 +194,28 @@ class _Raise(nn.Sequential):
         )
 
 
-def distance_from_centre(box: int) -> Float[Tensor, "z y x"]:
-    """Distance of every voxel from the box centre, in half boxes.
+def append_distance(volumes: Float[Tensor, "n 1 z y x"], box: int) -> Float[Tensor, "n 2 z y x"]:
+    """Volumes and, as a second channel, the distance of every voxel from their centre.
 
-    It is 0 at voxel ``box // 2`` of each axis and 1 half a box away from it.
+    It is computed from the shape at hand, so that an exported network takes any shape, and is
+    measured in half boxes: 0 at voxel ``n // 2`` of each axis and 1 half a box away from it. A
+    larger volume about the same particle shows the network what it was trained on, and more.
 
     Parameters
     ----------
+    volumes
+        With the particle at the centre.
     box
-        Edge of the cube in voxels.
+        Edge in voxels of the cubes on which the network is trained.
     """
-    axis = (torch.arange(box) - box // 2) / (box / 2)
-    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-    return (z.square() + y.square() + x.square()).sqrt()
+    axes = [
+        (torch.arange(edge, device=volumes.device) - edge // 2) / (box / 2)
+        for edge in volumes.shape[2:]
+    ]
+    z, y, x = torch.meshgrid(*axes, indexing="ij")
+    distance = (z.square() + y.square() + x.square()).sqrt()
+    distance = distance.to(volumes.dtype).expand(volumes.shape[0], 1, -1, -1, -1)
+    return torch.cat([volumes, distance], dim=1)
 
 
 @register_network(task="classify", stride=1, min_box=12, paper=PAPER)
@@ -171,23 +227,49 @@ def strided_micro(num_outputs: int, box: int) -> nn.Module:
     num_outputs
         Number of classes.
     box
-        Edge of the input cube in voxels; it fixes the distance channel, not the weights.
+        Edge of the input cube in voxels; the unit of the distance channel.
     """
     return StridedClassifier(num_outputs, box, widths=(16, 32, 40))
 
 
-@register_network(task="segment", stride=4, min_box=8, paper=PAPER)
-def strided_ed(num_outputs: int, box: int) -> nn.Module:
-    """Compact target segmenter of ours: residual encoder-decoder; 8, 24, 48 channels.
+@register_network(task="segment", stride=4, min_box=8, reach=26, paper=PAPER)
+def strided_ed_base(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
+    """Segmenter of ours for the last points: residual encoder-decoder; 8, 24, 48 channels.
+
+    Its stem keeps the full grid, with few channels: that outlines better than more channels on
+    half the grid for the same multiplications, though not in the same time.
 
     Parameters
     ----------
     num_outputs
         Number of labels, background included.
     box
-        Edge of the input cube in voxels; it fixes the distance channel, not the weights.
+        Edge of the input cube in voxels: the unit of the distance channel.
+    centred
+        See the distance from the centre: true for the task ``target``, false for ``semantic``.
     """
-    return StridedSegmenter(num_outputs, box, widths=(8, 24, 48))
+    return StridedSegmenter(
+        num_outputs, box, stem=1, widths=(8, 24, 48), depth=(1, 2), centred=centred
+    )
+
+
+@register_network(task="segment", stride=4, min_box=8, reach=21, paper=PAPER)
+def strided_ed_small(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
+    """Compact segmenter of ours: residual encoder-decoder from half the grid; 24, 48 channels.
+
+    Three levels outline no better for the same time and see more than twice as far, which whole
+    tomograms pay for: windows overlap by the reach.
+
+    Parameters
+    ----------
+    num_outputs
+        Number of labels, background included.
+    box
+        Edge of the input cube in voxels: the unit of the distance channel.
+    centred
+        See the distance from the centre: true for the task ``target``, false for ``semantic``.
+    """
+    return StridedSegmenter(num_outputs, box, stem=2, widths=(24, 48), depth=(2,), centred=centred)
 
 
 @register_network(task="classify", stride=1, min_box=12, paper=PAPER)
@@ -199,6 +281,6 @@ def strided_small(num_outputs: int, box: int) -> nn.Module:
     num_outputs
         Number of classes.
     box
-        Edge of the input cube in voxels; it fixes the distance channel, not the weights.
+        Edge of the input cube in voxels; the unit of the distance channel.
     """
     return StridedClassifier(num_outputs, box, widths=(24, 64, 96))

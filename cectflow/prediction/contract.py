@@ -22,6 +22,8 @@ __all__ = [
     "bring_to_card",
     "load_network",
     "report_changes",
+    "require_rescale",
+    "same_voxel_size",
     "source_box",
 ]
 
@@ -70,11 +72,19 @@ class LoadedNetwork:
         Cubes as the card wants them → logits.
     label
         What outputs call it, such as ``cectflow-student/3``.
+    device
+        ``cpu`` or ``cuda``.
     """
 
     card: ModelCard
     infer: Infer
     label: str
+    device: str = "cpu"
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        """Lines for the headers of output volumes: what they come from."""
+        return f"cectflow {self.label}", f"dataset {self.card.dataset_digest[:36]}"
 
 
 def load_network(folder: Path, *, tasks: tuple[str, ...], label: str, device: str) -> LoadedNetwork:
@@ -106,7 +116,7 @@ def load_network(folder: Path, *, tasks: tuple[str, ...], label: str, device: st
         raise ValueError(msg)
     chosen = choose_device(device)
     runtime: RuntimeName = "torch" if chosen == "cuda" else "onnxruntime"
-    return LoadedNetwork(card, load_runtime(folder, runtime, device=chosen), label)
+    return LoadedNetwork(card, load_runtime(folder, runtime, device=chosen), label, chosen)
 
 
 def source_box(
@@ -119,9 +129,9 @@ def source_box(
     ValueError
         If the voxel size differs from the card's and rescaling was not asked for.
     """
-    if _same_voxel_size(voxel_size, card.voxel_size):
+    if same_voxel_size(voxel_size, card.voxel_size):
         return card.box
-    _require_rescale(voxel_size, card, options)
+    require_rescale(voxel_size, card, options)
     box = math.ceil(card.box * card.voxel_size / voxel_size) + 1
     report(
         f"rescale: cutting {box}³ at {voxel_size:g} Å, Fourier-resampled to {card.voxel_size:g} Å, "
@@ -149,7 +159,7 @@ def bring_to_card(
     if brought.shape[1:] != (box, box, box):
         msg = f"subtomograms of shape {brought.shape[1:]}: expected cubes of {card.box}³"
         raise ValueError(msg)
-    if not (_same_voxel_size(voxel_size, card.voxel_size) and box == card.box):
+    if not (same_voxel_size(voxel_size, card.voxel_size) and box == card.box):
         if box * voxel_size < card.box * card.voxel_size * (1 - VOXEL_TOLERANCE):
             msg = (
                 f"subtomograms of {box}³ at {voxel_size:g} Å span {box * voxel_size:.0f} Å: "
@@ -158,8 +168,8 @@ def bring_to_card(
                 f"{math.ceil(card.box * card.voxel_size / voxel_size)}"
             )
             raise ValueError(msg)
-        if not _same_voxel_size(voxel_size, card.voxel_size):
-            _require_rescale(voxel_size, card, options)
+        if not same_voxel_size(voxel_size, card.voxel_size):
+            require_rescale(voxel_size, card, options)
         elif not options.rescale:
             msg = (
                 f"subtomograms are {box}³: expected {card.box}³; give --rescale to crop them "
@@ -182,7 +192,7 @@ def report_changes(
     """Say what is done to subtomograms before the network sees them."""
     if options.contrast != card.contrast:
         report(f"contrast: input is {options.contrast}, {card.contrast} is expected: flipped")
-    if box == card.box and _same_voxel_size(voxel_size, card.voxel_size):
+    if box == card.box and same_voxel_size(voxel_size, card.voxel_size):
         return
     report(
         f"rescale: {box}³ at {voxel_size:g} Å, Fourier-resampled to {card.voxel_size:g} Å, "
@@ -190,11 +200,19 @@ def report_changes(
     )
 
 
-def _same_voxel_size(given: float, expected: float) -> bool:
+def same_voxel_size(given: float, expected: float) -> bool:
+    """Whether two voxel sizes in Å count as equal."""
     return abs(given - expected) <= VOXEL_TOLERANCE * expected
 
 
-def _require_rescale(voxel_size: float, card: ModelCard, options: InputOptions) -> None:
+def require_rescale(voxel_size: float, card: ModelCard, options: InputOptions) -> None:
+    """Refuse another voxel size (in Å) than the card's unless rescaling was asked for.
+
+    Raises
+    ------
+    ValueError
+        With both voxel sizes and the remedies.
+    """
     if not options.rescale:
         msg = (
             f"voxel size is {voxel_size:g} Å: expected {card.voxel_size:g} Å; give --rescale to "

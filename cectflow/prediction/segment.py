@@ -42,6 +42,11 @@ class Segmentation:
     mean_voxels: float
     num_empty: int
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a run logs."""
+        return {"particles": float(self.num_particles), "voxels": self.mean_voxels}
+
 
 def segment_stack(
     network: LoadedNetwork,
@@ -65,7 +70,7 @@ def segment_stack(
     foreground = np.concatenate(list(_foreground(network, source)))
     masks = foreground > FOREGROUND
     voxel_size = network.card.voxel_size
-    headers = _headers(network)
+    headers = network.headers
     write_stack(labels, masks.astype(np.int8), voxel_size, overwrite=overwrite, labels=headers)
     if probabilities is not None:
         write_stack(probabilities, foreground, voxel_size, overwrite=overwrite, labels=headers)
@@ -105,7 +110,7 @@ def segment_tomogram(
         msg = f"{number} particles: at most {np.iinfo(np.int16).max} fit a label map; split them"
         raise ValueError(msg)
     shape, voxel_size = source.volume.data.shape, source.volume.voxel_size
-    headers = _headers(network)
+    headers = network.headers
     sizes: list[int] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -166,7 +171,3 @@ def _paste(
     more = local > best[inside]
     best[inside] = np.where(more, local, best[inside])
     owner[inside] = np.where(more & (local > FOREGROUND), np.int16(number), owner[inside])
-
-
-def _headers(network: LoadedNetwork) -> tuple[str, ...]:
-    return (f"cectflow {network.label}", f"dataset {network.card.dataset_digest[:36]}")

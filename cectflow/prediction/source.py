@@ -140,7 +140,7 @@ class InputFiles:
     subtomograms
         Stack, folder or glob; or
     tomogram, particles
-        a volume and its picks, STAR or CSV.
+        a volume and its picks, STAR or CSV; a semantic segmenter takes the volume alone.
     coords_voxel_size
         Å per unit of the picks' coordinates, where they are of another binning.
 
@@ -157,20 +157,36 @@ class InputFiles:
 
     def __post_init__(self) -> None:
         given = self.subtomograms is not None, self.tomogram is not None, self.particles is not None
-        if given not in {(True, False, False), (False, True, True)}:
-            msg = "expected either --subtomograms, or --tomogram together with --particles"
+        if given not in {(True, False, False), (False, True, True), (False, True, False)}:
+            msg = (
+                "expected either --subtomograms, or --tomogram together with --particles, or "
+                "--tomogram alone for a semantic segmenter"
+            )
             raise ValueError(msg)
 
     def open(
         self, card: ModelCard, options: InputOptions, report: Callable[[str], None]
     ) -> StackSource | TomogramSource:
-        """Source of the subtomograms; what cannot be brought to the card is refused here."""
+        """Source of the subtomograms; what cannot be brought to the card is refused here.
+
+        Raises
+        ------
+        ValueError
+            Among others if the particles of a tomogram are missing.
+        """
         if self.tomogram is not None and self.particles is not None:
             return TomogramSource(
                 self.tomogram, self.particles, card, options,
                 coords_voxel_size=self.coords_voxel_size, report=report,
             )  # fmt: skip
-        assert self.subtomograms is not None
+        if self.subtomograms is None:
+            what = "outlines" if card.task == "target" else "names"
+            msg = (
+                f"a {card.role} for the task {card.task!r} {what} particles at known positions: "
+                "give --particles PICKS.star; to find them in a whole tomogram use `cectflow "
+                "predict segment --model cectflow-tomogram-segmenter@production --picks PICKS.star`"
+            )
+            raise ValueError(msg)
         return _open_stacks(self.subtomograms, card, options, report)
 
 

@@ -22,7 +22,7 @@ from cectflow.dataset import (
 from cectflow.execution import run_all, single_thread
 from cectflow.files import refuse_existing_folder, remove_leftovers
 from cectflow.simulation.extraction import simulate_subtomograms
-from cectflow.simulation.field import Specimen, prepare_specimen
+from cectflow.simulation.field import Specimen, leave_out, prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 
@@ -36,6 +36,8 @@ def simulate_dataset(
     *,
     workers: int = 1,
     commit: str = "unknown",
+    splits: Sequence[SplitName] = SPLITS,
+    left_out: Sequence[str] = (),
 ) -> Dataset:
     """Dataset folder of a recipe; shards that are already there are kept.
 
@@ -52,6 +54,10 @@ def simulate_dataset(
         Processes.
     commit
         Of cectflow, for the manifest.
+    splits
+        Of the recipe's, those that are made.
+    left_out
+        Structures of which no particle is placed (:func:`~cectflow.simulation.field.leave_out`).
 
     Raises
     ------
@@ -60,12 +66,12 @@ def simulate_dataset(
     ValueError
         If a structure does not fit the box, or the occupancy cannot be packed.
     """
-    specimen = prepare_specimen(recipe, structures)
-    manifest = _start_manifest(specimen, structures, folder, commit)
+    specimen = leave_out(prepare_specimen(recipe, structures), left_out)
+    manifest = _start_manifest(specimen, structures, folder, commit, splits)
     done = {shard.name for shards in manifest.shards.values() for shard in shards}
     jobs = [
         _Job(specimen, folder, split, index)
-        for split in SPLITS
+        for split in splits
         for index in range(recipe.shards_of(split))
         if _shard_name(split, index) not in done
     ]
@@ -112,8 +118,9 @@ def _concatenate(parts: Sequence[Subtomograms]) -> Subtomograms:
 
 
 def _start_manifest(
-    specimen: Specimen, structures: Sequence[Structure], folder: Path, commit: str
-) -> Manifest:
+    specimen: Specimen, structures: Sequence[Structure], folder: Path, commit: str,
+    splits: Sequence[SplitName],
+) -> Manifest:  # fmt: skip
     """Manifest of the folder: the one that is there, if it is of this simulation, or a new one."""
     recipe = specimen.recipe
     manifest = Manifest(
@@ -123,6 +130,7 @@ def _start_manifest(
         sources={structure.name: structure.digest for structure in structures},
         commit=commit,
         classes=specimen.classes,
+        left_out=specimen.left_out,
         box=recipe.box,
         voxel_size=recipe.voxel_size,
         ctf_correction=recipe.ctf_correction,
@@ -131,15 +139,17 @@ def _start_manifest(
         snr=recipe.snr,
         noise_spectrum=recipe.microscope.noise_spectrum_name,
         occupancy=recipe.occupancy,
+        masses_kda={structure.name: structure.mass_kda for structure in structures},
         jitter=recipe.jitter,
         has_voxel_labels=True,
-        planned_shards={split: recipe.shards_of(split) for split in SPLITS},
+        planned_shards={split: recipe.shards_of(split) for split in SPLITS if split in splits},
         shards=dict.fromkeys(SPLITS, ()),
     )
     path = folder / "manifest.json"
     if path.is_file():
         earlier = Manifest.from_json(path.read_text(encoding="utf-8"), source=str(path))
-        if earlier.recipe_digest == manifest.recipe_digest:
+        same = earlier.recipe_digest == manifest.recipe_digest
+        if same and earlier.planned_shards == manifest.planned_shards:
             for place in (folder, *(folder / split for split in SPLITS)):
                 remove_leftovers(place)
             return earlier

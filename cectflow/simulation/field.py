@@ -32,6 +32,7 @@ from cectflow.simulation.microscope import OpticsDraw, draw_optics
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.scene import Scene, pack_scene
 from cectflow.simulation.structure import Structure
+from cectflow.subtomogram import robust_statistics
 
 __all__ = [
     "DrawnField",
@@ -43,6 +44,7 @@ __all__ = [
     "field_optics",
     "image_drawn",
     "image_rendered",
+    "leave_out",
     "prepare_specimen",
     "render_drawn",
     "render_foreign",
@@ -51,6 +53,8 @@ __all__ = [
     "simulate_field",
 ]
 
+ROBUST_SAMPLE = 2**18
+"""Voxels of which the median and the median absolute deviation of a field are taken."""
 REFERENCE_VOXELS = 2**22
 """Voxels of the fields over which the expected power spectrum is averaged, 2 to 32 fields: the
 power of a field of 32³ varies by 4 %, of larger ones by less."""
@@ -70,6 +74,8 @@ class Specimen:
         Mean power spectrum of the particles of the recipe's scenes, from reference fields of their
         own. Membranes and gold are left out: the SNR is that of the particles, and one gold bead
         would outweigh them all. Its device is the specimen's: :meth:`to`.
+    left_out
+        Structures of which no particle is placed: see :func:`leave_out`.
     """
 
     recipe: SimulationRecipe
@@ -78,6 +84,7 @@ class Specimen:
     thresholds: NDArray[np.float64]
     abundances: NDArray[np.float64]
     expected_power: Tensor
+    left_out: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +163,36 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
             spectra.append(power_spectrum(torch.from_numpy(density)))
         expected_power = torch.stack(spectra).mean(dim=0)
     return Specimen(recipe, digest, beads, thresholds, abundances, expected_power)
+
+
+def leave_out(specimen: Specimen, names: Sequence[str]) -> Specimen:
+    """The specimen without these structures: they are placed in no field, not as neighbours either.
+
+    All else stays as it was: the numbers of the classes, the occupancy, which the others now fill,
+    and the noise amplitude, so that a particle that is still there stands out as before. (A
+    recipe without these structures would set the noise by the signal of the others alone.) The
+    seeds are new ones.
+
+    Raises
+    ------
+    ValueError
+        If a name is no structure of the specimen, or no structure would be left.
+    """
+    if not names:
+        return specimen
+    known = [grains.name for grains in specimen.beads]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        msg = f"cannot leave out {', '.join(unknown)}: the structures are {', '.join(known)}"
+        raise ValueError(msg)
+    left_out = tuple(name for name in known if name in {*names, *specimen.left_out})
+    abundances = specimen.abundances * [name not in left_out for name in known]
+    if not abundances.any():
+        msg = f"without {', '.join(left_out)} no structure is left: leave out fewer"
+        raise ValueError(msg)
+    text = f"{specimen.recipe_digest}/without/{','.join(left_out)}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return replace(specimen, recipe_digest=digest, abundances=abundances, left_out=left_out)
 
 
 def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField:
@@ -266,10 +303,13 @@ def image_drawn(
     del optics  # of a whole tomogram they take as much as it does
     tomogram, numbers = volume_of(spectrum, shape), draw.numbers()
     std, mean = torch.std_mean(tomogram, correction=0)
+    median, robust_std = robust_statistics(_some_of(tomogram))
     record = FieldRecord(
         field=drawn.name,
         mean=float(mean),
         std=float(std),
+        median=median,
+        robust_std=robust_std,
         defocus_um=numbers["defocus_um"],
         drawn=numbers,
         requested_snr=drawn.snr,
@@ -281,6 +321,14 @@ def image_drawn(
         num_particles=len(drawn.scene),
     )
     return tomogram, record
+
+
+def _some_of(tomogram: Tensor) -> NDArray[np.float32]:
+    """Voxels spread over a tomogram: enough for a median to a thousandth of the deviation."""
+    # An odd step, so that it runs through all columns of a field whose width is a power of two.
+    step = max(1, tomogram.numel() // ROBUST_SAMPLE) | 1
+    some: NDArray[np.float32] = tomogram.flatten()[::step].cpu().numpy()
+    return some
 
 
 def render_particles(

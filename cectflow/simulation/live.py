@@ -243,6 +243,7 @@ class _Cubes:
     instances: Int[Tensor, "n z y x"]
     class_ids: Int[Tensor, " n"]
     fields: Int[Tensor, " n"]
+    statistics: Float[Tensor, "n 2"]
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -255,6 +256,7 @@ class _Cubes:
     def _tensors(self) -> tuple[Tensor, ...]:
         return (
             self.subtomograms, self.voxel_labels, self.instances, self.class_ids, self.fields,
+            self.statistics,
         )  # fmt: skip
 
     def take(self, rows: Int[NDArray[np.int64], " m"]) -> _Cubes:
@@ -270,6 +272,7 @@ class _Cubes:
             self.instances,
             self.class_ids,
             self.fields,
+            statistics=self.statistics,
         )
 
 
@@ -307,10 +310,14 @@ def _render(specimen: Specimen, stream: str, index: int) -> _Rendered:
 
 def _image(specimen: Specimen, rendered: _Rendered, index: int) -> _Cubes:
     """Cubes of a rendered field on the specimen's device."""
-    tomogram, _ = image_rendered(specimen, rendered.field)
+    tomogram, record = image_rendered(specimen, rendered.field)
     targets = rendered.targets
     class_ids = targets.rows["rlnClassNumber"].to_numpy(np.int64, copy=True)
-    truth = (targets.voxel_labels, targets.instances, class_ids, np.full(len(class_ids), index))
+    statistics = np.tile(
+        np.array([record.median, record.robust_std], np.float32), (len(class_ids), 1)
+    )
+    numbers = np.full(len(class_ids), index)
+    truth = (targets.voxel_labels, targets.instances, class_ids, numbers, statistics)
     return _Cubes(
         cut_cubes(tomogram, targets.centres, specimen.recipe.box),
         *(torch.from_numpy(values).to(specimen.device) for values in truth),

@@ -15,6 +15,7 @@ from cectflow.model_card import Role, Task
 from cectflow.tracking.store import current_store
 
 __all__ = [
+    "PREFIX",
     "ROLE_NAMES",
     "STAGES",
     "RegisteredVersion",
@@ -23,17 +24,20 @@ __all__ = [
     "list_versions",
     "newest_version",
     "registered_name",
+    "role_name",
     "stage_holder",
 ]
 
 PREFIX = "cectflow"
 ROLE_NAMES = {
-    "segmenter/target": "cectflow-segmenter",
-    "segmenter/semantic": "cectflow-tomogram-segmenter",
-    "teacher": "cectflow-teacher",
-    "student": "cectflow-student",
+    "segmenter/target": "segmenter",
+    "segmenter/semantic": "tomogram-segmenter",
+    "teacher/classify": "teacher",
+    "student/classify": "student",
+    "student/target": "student-segmenter",
+    "student/semantic": "student-tomogram-segmenter",
 }
-"""Registered name of a role, or of a role and task."""
+"""What a role is called with its task: in commands, policies, folders and registered names."""
 
 STAGES = ("staging", "production")
 """Stages that are aliases; ``archived`` is a tag."""
@@ -72,20 +76,31 @@ class RegisteredVersion:
         return f"{self.name} v{self.version}"
 
 
-def registered_name(role: Role, task: Task, prefix: str = PREFIX) -> str:
-    """Name under which the networks of a role are registered.
+def role_name(role: Role, task: Task) -> str:
+    """What a role is called with its task, such as ``tomogram-segmenter``.
 
     Raises
     ------
     ValueError
-        If no name belongs to the role and task, or the prefix holds other characters than
-        letters, digits, ``-``, ``_`` and ``.``.
+        If the role has no such task.
     """
-    name = ROLE_NAMES.get(f"{role}/{task}") or ROLE_NAMES.get(role)
+    name = ROLE_NAMES.get(f"{role}/{task}")
     if name is None:
         msg = f"no registered name for a {role} of task {task!r}: expected {', '.join(ROLE_NAMES)}"
         raise ValueError(msg)
-    return check_name(prefix + name.removeprefix(PREFIX))
+    return name
+
+
+def registered_name(role: Role, task: Task, prefix: str = PREFIX) -> str:
+    """Name under which the networks of a role are registered: ``cectflow-`` and its name.
+
+    Raises
+    ------
+    ValueError
+        If the role has no such task, or the prefix holds other characters than letters, digits,
+        ``-``, ``_`` and ``.``.
+    """
+    return check_name(f"{prefix}-{role_name(role, task)}")
 
 
 def check_name(name: str) -> str:

@@ -8,7 +8,8 @@ import torch
 from builders import make_cubes
 from torch import Tensor
 
-from cectflow.learning.augmentation import HALF_TURNS, allowed_turns, augment, turn
+from cectflow.learning.augmentation import augment, turn
+from cectflow.turns import HALF_TURNS, allowed_turns
 
 ODD, EVEN = 15, 12
 SYMMETRIC, ASYMMETRIC = (-60.0, 60.0), (-40.0, 60.0)

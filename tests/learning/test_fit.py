@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 
 from cectflow.dataset import Batch
 from cectflow.learning.fit import FitRecipe, FitResult, fit, open_fabric
+from cectflow.learning.losses import SegmentationLoss
 from cectflow.learning.objective import Classify, Distill, Objective, Segment
 from cectflow.networks.normalisation import NormalisePerCube
 
@@ -93,7 +94,8 @@ def test_a_segmenter_learns_eight_cubes_by_heart(eight: MemorySource, tmp_path: 
     torch.manual_seed(0)
     network = NormalisePerCube(TinySegmenter())
     _, result = run(
-        eight, tmp_path, network=network, objective=Segment(dice_weight=1.0),
+        eight, tmp_path, network=network,
+        objective=Segment(SegmentationLoss(cross_entropy=1.0, dice=1.0)),
         epochs=40, batch_size=4, learning_rate=0.02,
     )  # fmt: skip
     assert result.best_score > 0.9

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cectflow.learning.losses import soft_dice_loss, softened_kl, voxel_cross_entropy
+from cectflow.learning.losses import (
+    SegmentationLoss,
+    focal_loss,
+    soft_tversky_loss,
+    softened_kl,
+    voxel_cross_entropy,
+)
 
 CONFIDENT = 50.0
 
@@ -17,23 +26,67 @@ def truth() -> Tensor:
     return torch.randint(0, 2, (3, 6, 6, 6), generator=generator)
 
 
-def confident(labels: Tensor) -> Tensor:
+def confident(labels: Tensor, number: int = 2) -> Tensor:
     """Logits that are sure of these labels."""
-    return CONFIDENT * torch.stack([1.0 - labels, labels.float()], dim=1)
+    return CONFIDENT * F.one_hot(labels, number).movedim(-1, 1).float()
 
 
-def test_dice_of_a_perfect_confident_prediction_costs_nothing(truth: Tensor) -> None:
-    assert soft_dice_loss(confident(truth), truth).item() == pytest.approx(0.0, abs=1e-6)
+def draw(number: int, seed: int = 2) -> tuple[Tensor, Tensor]:
+    """Random logits and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, number, 6, 6, 6, generator=generator)
+    return logits, torch.randint(0, number, (3, 6, 6, 6), generator=generator)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.3, 0.7), (1.0, 0.0)])
+def test_overlap_of_a_perfect_confident_prediction_costs_nothing(
+    number: int, weights: tuple[float, float]
+) -> None:
+    _, truth = draw(number)
+    loss = soft_tversky_loss(confident(truth, number), truth, *weights)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_dice_of_the_complement_costs_one(truth: Tensor) -> None:
-    loss = soft_dice_loss(confident(1 - truth), truth).item()
-    assert loss == pytest.approx(1.0, abs=1.5 / 6**3)  # one voxel keeps empty cubes finite
+    loss = soft_tversky_loss(confident(1 - truth), truth).item()
+    assert loss == pytest.approx(1.0, abs=1.5 / 6**3)  # the half voxel of the smoothing
 
 
-def test_dice_of_nothing_predicted_where_there_is_nothing_costs_nothing() -> None:
-    empty = torch.zeros(2, 4, 4, 4, dtype=torch.int64)
-    assert soft_dice_loss(confident(empty), empty).item() == pytest.approx(0.0, abs=1e-6)
+def test_tversky_with_equal_halves_is_dice() -> None:
+    logits, truth = draw(2)
+    probability = logits.softmax(dim=1)[:, 1]
+    axes = (1, 2, 3)
+    dice = (2 * (probability * truth).sum(axes) + 1) / ((probability + truth).sum(axes) + 1)
+    assert soft_tversky_loss(logits, truth).item() == pytest.approx(1 - dice.mean().item())
+    for halves in (
+        SegmentationLoss(dice=1.0),
+        SegmentationLoss(tversky=1.0, false_positives=0.5, false_negatives=0.5),
+    ):
+        assert halves.measure(logits, truth)["loss"].item() == pytest.approx(1 - dice.mean().item())
+
+
+def test_tversky_counts_misses_and_false_alarms_as_it_is_told() -> None:
+    truth = torch.zeros(1, 8, 8, 8, dtype=torch.int64)
+    truth[:, :4] = 1
+    small, large = truth.clone(), truth.clone()
+    small[:, 3:], large[:, :5] = 0, 1
+    missed, invented = (
+        soft_tversky_loss(confident(guess), truth, 0.3, 0.7).item() for guess in (small, large)
+    )
+    assert missed == pytest.approx(0.7 * 64 / (192 + 0.7 * 64), abs=0.003)
+    assert invented == pytest.approx(0.3 * 64 / (256 + 0.3 * 64), abs=0.003)
+
+
+def test_a_label_that_a_cube_does_not_have_is_left_out_of_it() -> None:
+    logits, truth = draw(3)
+    truth[0] = 0  # no label in the first cube, no label 2 in the second
+    truth[1][truth[1] == 2] = 0
+    costs = [soft_tversky_loss(logits[i : i + 1], truth[i : i + 1]).item() for i in range(3)]
+    assert costs[0] == 0.0
+    # Over all cubes every label that is present counts alike: one in cube 1, two in cube 2.
+    expected = (costs[1] + 2 * costs[2]) / 3
+    assert soft_tversky_loss(logits, truth).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_dice_weighs_a_small_target_like_a_large_one() -> None:
@@ -43,9 +96,80 @@ def test_dice_weighs_a_small_target_like_a_large_one() -> None:
         truth[:, :edge, :edge, :edge] = 1
         half = truth.clone()
         half[:, : edge // 2] = 0
-        losses.append(soft_dice_loss(confident(half), truth).item())
+        losses.append(soft_tversky_loss(confident(half), truth).item())
     small, large = losses
     assert small == pytest.approx(large, abs=0.05)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.1, 1.0, 3.0])])
+def test_focal_loss_of_gamma_nought_is_cross_entropy(weights: Tensor | None) -> None:
+    logits, truth = draw(3)
+    expected = voxel_cross_entropy(logits, truth, weights).item()
+    assert focal_loss(logits, truth, 0.0, weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_focal_loss_looks_away_from_what_is_easy() -> None:
+    truth = torch.ones(1, 2, 2, 2, dtype=torch.int64)
+    for margin, probability in ((0.0, 0.5), (2.1972246, 0.9)):
+        logits = torch.zeros(1, 2, 2, 2, 2)
+        logits[:, 1] = margin
+        entropy = voxel_cross_entropy(logits, truth).item()
+        expected = (1 - probability) ** 2 * entropy
+        assert focal_loss(logits, truth, 2.0).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_class_weights_count_voxels_of_a_label_as_if_there_were_more() -> None:
+    logits, truth = draw(2)
+    twice = SegmentationLoss(cross_entropy=1.0, class_weights=(1.0, 2.0))
+    losses = F.cross_entropy(logits, truth, reduction="none")
+    expected = (losses * (1 + truth)).sum() / (1 + truth).sum()
+    assert twice.measure(logits, truth)["loss"].item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "dice", "tversky", "focal"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("empty", [False, True])
+def test_every_loss_has_a_finite_gradient(kind: str, scale: float, empty: bool) -> None:
+    logits, truth = draw(3)
+    # Of the largest scale every voxel is sure, some of the truth and some of another label.
+    logits = (scale * logits).requires_grad_()
+    if empty:
+        truth = torch.zeros_like(truth)
+    loss = SegmentationLoss(**{kind: 1.0}).measure(logits, truth)["loss"]
+    loss.backward()
+    assert logits.grad is not None
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "dice", "tversky", "focal"])
+def test_every_loss_prefers_the_better_prediction(kind: str) -> None:
+    _, truth = draw(3)
+    loss = SegmentationLoss(**{kind: 1.0})
+    sure = confident(truth, 3)
+    good, fair, bad = (
+        loss.measure(logits, truth)["loss"].item()
+        for logits in (sure, 0.01 * sure, confident((truth + 1) % 3, 3))
+    )
+    assert good < fair < bad
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "needs a weight above 0 for cross_entropy, dice, tversky or focal"),
+        ({"focal": 1.0, "gamma": 0.5}, r"gamma is 0.5: expected 0, or at least 1"),
+        (
+            {"tversky": 1.0, "false_positives": 0.0, "false_negatives": 0.0},
+            "false_positives and false_negatives are both 0",
+        ),
+        ({"dice": 1.0, "class_weights": (-1.0, 1.0)}, "expected none below 0, and one above"),
+        ({"dice": -1.0}, "greater than or equal to 0"),
+    ],
+)
+def test_a_loss_that_teaches_nothing_is_refused(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentationLoss(**content)
 
 
 def test_cross_entropy_prefers_good_logits(truth: Tensor) -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import MemorySource, TinyClassifier, TinySegmenter, write_dataset
+from builders import CLASSES, MemorySource, TinyClassifier, TinySegmenter, write_dataset
 from torch import Tensor, nn
 
-from cectflow.learning.augmentation import HALF_TURNS, augment
-from cectflow.learning.losses import soft_dice_loss, softened_kl, voxel_cross_entropy
+from cectflow.learning.augmentation import augment
+from cectflow.learning.losses import (
+    SegmentationLoss,
+    soft_tversky_loss,
+    softened_kl,
+    voxel_cross_entropy,
+)
 from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
-from cectflow.learning.scores import target_mask
+from cectflow.learning.task import SemanticLabels, target_mask
+from cectflow.turns import HALF_TURNS
+
+MERGED = SemanticLabels.choose(CLASSES, None, merged=True)
+EACH = SemanticLabels.choose(CLASSES, None, merged=False)
 
 
 @pytest.fixture
@@ -33,7 +43,10 @@ def teacher() -> nn.Module:
     [
         (Classify(2), TinyClassifier()),
         (Segment(), TinySegmenter()),
-        (Segment(dice_weight=0.5), TinySegmenter()),
+        (Segment(SegmentationLoss(cross_entropy=1.0, dice=0.5)), TinySegmenter()),
+        (Segment(labels=MERGED), TinySegmenter()),
+        (Segment(SegmentationLoss(tversky=1.0, focal=1.0), EACH), TinySegmenter(3)),
+        (Distill(Segment(labels=EACH), TinySegmenter(3).eval(), method="kl"), TinySegmenter(3)),
         (Distill(Classify(2), TinyClassifier().eval()), TinyClassifier()),
         (Distill(Segment(), TinySegmenter().eval(), method="kl", weight=0.5), TinySegmenter()),
     ],
@@ -84,12 +97,38 @@ def test_segmentation_scores_stay_apart_after_a_perfect_batch() -> None:
     assert found["iou"].item() == pytest.approx((1.0 + 0.75 / 2) / 2)
 
 
-def test_dice_is_added_with_its_weight(eight: MemorySource) -> None:
+def test_losses_are_added_with_their_weights_and_reported_apart(eight: MemorySource) -> None:
     network, batch = TinySegmenter(), eight.content
-    terms = Segment(dice_weight=0.3)(network, batch)
+    terms = Segment(SegmentationLoss(cross_entropy=2.0, dice=0.3))(network, batch)
     logits, truth = terms["output"], target_mask(batch)
-    expected = voxel_cross_entropy(logits, truth) + 0.3 * soft_dice_loss(logits, truth)
-    assert terms["loss"].item() == pytest.approx(expected.item())
+    entropy, dice = voxel_cross_entropy(logits, truth), soft_tversky_loss(logits, truth)
+    assert terms["loss"].item() == pytest.approx(2.0 * entropy.item() + 0.3 * dice.item())
+    assert terms["cross_entropy"].item() == pytest.approx(entropy.item())
+    assert terms["dice"].item() == pytest.approx(dice.item())
+
+
+def test_a_semantic_network_is_shown_cubes_in_units_of_their_field(eight: MemorySource) -> None:
+    shown = []
+
+    class Recording(TinySegmenter):
+        def forward(self, cubes: Tensor) -> Tensor:
+            shown.append(cubes)
+            return super().forward(cubes)
+
+    batch = replace(eight.content, statistics=torch.tensor([[3.0, 2.0]] * 8))
+    Segment(labels=MERGED)(Recording(), batch)
+    Segment()(Recording(), batch)
+    torch.testing.assert_close(shown[0], (batch.subtomograms - 3.0) / 2.0)
+    assert shown[1] is batch.subtomograms
+    # Its teacher sees the same.
+    Distill(Segment(labels=MERGED), Recording())(TinySegmenter(), batch)
+    torch.testing.assert_close(shown[2], shown[0])
+
+
+def test_class_weights_of_another_number_than_the_outputs_are_refused() -> None:
+    loss = SegmentationLoss(cross_entropy=1.0, class_weights=(0.5, 1.0))
+    with pytest.raises(ValueError, match=r"class_weights has 2 numbers, the network 3 outputs"):
+        Segment(loss, EACH)
 
 
 def test_segmentation_without_voxel_labels_is_refused(unlabelled: MemorySource) -> None:

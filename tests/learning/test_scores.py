@@ -5,20 +5,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import BOX, MemorySource, make_ball, make_cubes, make_manifest
+from builders import BOX, CLASSES, MemorySource, make_ball, make_manifest
 from torch import Tensor
+from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.segmentation import DiceScore
 
 from cectflow.dataset import Batch
 from cectflow.learning.scores import (
+    Evaluation,
+    LabelIou,
     SubtomogramIou,
     baseline_ball,
     baseline_threshold,
+    baselines,
     bootstrap_ratio,
     bootstrap_score,
     evaluate,
     intersection_over_union,
-    target_mask,
 )
+from cectflow.learning.task import SemanticLabels, target_mask
 
 
 def cube_of(*voxels: int) -> Tensor:
@@ -50,14 +55,6 @@ def test_intersection_over_union(
     assert intersection_over_union(first, second).item() == pytest.approx(expected)
 
 
-def test_the_target_is_the_first_instance_and_not_its_neighbours() -> None:
-    batch = make_cubes(4)
-    assert batch.instances is not None
-    mask = target_mask(batch)
-    assert (batch.instances[0] == 2).any()
-    assert torch.equal(mask[0] == 1, torch.from_numpy(make_ball(2.0)))
-
-
 def test_a_target_needs_voxel_labels(unlabelled: MemorySource) -> None:
     with pytest.raises(ValueError, match=r"no voxel labels: .* --voxel-labels"):
         target_mask(unlabelled.content)
@@ -79,6 +76,102 @@ def test_the_validation_score_is_the_mean_of_the_test_scores(
     evaluation = evaluate(noisy_segmentation, eight, "target", batch_size=5)
     assert 0.2 < evaluation.scores[name].mean() < 0.99
     assert metric.compute().item() == pytest.approx(evaluation.scores[name].mean(), abs=1e-6)
+
+
+EACH = SemanticLabels.choose(CLASSES, None, merged=False)
+
+
+def three_labels(cubes: Tensor) -> Tensor:
+    """Logits of background and two labels: thresholds, wrong in places."""
+    dark = -cubes[:, 0]
+    return torch.stack([torch.ones_like(dark), dark, 1.2 * dark - 1.0], dim=1)
+
+
+def test_overlap_of_labels_is_that_of_torchmetrics_over_all_voxels(eight: MemorySource) -> None:
+    evaluation = evaluate(three_labels, eight, "semantic", labels=EACH, batch_size=3)
+    guess = three_labels(eight.content.subtomograms / 0.4).argmax(dim=1)
+    truth = EACH.truth(eight.content)
+    iou = MulticlassJaccardIndex(3, average="none")(guess, truth)[1:]
+    dice = DiceScore(
+        3, include_background=False, average="none", input_format="index",
+        aggregation_level="global",
+    )(guess, truth)  # fmt: skip
+    found = evaluation.summary()
+    assert 0.05 < iou.min() < iou.max() < 0.95
+    for number, name in enumerate(CLASSES):
+        assert found[f"iou_{name}"].value == pytest.approx(iou[number].item())
+        assert found[f"dice_{name}"].value == pytest.approx(dice.flatten()[number].item())
+    assert found["mean_iou"].value == pytest.approx(iou.mean().item())
+    assert found["mean_dice"].value == pytest.approx(dice.mean().item())
+    metric = LabelIou(3)
+    for batch in eight.batches(3):
+        metric.update(three_labels(batch.subtomograms / 0.4), EACH.truth(batch))
+    assert metric.compute().item() == pytest.approx(iou.mean().item())
+    # All labels are one for the foreground score.
+    foreground = intersection_over_union(guess > 0, truth > 0)
+    np.testing.assert_allclose(evaluation.scores["foreground_iou"], foreground)
+
+
+def counted(counts: list[list[list[int]]], fields: list[int]) -> Evaluation:
+    """Evaluation of subtomograms with these confusion counts."""
+    number = len(fields)
+    return Evaluation(
+        {}, np.ones(number, np.int64), None, np.array(fields), np.array(counts), ("a", "b")
+    )
+
+
+def test_a_label_that_nobody_has_is_left_out_of_the_mean() -> None:
+    # One field: label a 3 hits of 4, label b nowhere.
+    found = counted([[[5, 0, 0], [1, 3, 0], [0, 0, 0]]], [0]).summary()
+    assert set(found) == {"mean_iou", "mean_dice", "iou_a", "dice_a"}
+    assert found["mean_iou"].value == found["iou_a"].value == 0.75
+    assert found["dice_a"].value == pytest.approx(6 / 7)
+    nothing = counted([[[9, 0, 0], [0, 0, 0], [0, 0, 0]]], [0]).summary()
+    assert nothing["mean_iou"].value == 1.0  # nothing there, and nothing predicted
+
+
+def test_labels_are_resampled_by_field_and_pooled() -> None:
+    right, wrong = [[0, 0, 0], [0, 8, 0], [0, 0, 0]], [[0, 0, 0], [2, 0, 0], [0, 0, 0]]
+    score = counted([right, right, wrong], [0, 0, 1]).interval("iou_a")
+    # Both fields: 16 of 18. A resample of one field alone is all right or all wrong.
+    assert score.value == pytest.approx(16 / 18)
+    assert (score.low, score.high) == (0.0, 1.0)
+
+
+def test_a_student_is_compared_with_its_teacher_field_by_field() -> None:
+    generator = np.random.default_rng(4)
+    teacher, student = [], []
+    for hits in generator.integers(20, 90, 30):
+        teacher.append([[0, 0, 0], [100 - hits, hits, 0], [0, 0, 0]])
+        half = hits // 2
+        student.append([[0, 0, 0], [100 - half, half, 0], [0, 0, 0]])
+    fields = list(range(30))
+    ratio = counted(student, fields).ratio(counted(teacher, fields), "mean_iou")
+    assert ratio.value == pytest.approx(0.5, abs=0.01)
+    assert ratio.high - ratio.low < 0.01  # though their scores vary from 0.2 to 0.9
+    zero = counted([[[0, 0, 0], [5, 0, 0], [0, 0, 0]]], [0])
+    with pytest.raises(ValueError, match="expected a teacher that learned"):
+        zero.ratio(zero, "mean_iou")
+
+
+def test_an_unknown_score_is_refused_with_the_known_ones(eight: MemorySource) -> None:
+    evaluation = evaluate(noisy_segmentation, eight, "target")
+    with pytest.raises(
+        ValueError, match="no score 'mean_iou': expected one of foreground_iou, iou"
+    ):
+        evaluation.interval("mean_iou")
+
+
+def test_semantic_segmenters_are_measured_against_a_threshold_in_units_of_the_field(
+    eight: MemorySource,
+) -> None:
+    assert set(baselines(eight, "target", None)) == {"ball", "threshold"}
+    assert set(baselines(eight, "semantic", EACH)) == {"threshold"}
+    assert baselines(eight, "classify", None) == {}
+    score, threshold = baseline_threshold(eight, EACH)
+    # Particles are 2 darker in noise of 0.3, and the fields' robust deviation is given as 0.4.
+    assert score > 0.95
+    assert -4.0 < threshold < -1.5
 
 
 def test_an_evaluation_keeps_every_subtomogram_in_order(eight: MemorySource) -> None:

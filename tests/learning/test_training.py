@@ -13,14 +13,19 @@ from builders import BOX, CLASSES, make_card, write_dataset
 from cectflow.dataset import Dataset, check_dataset
 from cectflow.learning.fit import FitRecipe, open_fabric
 from cectflow.learning.objective import Classify, Objective, Segment
+from cectflow.learning.task import SemanticLabels
 from cectflow.learning.training import (
     TrainedNetwork,
     check_matches,
     evaluate_folder,
+    make_network,
     train_network,
 )
 from cectflow.model_card import ModelCard
+from cectflow.runtime import RUNTIMES, RuntimeName, load_runtime
 
+LABELS = SemanticLabels.choose(CLASSES, None, merged=False)
+OVERLAP = {"foreground_iou", "iou", "missed"}
 RECIPE = {"epochs": 2, "batch_size": 6, "learning_rate": 0.003}
 
 
@@ -34,7 +39,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def train(objective: Objective, dataset: Dataset, folder: Path, network: str) -> TrainedNetwork:
     return train_network(
-        "segmenter" if objective.task == "target" else "teacher",
+        "teacher" if objective.task == "classify" else "segmenter",
         objective,
         dataset,
         FitRecipe(network=network, **RECIPE),
@@ -56,8 +61,12 @@ def _quick_costs() -> Iterator[None]:
 
 @pytest.fixture(
     scope="module",
-    params=[(Segment(), "strided_ed"), (Classify(2), "strided_micro")],
-    ids=["segmenter", "teacher"],
+    params=[
+        (Segment(), "strided_ed_small"),
+        (Segment(labels=LABELS), "ssn3d_aspp"),
+        (Classify(2), "strided_micro"),
+    ],
+    ids=["segmenter", "tomogram-segmenter", "teacher"],
 )
 def trained(
     request: pytest.FixtureRequest,
@@ -82,14 +91,23 @@ def test_the_card_is_complete(trained: TrainedNetwork, dataset: Dataset) -> None
     assert card.cost is not None
     assert card.cost.parameters > 0
     for score in card.scores.values():
-        assert 0 <= score.low <= score.value <= score.high <= 1
+        assert 0 <= score.low <= score.value <= score.high
+    for name in card.scores.keys() - {"surface_distance", "hausdorff_95"}:
+        assert card.scores[name].high <= 1
 
 
 def test_a_segmenter_is_compared_with_trivial_methods(trained: TrainedNetwork) -> None:
     if trained.card.task == "target":
-        assert set(trained.card.scores) == {"foreground_iou", "iou"}
+        assert set(trained.card.scores) <= {*OVERLAP, "surface_distance", "hausdorff_95"}
+        assert set(trained.card.scores) >= OVERLAP
         assert set(trained.card.baselines) == {"ball", "threshold"}
         assert all(0 < score < 1 for score in trained.card.baselines.values())
+    elif trained.card.task == "semantic":
+        assert set(trained.card.scores) >= OVERLAP | {
+            "mean_iou", "mean_dice",
+            *(f"{kind}_{name}" for kind in ("iou", "dice") for name in CLASSES),
+        }  # fmt: skip
+        assert set(trained.card.baselines) == {"threshold"}
     else:
         assert set(trained.card.scores) == {"accuracy"}
         assert trained.card.baselines == {}
@@ -117,8 +135,38 @@ def test_the_folder_holds_the_model_and_the_checkpoints_and_nothing_else(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_exported_semantic_network_takes_any_multiples_of_its_stride(
+    trained: TrainedNetwork, runtime: RuntimeName
+) -> None:
+    if trained.card.task != "semantic":
+        return
+    infer = load_runtime(trained.folder, runtime)
+    generator = np.random.default_rng(0)
+    volume = generator.normal(size=(1, 1, 16, 20, 24)).astype(np.float32)
+    logits = infer(volume)
+    assert logits.shape == (1, 3, 16, 20, 24)
+    # Its input is normalised already: other units are another input.
+    assert np.abs(infer(2.0 * volume) - logits).max() > 0.01
+
+
+def test_the_card_of_a_semantic_network_says_what_it_labels_and_is_shown(
+    trained: TrainedNetwork,
+) -> None:
+    card = trained.card
+    if card.task == "semantic":
+        assert (card.classes, card.labels, card.num_outputs) == (CLASSES, CLASSES, 3)
+        assert card.normalisation == "tomogram"
+    else:
+        assert (card.labels, card.normalisation) == ((), "cube")
+
+
 def test_a_trained_network_is_taken_up_as_it_is(trained: TrainedNetwork, dataset: Dataset) -> None:
-    objective = Segment() if trained.card.task == "target" else Classify(2)
+    objective: Objective = {
+        "target": Segment(),
+        "semantic": Segment(labels=LABELS),
+        "classify": Classify(2),
+    }[trained.card.task]
     before = {path: path.stat().st_mtime_ns for path in trained.folder.iterdir()}
     again = train(objective, dataset, trained.folder.parent, trained.card.network)
     assert again.card == trained.card
@@ -164,7 +212,7 @@ def test_a_model_without_its_checkpoints_is_not_trained_over(
 def test_nothing_called_model_is_left_by_a_training_that_failed_at_its_end(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def export(network: object, card: ModelCard, folder: Path) -> ModelCard:
+    def export(network: object, card: ModelCard, folder: Path, stride: int | None) -> ModelCard:
         folder.mkdir()  # refuses what an earlier call left
         return card
 
@@ -182,7 +230,7 @@ def test_nothing_called_model_is_left_by_a_training_that_failed_at_its_end(
 
 @pytest.mark.parametrize(
     ("objective", "network", "kind"),
-    [(Classify(2), "strided_ed", "classify"), (Segment(), "strided_micro", "segment")],
+    [(Classify(2), "strided_ed_small", "classify"), (Segment(), "strided_micro", "segment")],
 )
 def test_a_network_of_another_task_is_refused(
     objective: Objective, network: str, kind: str, dataset: Dataset, tmp_path: Path
@@ -193,9 +241,20 @@ def test_a_network_of_another_task_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_box_that_the_network_cannot_take_is_refused(dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"subtomogram is 12³; ssn3d_ed needs a multiple of 8"):
-        train(Segment(), dataset, tmp_path, "ssn3d_ed")
+def test_windows_that_would_be_padded_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"windows are 12³; ssn3d_ed .* of 8: set box to 16"):
+        train(Segment(labels=LABELS), dataset, tmp_path, "ssn3d_ed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_semantic_network_has_no_sense_of_a_centre() -> None:
+    told = FitRecipe(network="strided_ed_small", arguments={"centred": True}, **RECIPE)
+    with pytest.raises(ValueError, match="in the task semantic no particle is at the centre"):
+        make_network(told, "semantic", 2, 16)
+    untold = FitRecipe(network="strided_ed_small", **RECIPE)
+    for task, channels in (("target", 2), ("semantic", 1)):  # the second is the distance
+        network = make_network(untold, task, 2, 16)
+        assert next(network.parameters()).shape[1] == channels
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,10 @@ def seeded(seed: int) -> torch.Generator:
 def parts(batch: Batch) -> tuple[Tensor, ...]:
     assert batch.voxel_labels is not None
     assert batch.instances is not None
+    assert batch.statistics is not None
     return (
         batch.subtomograms, batch.voxel_labels, batch.instances, batch.class_ids, batch.fields,
+        batch.statistics,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from cectflow.simulation.field import (
     SimulatedField,
     Specimen,
     draw_field_optics,
+    leave_out,
     prepare_specimen,
     simulate_field,
 )
@@ -163,6 +164,15 @@ def test_a_field_is_the_same_at_every_call(specimen: Specimen) -> None:
     np.testing.assert_array_equal(first.tomogram, again.tomogram)
     np.testing.assert_array_equal(first.owners, again.owners)
     assert first.record == again.record
+
+
+def test_a_field_states_the_statistics_of_its_tomogram(specimen: Specimen) -> None:
+    field = simulate_field(specimen, "train", 1)
+    record, values = field.record, field.tomogram.astype(np.float64)
+    assert record.median == pytest.approx(np.median(values))
+    deviation = 1.4826 * np.median(np.abs(values - np.median(values)))
+    assert record.robust_std == pytest.approx(deviation, rel=1e-5)
+    assert record.mean == pytest.approx(values.mean(), abs=1e-5)
 
 
 def test_no_two_fields_share_a_scene_or_noise(specimen: Specimen) -> None:
@@ -765,3 +775,41 @@ def test_a_dataset_with_junk_is_sound(
     assert manifest.classes == ("rod", "ring", "junk")
     assert not check_dataset(tmp_path)
     assert SimulationRecipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+# --- structures left out ----------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_in_no_field_and_all_else_is_as_before(specimen: Specimen) -> None:
+    without = leave_out(specimen, ["ring"])
+    assert without.classes == specimen.classes == ("rod", "ring", "barrel")
+    assert without.left_out == ("ring",)
+    assert without.recipe_digest != specimen.recipe_digest
+    assert leave_out(leave_out(specimen, ["ring"]), ["rod"]).left_out == ("rod", "ring")
+    noise = []
+    for kind in (specimen, without):
+        fields = [simulate_field(kind, "train", index) for index in range(6)]
+        found = {int(i) for field in fields for i in field.scene.class_ids}
+        assert found == ({1, 2, 3} if kind is specimen else {1, 3})
+        assert np.mean([field.record.occupancy for field in fields]) == pytest.approx(0.1, rel=0.15)
+        noise.append(np.mean([field.record.noise_std for field in fields]))
+    # The noise is set by the signal of all structures; without them it must not be less.
+    assert noise[1] == pytest.approx(noise[0], rel=0.02)
+
+
+def test_leaving_out_all_or_strangers_is_refused(specimen: Specimen) -> None:
+    assert leave_out(specimen, []) is specimen
+    with pytest.raises(ValueError, match="cannot leave out cage: the structures are rod, ring"):
+        leave_out(specimen, ["cage"])
+    with pytest.raises(ValueError, match="without rod, ring, barrel no structure is left"):
+        leave_out(specimen, ["barrel", "rod", "ring"])
+
+
+def test_a_folder_of_other_splits_is_refused(
+    phantom: Phantom, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    structures = [phantom("rod"), phantom("barrel")]
+    made = simulate_dataset(make_recipe(), structures, tmp_path / "data", splits=["test"])
+    assert made.manifest.planned_shards == {"test": 1}
+    with pytest.raises(FileExistsError, match="holds another dataset"):
+        simulate_dataset(make_recipe(), structures, tmp_path / "data")

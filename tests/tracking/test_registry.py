@@ -45,7 +45,9 @@ def test_every_role_has_its_name() -> None:
     assert registered_name("teacher", "classify") == "cectflow-teacher"
     assert registered_name("student", "classify") == NAME
     assert registered_name("student", "classify", prefix="lab_7") == "lab_7-student"
-    assert len(set(ROLE_NAMES.values())) == 4
+    assert registered_name("student", "target") == "cectflow-student-segmenter"
+    assert registered_name("student", "semantic") == "cectflow-student-tomogram-segmenter"
+    assert len(set(ROLE_NAMES.values())) == len(ROLE_NAMES) == 6
 
 
 def test_a_role_without_a_name_and_a_bad_prefix_are_refused() -> None:

@@ -1,0 +1,151 @@
+"""``cectflow evaluate``: judge networks on a test split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cectflow.cli.options import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OutFolderOption,
+    PrecisionOption,
+    RecipeOption,
+    SeedOption,
+    StructuresOption,
+    TrackingOption,
+    WorkersOption,
+)
+from cectflow.cli.output import print_json, print_table
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Judge networks on a test split.", no_args_is_help=True)
+
+
+@app.command("model")
+def evaluate_model(
+    model: ModelOption,
+    dataset: Annotated[
+        Path | None, typer.Option("--dataset", help="Folder; default: the one it was trained on.")
+    ] = None,
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print a model's scores on a test split, by structure, occupancy and SNR, with intervals."""
+    from cectflow.flows.promotion import evaluate_model as flow
+    from cectflow.tracking.runs import connect
+
+    connect(tracking_uri)
+    report = flow(model, dataset)
+    if json:
+        scores = {name: score.model_dump() for name, score in report.scores.items()}
+        groups = [vars(group) | {"score": group.score.model_dump()} for group in report.groups]
+        print_json({"scores": scores, "baselines": report.baselines, "groups": groups})
+        return
+    rows = [(k, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}") for k, s in report.scores.items()]
+    rows += [(f"best {k}", f"{v:.4f}", "trivial") for k, v in report.baselines.items()]
+    print_table(("score", "value", "95 % interval"), rows)
+    what = "foreground IoU" if report.baselines else "accuracy"
+    by_group = [
+        (f"{g.by} {g.name}", str(g.number), f"{g.score.value:.4f}",
+         f"{g.score.low:.4f} to {g.score.high:.4f}")
+        for g in report.groups
+    ]  # fmt: skip
+    typer.echo()
+    print_table((f"{what} by", "number", "value", "95 % interval"), by_group)
+
+
+@app.command("picks")
+def evaluate_picks(
+    truth: Annotated[Path, typer.Option("--truth", help="STAR or CSV of the true particles.")],
+    picks: Annotated[Path, typer.Option("--picks", help="STAR or CSV of picks.")],
+    radius: Annotated[
+        float, typer.Option("--radius", help="Of a particle in Å; within half of it is a hit.")
+    ],
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", help="Class that is neither hit nor missed; may be repeated."),
+    ] = None,
+    tomogram: Annotated[
+        Path | None, typer.Option("--tomogram", help="MRC volume that both files are about.")
+    ] = None,
+    voxel_size: Annotated[
+        float | None,
+        typer.Option("--voxel-size", help="Å that both files count in, if neither says so."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Compare picks with true particles one to one: precision, recall, F1 and CZII's F4."""
+    from cectflow.flows.picks import evaluate_picks as flow
+
+    outcome = flow(
+        truth, picks, radius, ignore=ignore or (), tomogram=tomogram, voxel_size=voxel_size
+    )
+    figures = {name: found.figures() for name, found in outcome.agreements.items()}
+    if json:
+        content: dict[str, object] = {"classes": figures}
+        if outcome.threshold is not None:
+            content["best_min_score"] = dict(zip(("score", "f1"), outcome.threshold, strict=True))
+        print_json(content)
+        return
+    header = (
+        "class",
+        "particles",
+        "picks",
+        "hits",
+        "duplicates",
+        "precision",
+        "recall",
+        "F1",
+        "F4",
+    )
+    rows = [
+        (
+            name,
+            *(str(value) if isinstance(value, int) else f"{value:.3f}" for value in row.values()),
+        )
+        for name, row in figures.items()
+    ]
+    print_table(header, rows)
+    if outcome.threshold is not None:
+        score, f1 = outcome.threshold
+        typer.echo(f"highest F1, {f1:.3f}, with --min-score {score:.3f} (take it from validation)")
+
+
+@app.command("generalisation")
+def evaluate_generalisation(
+    recipe: RecipeOption = "demo",
+    structures: StructuresOption = None,
+    out: OutFolderOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    seed: SeedOption = None,
+    workers: WorkersOption = 1,
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Train the segmenter without each group of structures, and compare on what it never saw.
+
+    The groups are in the recipe. The same command with the same --out goes on where it was broken
+    off.
+    """
+    from cectflow.flows import generalisation
+    from cectflow.flows.training import Hardware, TrainingRequest
+    from cectflow.tracking.runs import connect
+
+    hardware = Hardware(device, precision, workers)
+    request = TrainingRequest(recipe, structures, None, out, seed, hardware)
+    chosen, folder = request.prepare("generalisation")
+    connect(tracking_uri)
+    result = generalisation.evaluate_generalisation(
+        chosen, folder, hardware, report=lambda line: typer.echo(line, err=True)
+    )
+    if json:
+        print_json(result.model_dump())
+        return
+    print_table(*generalisation.tabulate_generalisation(result))
+    typer.echo(f"{folder}: generalisation.json, generalisation.png")

@@ -1,0 +1,156 @@
+"""``cectflow predict``: predict with registered models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cectflow.cli.options import (
+    BatchOption,
+    ContrastOption,
+    CoordsOption,
+    DeviceOption,
+    ModelOption,
+    OverwriteOption,
+    ParticlesOption,
+    RescaleOption,
+    SubtomogramsOption,
+    TomogramOption,
+    TrackingOption,
+    VoxelSizeOption,
+)
+
+if TYPE_CHECKING:
+    from cectflow.prediction.whole import WholeOptions
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Predict with registered models.", no_args_is_help=True)
+
+
+@app.command("classify")
+def predict_classify(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option("--out", help="STAR file.")],
+    subtomograms: SubtomogramsOption = None,
+    tomogram: TomogramOption = None,
+    particles: ParticlesOption = None,
+    coords_voxel_size: CoordsOption = None,
+    voxel_size: VoxelSizeOption = None,
+    contrast: ContrastOption = "dark",
+    rescale: RescaleOption = False,
+    mask_with: Annotated[
+        str | None,
+        typer.Option("--mask-with", help="Target segmenter that takes out the neighbours first."),
+    ] = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 64,
+    overwrite: OverwriteOption = False,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Name the structure of each subtomogram, or of each pick in a tomogram."""
+    from cectflow.flows.prediction import predict_classes
+    from cectflow.prediction.contract import InputOptions
+    from cectflow.prediction.source import InputFiles
+
+    files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
+    options = InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
+    for name in (model, mask_with or model):
+        _connect_for(name, tracking_uri)
+    predict_classes(model, files, out, options, typer.echo, mask_with=mask_with)
+
+
+@app.command("segment")
+def predict_segment(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option("--out", help="Label map (.mrc) or label stack (.mrcs).")],
+    probabilities: Annotated[
+        Path | None, typer.Option("--probabilities", help="Also write the foreground's.")
+    ] = None,
+    picks: Annotated[
+        Path | None, typer.Option("--picks", help="STAR file of the particles found.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="PNG of central slices with labels and picks.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option("--window", min=1, help="Largest edge in voxels; default: by memory."),
+    ] = None,
+    blend: Annotated[
+        bool, typer.Option("--blend", help="Average overlapping windows; not exact.")
+    ] = False,
+    average_turns: Annotated[
+        bool,
+        typer.Option("--average-turns", help="Average over the half turns that keep the wedge."),
+    ] = False,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="Probability of the foreground.")
+    ] = None,
+    min_volume: Annotated[
+        float | None, typer.Option("--min-volume", help="Å³ of the smallest particle.")
+    ] = None,
+    nms_radius: Annotated[
+        float | None, typer.Option("--nms-radius", help="Å: no two picks are closer.")
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option("--min-score", help="Of the worst pick that is kept.")
+    ] = None,
+    subtomograms: SubtomogramsOption = None,
+    tomogram: TomogramOption = None,
+    particles: ParticlesOption = None,
+    coords_voxel_size: CoordsOption = None,
+    voxel_size: VoxelSizeOption = None,
+    contrast: ContrastOption = "dark",
+    rescale: RescaleOption = False,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 64,
+    overwrite: OverwriteOption = False,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Label a whole tomogram and pick its particles, or outline particles at known positions.
+
+    A semantic segmenter takes --tomogram alone; a target segmenter takes --subtomograms, or
+    --tomogram with --particles. The options from --picks to --min-score are for the former.
+    """
+    from cectflow.flows.prediction import predict_segments
+    from cectflow.prediction.contract import InputOptions
+    from cectflow.prediction.source import InputFiles
+
+    files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
+    options = InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
+    whole = _whole_options(
+        {"window": window, "blend": blend, "average_turns": average_turns},
+        {
+            "probability": threshold,
+            "min_volume": min_volume,
+            "radius": nms_radius,
+            "min_score": min_score,
+        },
+    )
+    _connect_for(model, tracking_uri)
+    predict_segments(
+        model, files, out, probabilities, options, typer.echo,
+        picks=picks, figure=figure, whole=whole,
+    )  # fmt: skip
+
+
+def _whole_options(run: dict[str, Any], rules: dict[str, float | None]) -> WholeOptions | None:
+    """Options of whole tomograms; None where none was given."""
+    from cectflow.prediction.picks import PickRules
+    from cectflow.prediction.whole import WholeOptions
+
+    given = {name: value for name, value in rules.items() if value is not None}
+    if not given and not any(run.values()):
+        return None
+    return WholeOptions(**run, rules=PickRules(**given))
+
+
+def _connect_for(model: str, tracking_uri: str | None) -> None:
+    """Connect to the registry, which a model folder has no need of."""
+    if not Path(model).is_dir():
+        from cectflow.tracking.runs import connect
+
+        connect(tracking_uri)

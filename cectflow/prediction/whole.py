@@ -1,0 +1,311 @@
+"""Segmentation of whole tomograms: label map, probabilities and picks from a semantic segmenter."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from cectflow.particles import ParticleTable
+from cectflow.prediction.contract import InputOptions, LoadedNetwork
+from cectflow.prediction.picks import Bodies, PickRules, find_bodies, make_picks
+from cectflow.prediction.tomogram import WholeTomogram, open_tomogram, slabs
+from cectflow.prediction.windows import WindowPlan, blend_windows, plan_windows, run_windows
+from cectflow.turns import allowed_turns
+from cectflow.volume import create_volume
+
+__all__ = ["WholeOptions", "WholeOutputs", "WholeSegmentation", "segment_whole"]
+
+WINDOW_BYTES = {"cpu": 1.0e9, "cuda": 6.0e9}
+"""That a window may take while it is computed; cores, maps and libraries come on top."""
+LAYERS_ALIVE = 3
+"""Widest layers that are in memory at a time: what comes in, what goes out, what was skipped."""
+BLENDED_EDGE = 96
+"""Largest edge of windows that are blended, where none is given."""
+BLENDED_HALO = 0.125
+"""Of a window's edge: neighbours overlap by a quarter."""
+
+
+@dataclass(frozen=True)
+class WholeOptions:
+    """How to run over a tomogram, and when foreground is a particle.
+
+    Attributes
+    ----------
+    window
+        Largest edge of a window in voxels; None: as large as memory allows.
+    blend
+        Average overlapping windows instead of keeping exact cores.
+    average_turns
+        Average over the half turns that keep the missing wedge and the hand.
+    rules
+        For label map and picks.
+    """
+
+    window: int | None = None
+    blend: bool = False
+    average_turns: bool = False
+    rules: PickRules = field(default_factory=PickRules)
+
+
+@dataclass(frozen=True)
+class WholeOutputs:
+    """Files to write; None: not written.
+
+    Attributes
+    ----------
+    labels
+        Label map, int8 (int16 beyond 127 labels): 0 background, then the card's labels.
+    probabilities
+        Of the foreground, float32.
+    picks
+        STAR file.
+    figure
+        PNG file.
+    """
+
+    labels: Path
+    probabilities: Path | None = None
+    picks: Path | None = None
+    figure: Path | None = None
+
+    @property
+    def paths(self) -> tuple[Path | None, ...]:
+        """All of them."""
+        return self.labels, self.probabilities, self.picks, self.figure
+
+
+@dataclass(frozen=True, eq=False)
+class WholeSegmentation:
+    """Outcome of a segmentation.
+
+    Attributes
+    ----------
+    shares
+        Label name → share of the tomogram's voxels.
+    picks
+        None where none were asked for.
+    """
+
+    shares: dict[str, float]
+    picks: ParticleTable | None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a run logs."""
+        found = {} if self.picks is None else {"particles": float(len(self.picks))}
+        return found | {f"share/{name}": share for name, share in self.shares.items()}
+
+
+def segment_whole(
+    network: LoadedNetwork,
+    path: Path,
+    outputs: WholeOutputs,
+    options: InputOptions,
+    whole: WholeOptions,
+    report: Callable[[str], None],
+) -> WholeSegmentation:
+    """Label map, probabilities and picks of a whole tomogram, on the tomogram's own grid.
+
+    Parameters
+    ----------
+    network
+        A semantic segmenter.
+    path
+        MRC volume.
+    outputs
+        What to write, but for the figure.
+    options, whole
+        What the user says of the input, and how to run.
+    report
+        Told what is done.
+
+    Raises
+    ------
+    ValueError
+        If the tomogram cannot be brought to the card, or the window is too small.
+    """
+    names = network.card.labels or network.card.classes
+    with ExitStack() as stack:
+        # Beside the output: a system's temporary folder may be in memory.
+        folder = Path(
+            stack.enter_context(
+                tempfile.TemporaryDirectory(dir=outputs.labels.parent, prefix=".cectflow-")
+            )
+        )
+        tomogram = open_tomogram(path, network.card, options, folder, report)
+        foreground, best = _run(network, tomogram, whole, folder, report)
+        shares = _write_maps(
+            network, tomogram, foreground, best, outputs, whole.rules, names,
+            overwrite=options.overwrite,
+        )  # fmt: skip
+        picks = None
+        if outputs.picks is not None:
+            bodies = find_bodies(foreground, best, len(names), tomogram.voxel_size, whole.rules)
+            picks = _pick(bodies, tomogram, names, path, network.label)
+            picks.write(outputs.picks, overwrite=options.overwrite)
+    return WholeSegmentation(shares, picks)
+
+
+def _run(
+    network: LoadedNetwork,
+    tomogram: WholeTomogram,
+    whole: WholeOptions,
+    folder: Path,
+    report: Callable[[str], None],
+) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """Foreground probability and most probable label of every voxel, memory-mapped."""
+    plan = _plan(network, tomogram.shape, whole)
+    turns = allowed_turns(network.card.tilt_range) if whole.average_turns else ("identity",)
+    report(
+        f"{len(plan)} windows of {'x'.join(map(str, plan.window))} voxels (z, y, x)"
+        + (
+            ", blended"
+            if whole.blend
+            else f", {plan.computed_over_kept:.1f} computed for each kept"
+        )
+        + (f", averaged over {len(turns)} turns" if len(turns) > 1 else "")
+    )
+    foreground = np.memmap(folder / "foreground.raw", np.float32, "w+", shape=tomogram.shape)
+    best = np.memmap(folder / "best.raw", np.int16, "w+", shape=tomogram.shape)
+    pieces = (
+        blend_windows(network.infer, tomogram.read, plan, folder, turns)
+        if whole.blend
+        else run_windows(network.infer, tomogram.read, plan, turns)
+    )
+    for region, found in pieces:
+        probability = 1.0 - found[0]
+        padded = tomogram.is_padding(region)
+        if padded is not None:
+            probability[padded] = 0.0
+        foreground[region] = probability
+        best[region] = found[1:].argmax(axis=0) + 1
+    return foreground, best
+
+
+def _plan(network: LoadedNetwork, shape: tuple[int, int, int], whole: WholeOptions) -> WindowPlan:
+    # torch comes with the catalogue, 2 s: only whole tomograms need it.
+    from cectflow.cost import widest_layer
+    from cectflow.networks import network_info
+
+    info = network_info(network.card.network)
+    if info.reach is None:
+        msg = f"{info.name} looks at a whole cube at once: it cannot run over a tomogram"
+        raise ValueError(msg)
+    # torch.export takes an axis of a single stride for a constant.
+    smallest = max(info.min_box, 2 * info.stride)
+    if whole.blend:
+        edge = whole.window or BLENDED_EDGE
+        return plan_windows(
+            shape, stride=info.stride, halo=int(BLENDED_HALO * edge), smallest=smallest,
+            edge=edge,
+        )  # fmt: skip
+    # The logits are there twice: as the network gives them, and as probabilities of the core.
+    numbers = LAYERS_ALIVE * widest_layer(info.name) + 2 * network.card.num_outputs
+    return plan_windows(
+        shape, stride=info.stride, halo=info.reach, smallest=smallest, edge=whole.window,
+        voxels=int(WINDOW_BYTES[network.device] / (4 * numbers)),
+    )  # fmt: skip
+
+
+def _write_maps(
+    network: LoadedNetwork,
+    tomogram: WholeTomogram,
+    foreground: NDArray[np.float32],
+    best: NDArray[np.int16],
+    outputs: WholeOutputs,
+    rules: PickRules,
+    names: tuple[str, ...],
+    *,
+    overwrite: bool,
+) -> dict[str, float]:
+    """Write the maps on the tomogram's own grid; share of the voxels of each label."""
+    shape = tomogram.source_shape
+    kind = np.int8 if len(names) <= np.iinfo(np.int8).max else np.int16
+    counts = np.zeros(len(names) + 1, np.int64)
+    with ExitStack() as stack:
+
+        def create(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
+            return stack.enter_context(
+                create_volume(
+                    path, shape, tomogram.source_voxel_size, dtype, overwrite=overwrite,
+                    labels=network.headers,
+                )
+            )  # fmt: skip
+
+        labels = create(outputs.labels, kind)
+        kept = create(outputs.probabilities, np.float32) if outputs.probabilities else None
+        on_grid = _OnSourceGrid(tomogram)
+        for depths, _, _ in slabs(shape):
+            probability = on_grid.linear(foreground, depths)
+            slab = np.where(probability > rules.probability, on_grid.nearest(best, depths), 0)
+            labels[depths] = slab
+            counts += np.bincount(slab.ravel(), minlength=len(counts))
+            if kept is not None:
+                kept[depths] = probability
+    return dict(zip(names, (counts[1:] / counts.sum()).tolist(), strict=True))
+
+
+class _OnSourceGrid:
+    """Maps at the card's voxel size, read on the grid of the tomogram's file."""
+
+    def __init__(self, tomogram: WholeTomogram) -> None:
+        self.is_same = not tomogram.is_resampled
+        ratio = tomogram.source_voxel_size / tomogram.voxel_size
+        self.places = [
+            np.clip((np.arange(length) + 0.5) * ratio - 0.5, 0, new - 1)
+            for length, new in zip(tomogram.source_shape, tomogram.shape, strict=True)
+        ]
+        self.shape = tomogram.shape
+
+    def linear(
+        self, volume: NDArray[np.float32], depths: slice
+    ) -> Float[NDArray[np.float32], "z y x"]:
+        """Trilinear interpolation of a slab."""
+        if self.is_same:
+            return np.asarray(volume[depths])
+        along_y, along_x = (_hats(self.places[axis], self.shape[axis]) for axis in (1, 2))
+        result = []
+        for place in self.places[0][depths]:
+            below = int(place)
+            above = min(below + 1, self.shape[0] - 1)
+            part = np.float32(place - below)
+            plane = (1 - part) * volume[below] + part * volume[above]
+            result.append(along_y @ (plane @ along_x.T))
+        return np.asarray(np.clip(np.stack(result), 0.0, 1.0), np.float32)
+
+    def nearest(self, volume: NDArray[np.int16], depths: slice) -> NDArray[np.int16]:
+        """Values of the nearest voxels of a slab."""
+        if self.is_same:
+            return np.asarray(volume[depths])
+        z, y, x = (np.floor(places + 0.5).astype(np.int64) for places in self.places)
+        return np.asarray(volume[np.ix_(z[depths], y, x)])
+
+
+def _hats(places: NDArray[np.float64], num: int) -> Float[NDArray[np.float32], "place {num}"]:
+    """Matrix from voxels to their linear interpolation at places."""
+    distances = np.abs(places[:, None] - np.arange(num))
+    hats: NDArray[np.float32] = np.maximum(1.0 - distances.astype(np.float32), np.float32(0.0))
+    return hats
+
+
+def _pick(
+    bodies: Bodies, tomogram: WholeTomogram, names: tuple[str, ...], path: Path, model: str
+) -> ParticleTable:
+    positions = bodies.centres_zyx
+    if tomogram.is_resampled:
+        ratio = tomogram.voxel_size / tomogram.source_voxel_size
+        positions = (positions + 0.5) * ratio - 0.5
+    return make_picks(
+        bodies, positions, names, tomogram=path.name.partition(".")[0],
+        voxel_size=tomogram.source_voxel_size,
+        volumes=np.asarray(bodies.voxels * tomogram.voxel_size**3, np.float64),
+        model=model,
+    )  # fmt: skip
