@@ -257,8 +257,8 @@ def strided_ed_base(num_outputs: int, box: int, centred: bool = True) -> nn.Modu
 def strided_ed_small(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
     """Compact segmenter of ours: residual encoder-decoder from half the grid; 24, 48 channels.
 
-    Three levels outline no better for the same time and see more than twice as far, which whole
-    tomograms pay for: windows overlap by the reach.
+    A third level outlines about as well for the same multiplications, but sees more than twice as
+    far, and whole tomograms pay for that: windows overlap by the reach.
 
     Parameters
     ----------
