@@ -204,6 +204,9 @@ def simulate_calibrate(
     keep_defocus: Annotated[
         bool, typer.Option("--keep-defocus", help="Do not estimate the defocus range.")
     ] = False,
+    hold_out: Annotated[
+        str | None, typer.Option("--hold-out", help="Tomogram that judges and does not calibrate.")
+    ] = None,
     voxel_size: VoxelSizeOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -211,7 +214,9 @@ def simulate_calibrate(
     from cectflow.flows.calibration import CalibrationInput, calibrate_recipe
     from cectflow.flows.simulation import choose_recipe
 
-    given = CalibrationInput(stack, particles, voxel_size, mask_radius, snr, contrast, keep_defocus)
+    given = CalibrationInput(
+        stack, particles, voxel_size, mask_radius, snr, contrast, keep_defocus, hold_out
+    )
     chosen = choose_recipe(recipe, structures=structures)
     calibrate_recipe(chosen, given, out, overwrite=overwrite, tell=typer.echo)
 

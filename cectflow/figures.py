@@ -28,11 +28,10 @@ __all__ = [
     "draw_learning_curves",
     "draw_radial_power",
     "draw_slices",
-    "save_figure",
+    "write_figure",
 ]
 
-DPI = 100
-
+FIGURE_DPI = 100
 LABEL_COLOUR = "#ff7f0e"
 PREDICTION_COLOUR = "#17becf"
 LOG_SPAN = 30.0
@@ -48,10 +47,16 @@ TITLE_CHARACTERS = 21
 """That fit over a panel of :func:`draw_slices` in the usual size; longer titles are set smaller."""
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG; an earlier one of that name is replaced."""
-    with replacing(path, overwrite=True) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
+def write_figure(figure: Figure, path: Path, *, overwrite: bool = False) -> None:
+    """Write a figure as a PNG.
+
+    Raises
+    ------
+    FileExistsError
+        If the file exists and is not to be overwritten.
+    """
+    with replacing(path, overwrite=overwrite) as temporary:
+        figure.savefig(temporary, format="png", dpi=FIGURE_DPI)
 
 
 def draw_learning_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:

@@ -17,7 +17,15 @@ from cectflow.flows.simulation import load_structures
 from cectflow.model_card import Contrast
 from cectflow.particles import read_particles
 from cectflow.recipe import Recipe
-from cectflow.simulation.calibration import Calibration, RadialPower, calibrate, radial_power
+from cectflow.simulation.calibration.calibrate import Calibration, calibrate
+from cectflow.simulation.calibration.noise_fit import estimate_defocus, noise_shows_defocus
+from cectflow.simulation.calibration.radial_power import (
+    MIN_CUBES,
+    PowerRatio,
+    RadialPower,
+    compare_power,
+    radial_power,
+)
 from cectflow.simulation.field import prepare_specimen, simulate_field
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
@@ -48,6 +56,8 @@ class CalibrationInput:
         Of the cubes, or None.
     keep_defocus
         Do not estimate the defocus.
+    hold_out
+        Tomogram whose cubes take no part in the calibration and judge it.
     """
 
     stack: str
@@ -57,6 +67,7 @@ class CalibrationInput:
     snr: float | None = None
     contrast: Contrast | None = None
     keep_defocus: bool = False
+    hold_out: str | None = None
 
 
 def calibrate_recipe(
@@ -68,6 +79,9 @@ def calibrate_recipe(
     tell: Callable[[str], None] = print,
 ) -> Calibration:
     """Write a recipe calibrated on real subtomograms, and a figure that shows how well it fits.
+
+    The figure is of the cubes that calibrated it, or of the tomogram that was held out; simulated
+    cubes then have that tomogram's own defocus, where its noise shows it.
 
     Parameters
     ----------
@@ -85,7 +99,8 @@ def calibrate_recipe(
     Raises
     ------
     ValueError
-        If the file's name is not a recipe's, or the cubes cannot calibrate it.
+        If the file's name is not a recipe's, the cubes cannot calibrate it, or there is no such
+        tomogram to hold out.
     FileExistsError
         If an output exists and is not to be overwritten.
     """
@@ -98,12 +113,13 @@ def calibrate_recipe(
         replacing(picture, overwrite=overwrite) as new_picture,
     ):
         cubes, voxel_size, tomograms = _read_cubes(given)
+        held_out = _find_held_out(given, tomograms, len(cubes))
         structures = load_structures(recipe.simulation)
         found = calibrate(
             prepare_specimen(recipe.simulation, structures),
-            cubes,
+            cubes[~held_out],
             voxel_size,
-            tomograms=tomograms,
+            tomograms=None if tomograms is None else np.array(tomograms)[~held_out].tolist(),
             mask_radius=given.mask_radius,
             snr=given.snr,
             contrast=given.contrast,
@@ -111,16 +127,25 @@ def calibrate_recipe(
         )
         for line in _findings(found):
             tell(line)
-        real = radial_power(cubes)
-        simulated = simulate_radial_power(found.recipe, structures, len(cubes), cubes.shape[-1])
+        judging, fitted, checked, origin = cubes, None, found.recipe, ""
+        if given.hold_out is not None:
+            judging, fitted, origin = cubes[held_out], found.measured, f" of {given.hold_out}"
+            if noise_shows_defocus(checked) and not given.keep_defocus:
+                defocus = estimate_defocus(checked, judging)
+                microscope = checked.microscope.model_copy(update={"defocus_um": defocus})
+                checked = checked.model_copy(update={"microscope": microscope})
+                tell(f"defocus of {given.hold_out}, held out: {defocus:.2f} µm")
+        real = radial_power(judging)
+        simulated = simulate_radial_power(checked, structures, len(judging), cubes.shape[-1])
+        found_ratio = compare_power(real, simulated, fitted=fitted)
         figure = draw_radial_power(
             real.frequencies,
             (real.power, real.standard_error),
-            (simulated.power, simulated.standard_error),
+            (found_ratio.scale * simulated.power, found_ratio.scale * simulated.standard_error),
             voxel_size=voxel_size,
-            title=f"{len(cubes)} real subtomograms and as many simulated ones",
+            title=f"{real.num_cubes} real subtomograms{origin}, {simulated.num_cubes} simulated",
         )
-        tell(_compare(real, simulated))
+        tell(_judge(found_ratio))
         calibrated = recipe.model_copy(update={"simulation": found.recipe})
         new_recipe.write_text(calibrated.to_yaml(), encoding="utf-8")
         figure.savefig(new_picture, dpi=80, format="png")
@@ -144,8 +169,8 @@ def simulate_radial_power(
     """
     specimen = prepare_specimen(recipe, structures)
     cubes: list[NDArray[np.float32]] = []
-    # Four fields at least: defocus and SNR differ between fields.
-    fields = 4
+    # Several fields: defocus and SNR differ between them, and cubes of one share neighbours.
+    fields = 8
     while True:
         for index in track(range(len(cubes), fields), total=fields, title="simulating"):
             field = simulate_field(specimen, "calibration", index)
@@ -187,6 +212,29 @@ def _read_cubes(given: CalibrationInput) -> tuple[NDArray[Any], float, list[str]
     return cubes, voxel_size, names
 
 
+def _find_held_out(
+    given: CalibrationInput, tomograms: list[str] | None, number: int
+) -> NDArray[np.bool_]:
+    """Which cubes are of the tomogram that is held out."""
+    if given.hold_out is None:
+        return np.zeros(number, np.bool_)
+    names = sorted(set(tomograms or ()))
+    if given.hold_out not in names:
+        msg = (
+            f"hold_out is {given.hold_out!r}: expected one of the tomograms that --particles "
+            f"names, which are {', '.join(names) or 'none: give rlnTomoName there'}"
+        )
+        raise ValueError(msg)
+    held_out = np.array([name == given.hold_out for name in tomograms or ()])
+    if min(held_out.sum(), (~held_out).sum()) < MIN_CUBES:
+        msg = (
+            f"{held_out.sum()} cubes are of {given.hold_out}, {(~held_out).sum()} of others: "
+            f"expected at least {MIN_CUBES} of each"
+        )
+        raise ValueError(msg)
+    return held_out
+
+
 def _number_in_stack(name: str, paths: tuple[Path, ...], number: int) -> int:
     """Index of ``000003@stack.mrcs`` among the cubes of the one stack given."""
     index, at, file = name.partition("@")
@@ -214,10 +262,16 @@ def _findings(found: Calibration) -> list[str]:
     return [*lines, found.snr.reasoning, *found.notes]
 
 
-def _compare(real: RadialPower, simulated: RadialPower) -> str:
-    band = real.in_band
-    ratio = simulated.power[band] / real.power[band]
+def _judge(found: PowerRatio) -> str:
+    missed = ", ".join(
+        f"{ratio:.2f} ± {error:.2f} at {frequency:.3f}"
+        for frequency, ratio, error, agrees in zip(
+            found.frequencies, found.ratio, found.standard_error, found.agrees, strict=True
+        )
+        if not agrees
+    )
     return (
-        f"simulated over real radial power, 0.05 to 0.45 cycles/voxel: {ratio.min():.2f} to "
-        f"{ratio.max():.2f}"
+        f"simulated over real radial power, 0.05 to 0.45 cycles/voxel: {found.ratio.min():.2f} to "
+        f"{found.ratio.max():.2f}; {found.agrees.sum()} of {len(found.ratio)} shells agree within "
+        f"15 % or 2 standard errors{f'; not {missed}' if missed else ''}"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cectflow.dataset import Dataset
-from cectflow.figures import draw_field
+from cectflow.figures import draw_field, write_figure
 from cectflow.flows.prediction import predict_classes, predict_segments
 from cectflow.flows.promotion import Promotion, Target, promote
 from cectflow.flows.simulation import SimulatedTomogram, simulate, write_tomogram
@@ -180,7 +180,7 @@ def _predict(
         ("predicted outline and class", found[outlined.data], "labels"),
     )
     figure = draw_field(panels, voxel_size=outlined.voxel_size)
-    figure.savefig(folder / "field.png", dpi=110)
+    write_figure(figure, folder / "field.png", overwrite=True)
     hits = rows["cectflowClassName"] == rows["cectflowTrueClass"]
     return {"tomogram_accuracy": float(hits.mean())}
 

@@ -11,11 +11,16 @@ from matplotlib.figure import Figure
 
 from cectflow.dataset import SPLITS, Dataset, SplitName
 from cectflow.execution import single_thread
-from cectflow.figures import draw_slices, save_figure
+from cectflow.figures import draw_slices, write_figure
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation.delivery import simulate_dataset
-from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
-from cectflow.simulation.figures import draw_optics, draw_simulated_field, draw_snr, draw_spectra
+from cectflow.simulation.field import Specimen, field_optics, prepare_specimen, simulate_field
+from cectflow.simulation.figures import (
+    draw_optics,
+    draw_simulated_field,
+    draw_snr,
+    draw_spectra,
+)
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, find_structures, load_structure
 from cectflow.simulation.tomogram import Tomogram, simulate_tomogram, surround
@@ -167,7 +172,7 @@ def simulate_tomograms(
     workers: int = 1,
 ) -> tuple[Path, ...]:
     """Tomograms of a recipe with their truth, logged as a run: :func:`deliver_tomograms`."""
-    structures, earlier = load_structures(recipe), set(folder.glob("tomo_*"))
+    structures = load_structures(recipe)
     with start_run("simulate tomograms", tags={"role": "tomograms"}) as run:
         run.log_config(recipe, "recipe")
         folders = deliver_tomograms(
@@ -175,8 +180,7 @@ def simulate_tomograms(
             tilt_series=tilt_series, workers=workers, commit=cectflow_commit(),
         )  # fmt: skip
         for made in folders:
-            if made not in earlier:
-                run.log_files(made / "slices.png", f"figures/{made.name}")
+            run.log_files(made / "slices.png", f"figures/{made.name}")
         run.log_files(folder / "tomograms.json")
     return folders
 
@@ -202,7 +206,7 @@ def _write_figures(dataset: Dataset, specimen: Specimen) -> None:
     pictures = {
         "field": draw_simulated_field(specimen, field),
         "power_spectra": draw_spectra(specimen, field),
-        "ctf": draw_optics(field.optics, field.draw, recipe),
+        "ctf": draw_optics(field_optics(specimen, field.draw), field.draw, recipe),
         "subtomograms": _draw_classes(dataset, split),
     }
     if recipe.snr is not None:
@@ -211,7 +215,7 @@ def _write_figures(dataset: Dataset, specimen: Specimen) -> None:
     folder = dataset.folder / "figures"
     folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        save_figure(picture, folder / f"{name}.png")
+        write_figure(picture, folder / f"{name}.png", overwrite=True)
 
 
 def _draw_classes(dataset: Dataset, name: SplitName) -> Figure:

@@ -16,7 +16,6 @@ from cectflow.execution import single_thread
 from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
 from cectflow.simulation.distractors import render_distractors
 from cectflow.simulation.imaging import (
-    MeasuredSnr,
     Optics,
     image_spectrum,
     noise_scale,
@@ -35,10 +34,9 @@ __all__ = [
     "Specimen",
     "draw_field",
     "draw_field_optics",
+    "field_optics",
     "image_drawn",
-    "optics_of_draw",
     "prepare_specimen",
-    "record_field",
     "render_foreign",
     "render_particles",
     "seed_of",
@@ -93,7 +91,6 @@ class SimulatedField:
     """Kind of distractor of each voxel, 0 none; see :func:`render_distractors`."""
     record: FieldRecord
     draw: OpticsDraw
-    optics: Optics
 
 
 def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) -> Specimen:
@@ -154,11 +151,8 @@ def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField
         foreign, kinds = render_foreign(specimen, drawn.scene)
         foreign_spectrum = torch.fft.rfftn(torch.from_numpy(foreign))
         density += foreign
-    optics = optics_of_draw(specimen, drawn.draw)
-    measured = image_drawn(specimen, drawn, optics, spectrum, foreign_spectrum)
-    tomogram = volume_of(spectrum, recipe.field_shape).numpy()
-    record = record_field(drawn, tomogram, measured)
-    return SimulatedField(drawn.scene, tomogram, owners, density, kinds, record, drawn.draw, optics)
+    tomogram, record = image_drawn(specimen, drawn, spectrum, foreign_spectrum)
+    return SimulatedField(drawn.scene, tomogram, owners, density, kinds, record, drawn.optics)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +172,7 @@ class DrawnField:
     name: str
     scene: Scene
     snr: float | None
-    draw: OpticsDraw
+    optics: OpticsDraw
     noise_seed: int
 
 
@@ -188,58 +182,34 @@ def draw_field(specimen: Specimen, split: str, index: int) -> DrawnField:
     scene, snr = _pack(specimen, generator), None
     if specimen.recipe.snr is not None:
         snr = float(np.exp(generator.uniform(*np.log(specimen.recipe.snr))))
-    draw = draw_field_optics(specimen, split, index)
+    optics = draw_field_optics(specimen, split, index)
     seed = int(generator.integers(2**63 - 1))
-    return DrawnField(f"{split}-{index:05d}", scene, snr, draw, seed)
-
-
-def optics_of_draw(specimen: Specimen, draw: OpticsDraw) -> Optics:
-    """Optics of a draw for the specimen's fields."""
-    recipe = specimen.recipe
-    return optics_of(
-        recipe.field_shape,
-        recipe.voxel_size,
-        draw.microscope,
-        draw.tilts,
-        draw.defoci_um,
-        recipe.ctf_correction,
-        shifts=draw.shifts,
-        snr_stage=recipe.snr_stage,
-    )
+    return DrawnField(f"{split}-{index:05d}", scene, snr, optics, seed)
 
 
 def image_drawn(
-    specimen: Specimen,
-    drawn: DrawnField,
-    optics: Optics,
-    spectrum: Tensor,
-    foreign: Tensor | None,
-) -> MeasuredSnr | None:
-    """Turn the spectrum of a drawn field into that of its tomogram; what was measured of it.
+    specimen: Specimen, drawn: DrawnField, spectrum: Tensor, foreign: Tensor | None
+) -> tuple[NDArray[np.float32], FieldRecord]:
+    """Tomogram of a drawn field, and what was drawn and measured of it.
 
     Parameters
     ----------
-    specimen, drawn, optics
+    specimen, drawn
         Of the field.
     spectrum, foreign
-        ``rfftn`` of the density of its particles, and of its distractors if it has any; both are
+        ``rfftn`` of the density of its particles and of its distractors, if it has any; both are
         overwritten.
     """
-    shape, voxel_size = specimen.recipe.field_shape, specimen.recipe.voxel_size
+    recipe, draw, shape = specimen.recipe, drawn.optics, specimen.recipe.field_shape
+    optics = field_optics(specimen, draw)
     factor = noise_scale(specimen.expected_power, optics, drawn.snr, width=shape[2])
     generator = torch.Generator().manual_seed(drawn.noise_seed)
-    measured = image_spectrum(spectrum, shape, optics, factor, generator, voxel_size)
+    measured = image_spectrum(spectrum, shape, optics, factor, generator, recipe.voxel_size)
     if foreign is not None:  # after the SNR was measured, which is that of the particles
         spectrum += foreign.mul_(optics.signal)
-    return measured
-
-
-def record_field(
-    drawn: DrawnField, tomogram: NDArray[np.float32], measured: MeasuredSnr | None
-) -> FieldRecord:
-    """What was drawn and measured of a field."""
-    numbers = drawn.draw.numbers()
-    return FieldRecord(
+    del optics  # of a whole tomogram they take as much as it does
+    tomogram, numbers = volume_of(spectrum, shape).numpy(), draw.numbers()
+    record = FieldRecord(
         field=drawn.name,
         mean=float(tomogram.mean()),
         std=float(tomogram.std()),
@@ -253,6 +223,7 @@ def record_field(
         occupancy=drawn.scene.occupancy,
         num_particles=len(drawn.scene),
     )
+    return tomogram, record
 
 
 def render_particles(
@@ -282,6 +253,21 @@ def render_foreign(
         shape=recipe.field_shape,
         voxel_size=recipe.voxel_size,
         sigma=recipe.blur,
+    )
+
+
+def field_optics(specimen: Specimen, draw: OpticsDraw) -> Optics:
+    """Filters of an optics draw on the recipe's field."""
+    recipe = specimen.recipe
+    return optics_of(
+        recipe.field_shape,
+        recipe.voxel_size,
+        draw.microscope,
+        draw.tilts,
+        draw.defoci_um,
+        recipe.ctf_correction,
+        shifts=draw.shifts,
+        snr_stage=recipe.snr_stage,
     )
 
 

@@ -4,6 +4,11 @@ A tilt series reconstructed by weighted back-projection acts on the specimen as 
 Each tilt fills a slab of Fourier space about its central plane; H(k) and N(k) are sums over the
 slabs, so that per-tilt CTF, dose, thickness, alignment and detector cost nothing when a volume is
 imaged: one forward and one inverse transform. All of it runs on the device of the density.
+
+The field repeats along x and y and is one period Z thick along z, as in
+:mod:`cectflow.simulation.tilt_series`. So an image of tilt t holds, of each column k_x of the
+field's spectrum, what is at ``k_z = -k_x tan t``, at the frequency ``k_x / cos t`` of the image;
+being Z thick, the field spreads that over 1/Z along k_z.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Inexact, Int
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from cectflow.model_card import CtfCorrection
@@ -133,12 +138,19 @@ def optics_of(
 ) -> Optics:
     """Optics of a tilt series for a field; those of the last fields are kept, per device.
 
-    With the slab weight ``w_t = max(0, 1 - L |k · n_t|)`` of tilt t (L: the field's extent across
-    the tilt axis, n_t its beam direction), ``H = Σ r_t w_t C_t q_t`` and
-    ``N = √(Σ w_t² s_t²) / max(Σ w_t, 1)``. The ramp ``r_t = min(1, |k_xz| L Δθ_t)`` keeps the
-    signal out of the missing wedge at low k, the normalised form gives the noise spectrum of a
-    back-projection (notes/simulation.md, iv). An image shifted by d has the phase
-    ``exp(-2πi k·d)`` in q_t.
+    With the image's frequency ``u_t = k_x / cos t`` across the tilt axis and the distance
+    ``d_t = k_z + k_x tan t`` from its plane, the slab of tilt t has the weight
+    ``w_t = max(0, 1 - Z |d_t|)``, and
+
+    - ``H = Σ r_t w_t C_t q_t`` with the ramp ``r_t = |u_t| Z Δθ_t / cos t``: the distance along k_z
+      between the planes of two tilts, over 1/Z. Where slabs overlap they add up to 1.
+    - ``N² = Σ r_t² v_t s_t² e_t cos t``. The noise is not periodic along x as the specimen is, so
+      its slab is wider: ``v_t = max(0, 1 - Z e_t |d_t|)`` and ``1 / e_t² = 1 + (Z tan t / X)²``;
+      the last factors keep its power.
+
+    CTF, dose, detector and noise spectrum are those at (u_t, k_y); beyond the image's Nyquist
+    frequency there is nothing. An image shifted by d has the phase ``exp(-2πi k·d)`` in q_t. Both
+    forms are held against back-projection in real space (tests/simulation/test_tilt_series.py).
 
     The SNR's stages: ``reconstruction``. ``projection``: of a tilt image as the camera takes it,
     before any correction, the mean over tilts; its spectra are those on the tilt's slab, by the
@@ -213,56 +225,47 @@ def _build_optics(
     path = single_number(tilts, "thickness") * (1.0 / np.cos(np.deg2rad(angles)) - 1.0)
     transmission = np.exp(-path / INELASTIC_MEAN_FREE_PATH)
     per_tilt = np.stack([defoci_um, tilts.exposures, transmission, *np.transpose(shifts)])
-    columns = torch.from_numpy(per_tilt).to(device, torch.float32)
+    columns = torch.from_numpy(per_tilt).to(device, torch.float32)[..., None]
+    defoci, exposures, transmissions, *offsets = columns
     # Where k and its mirror across the x-z plane are imaged alike, half of the rows are enough.
     mirrored = not shifts and single_number(microscope, "astigmatism_um") == 0
     ky = torch.fft.fftfreq(height, voxel_size, device=device)
     ky = ky[: height // 2 + 1].abs() if mirrored else ky
-    size = (depth * width, len(ky))
-    signal = torch.zeros(size, dtype=torch.complex64 if shifts else torch.float32, device=device)
-    squared_noise = torch.zeros(size, device=device)
+    size = (depth, width, len(ky))
+    signal = torch.empty(size, dtype=torch.complex64 if shifts else torch.float32, device=device)
+    squared_noise = torch.empty(size, device=device)
     per_image = snr_stage == "projection"
-    snr_signal, snr_noise = torch.zeros((2, *(size if per_image else (0, 0))), device=device)
-    for group in _group_tilts(slabs.bounds, len(ky)):
-        chosen = slice(slabs.bounds[group[0]], slabs.bounds[group[-1] + 1])
-        weights, kx = slabs.weights[chosen, None], slabs.in_plane[chosen, None]
-        defoci, exposures, transmissions, *offsets = columns[:, slabs.tilts[chosen], None]
+    snr_signal, snr_noise = torch.empty((2, *(size if per_image else (0, 0, 0))), device=device)
+    shares = _share_of_images(slabs, ky, shape, nyquist, microscope) if per_image else slabs.weights
+    step = max(1, CHUNK // (len(angles) * len(ky)))
+    for start in range(0, width, step):
+        chosen = slice(start, start + step)
+        kx = slabs.in_plane[chosen, :, None]
         k_squared = kx * kx + ky * ky
         defocus = astigmatic_defocus(kx, ky, defoci, microscope)
         transfer = contrast_transfer(k_squared, defocus, microscope)
         filtered, noise = _correct(transfer, ctf_correction)
         seen = dose_filter(k_squared, exposures) * transmissions
         seen = seen * signal_transfer(k_squared, nyquist, microscope)
-        spectrum = noise_power(k_squared, nyquist, microscope)
-        image = slabs.ramps[chosen, None] * weights * filtered * seen
+        spectrum = noise_power(k_squared, nyquist, microscope) * torch.ones_like(k_squared)
+        image = filtered * seen
         if shifts:
             image = image * (_phase(kx * offsets[0]) * _phase(ky * offsets[1]))
-        sums = [(signal, image), (squared_noise, (weights * noise) ** 2 * spectrum)]
+        signal[:, chosen] = _spread(slabs.signal_gains[chosen], image)
+        squared_noise[:, chosen] = _spread(slabs.noise_gains[chosen], noise**2 * spectrum)
         if per_image:
-            # The corners of a volume hold frequencies that no image has.
-            held = weights * (kx.abs() <= nyquist) * torch.ones_like(k_squared)
-            sums += [(snr_signal, held * (transfer * seen) ** 2), (snr_noise, held * spectrum)]
-        for tilt in group:
-            # Within a tilt each cell occurs once: the sums have one order, on a GPU too.
-            first, last = slabs.bounds[tilt], slabs.bounds[tilt + 1]
-            part = slice(first - chosen.start, last - chosen.start)
-            cells = slabs.cells[first:last]
-            if per_image:
-                scale = 1.0 / (len(angles) * _count_noise(sums[3][1][part], cells, shape, device))
-                sums[2][1][part] *= scale
-                sums[3][1][part] *= scale
-            for total, values in sums:
-                total.index_add_(0, cells, values[part])
+            snr_signal[:, chosen] = _spread(shares[chosen], (transfer * seen) ** 2)
+            snr_noise[:, chosen] = _spread(shares[chosen], spectrum)
 
     def unfold(sums: Tensor) -> Tensor:
-        """From rows over ky for each (kz, kx) to the layout of a half spectrum."""
+        """From (kz, kx, ky) to the layout of a half spectrum."""
+        whole = torch.empty((depth, height, width), dtype=sums.dtype, device=device)
+        whole[:, : len(ky)] = sums.transpose(1, 2)
         if mirrored:
-            sums = torch.cat([sums, sums[:, 1 : (height + 1) // 2].flip(1)], dim=1)
-        return sums.reshape(depth, width, height).permute(0, 2, 1).contiguous()
+            whole[:, len(ky) :] = whole[:, 1 : (height + 1) // 2].flip(1)
+        return whole
 
-    coverage = slabs.coverage[:, None]
-    transfer = unfold(-signal)
-    amplitude = unfold(squared_noise.sqrt() / coverage.clamp(min=1.0))
+    transfer, amplitude = unfold(signal.neg_()), unfold(squared_noise.sqrt_())
     if snr_stage == "projection":
         at_stage = unfold(snr_signal), unfold(snr_noise)
         return Optics(transfer, amplitude, snr_stage, at_stage)
@@ -270,7 +273,7 @@ def _build_optics(
         return Optics(transfer, amplitude)
     gain = _squared(transfer)
     k = _radius(shape, 1.0, device)
-    outside_wedge = slabs.coverage.clamp(max=1.0).reshape(depth, 1, width)
+    outside_wedge = slabs.weights.sum(dim=-1).clamp(max=1.0).T[:, None]
     after = torch.exp(-((k / AITOM_LOW_PASS) ** 2)) * outside_wedge
     band = torch.exp(-(((k - AITOM_BAND).clamp(min=0.0) / AITOM_BAND_EDGE) ** 2))
     noise = (0.5 * (gain + after**2)).sqrt() * band
@@ -279,32 +282,25 @@ def _build_optics(
 
 @dataclass(frozen=True, eq=False)
 class _Slabs:
-    """The samples (kz, kx) that each tilt's slab holds; along ky all samples are alike.
+    """What each tilt's image adds to each (kz, kx); along ky all samples are alike.
 
     Attributes
     ----------
-    bounds
-        Tilt t has the samples ``bounds[t]:bounds[t + 1]``.
-    tilts, cells
-        Of each sample, the number of its tilt and of its cell in the half plane (kz, kx).
     in_plane
-        Its frequency along x of the tilt image, Å⁻¹.
-    weights, ramps
-        ``w_t`` and ``r_t`` of :func:`optics_of`.
-    coverage
-        ``Σ w_t`` of every cell.
+        Frequency across the tilt axis of the image that holds a column kx, Å⁻¹.
+    weights
+        ``w_t`` of :func:`optics_of`.
+    signal_gains, noise_gains
+        ``r_t w_t`` and ``r_t² v_t e_t cos t``.
     """
 
-    bounds: tuple[int, ...]
-    tilts: Int[Tensor, " sample"]
-    cells: Int[Tensor, " sample"]
-    in_plane: Float[Tensor, " sample"]
-    weights: Float[Tensor, " sample"]
-    ramps: Float[Tensor, " sample"]
-    coverage: Float[Tensor, " cell"]
+    in_plane: Float[Tensor, "kx tilt"]
+    weights: Float[Tensor, "kx z tilt"]
+    signal_gains: Float[Tensor, "kx z tilt"]
+    noise_gains: Float[Tensor, "kx z tilt"]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _slabs_of(
     shape: tuple[int, int, int],
     voxel_size: float,
@@ -313,55 +309,57 @@ def _slabs_of(
     device: str,
 ) -> _Slabs:
     kz, _, kx = _frequencies(shape, voxel_size, device)
-    kz, kx = (kz + 0 * kx)[:, 0].flatten(), (kx + 0 * kz)[:, 0].flatten()
-    length = voxel_size * max(shape[0], shape[2])
-    # Density of slabs: where they overlap, r L Δθ < 1; the ramp's value at 0 is that of the
-    # discrete filter (a quarter of the first sample; Kak and Slaney 1988, section 3.3).
-    steep = (torch.hypot(kz, kx) * length).clamp(min=0.25)
-    coverage = torch.zeros_like(kz)
-    cells: list[Tensor] = []
-    numbers: list[Tensor] = []
-    columns: list[Tensor] = []
-    for angle, spacing in zip(np.deg2rad(angles), np.deg2rad(spacings), strict=True):
-        # Beam direction of the tilt in specimen coordinates; rotation about y.
-        along_beam = kz * float(np.cos(angle)) + kx * float(np.sin(angle))
-        weight = (1.0 - length * along_beam.abs()).clamp(min=0.0)
-        coverage += weight
-        in_plane = kx * float(np.cos(angle)) - kz * float(np.sin(angle))
-        ramp = (steep * float(spacing)).clamp(max=1.0)
-        seen = weight.nonzero()[:, 0]
-        cells.append(seen)
-        numbers.append(torch.full_like(seen, len(numbers)))
-        columns.append(torch.stack([in_plane, weight, ramp])[:, seen])
-    in_planes, weights, ramps = torch.cat(columns, dim=1).to(torch.float32)
-    bounds = tuple(np.cumsum([0, *(len(seen) for seen in cells)]).tolist())
-    coverage = coverage.to(torch.float32)
-    return _Slabs(bounds, torch.cat(numbers), torch.cat(cells), in_planes, weights, ramps, coverage)
+    kz, kx = kz[None, :, :, 0], kx.reshape(-1, 1, 1)
+    tilts = torch.tensor(angles, dtype=torch.float64, device=device).deg2rad()
+    steps = torch.tensor(spacings, dtype=torch.float64, device=device).deg2rad()
+    cosines, tangents = tilts.cos(), tilts.tan()
+    thickness, extent = voxel_size * shape[0], voxel_size * shape[2]
+    in_plane = kx / cosines
+    # An image holds no frequencies beyond its own Nyquist frequency; a volume's corners do.
+    held = in_plane <= 0.5 / voxel_size * (1.0 + 1e-9)
+    # The ramp's value at 0 is that of the discrete filter, a quarter of the first sample (Kak and
+    # Slaney 1988, section 3.3).
+    ramps = in_plane.clamp(min=0.25 / extent) * thickness * steps / cosines * held
+    distances = thickness * (kz + kx * tangents).abs()
+    widening = 1.0 / (1.0 + (thickness / extent * tangents) ** 2).sqrt()
+    weights = (1.0 - distances).clamp(min=0.0) * held
+    noise_weights = (1.0 - distances * widening).clamp(min=0.0)
+    noise_gains = ramps**2 * noise_weights * widening * cosines
+    return _Slabs(
+        in_plane[:, 0].to(torch.float32),
+        weights.to(torch.float32),
+        (ramps * weights).to(torch.float32),
+        noise_gains.to(torch.float32),
+    )
 
 
-def _group_tilts(bounds: tuple[int, ...], num_rows: int) -> list[range]:
-    """Tilts in groups of at most ``CHUNK`` values, or of one tilt."""
-    groups, first = [], 0
-    for tilt in range(1, len(bounds)):
-        if tilt == len(bounds) - 1 or (bounds[tilt + 1] - bounds[first]) * num_rows > CHUNK:
-            groups.append(range(first, tilt))
-            first = tilt
-    return groups
+def _spread(
+    gains: Float[Tensor, "kx z tilt"], images: Inexact[Tensor, "kx tilt y"]
+) -> Inexact[Tensor, "z kx y"]:
+    """Sum over tilts of what their images add to each kz."""
+    if not images.is_complex():
+        return torch.bmm(gains, images).transpose(0, 1)
+    parts = torch.bmm(gains, torch.view_as_real(images).flatten(-2))
+    return torch.view_as_complex(parts.view(*parts.shape[:2], -1, 2)).transpose(0, 1)
 
 
-def _count_noise(
-    power: Float[Tensor, "sample row"],
-    cells: Int[Tensor, " sample"],
+def _share_of_images(
+    slabs: _Slabs,
+    ky: Float[Tensor, " row"],
     shape: tuple[int, int, int],
-    device: str,
-) -> Float[Tensor, ""]:
-    """Sum of a slab's noise power over the full spectrum, k = 0 excluded."""
-    twice = _multiplicity(shape[2], device).to(torch.float32)
-    rows = torch.ones(power.shape[1], device=device)
-    if power.shape[1] < shape[1]:  # only ky >= 0
-        rows = _multiplicity(shape[1], device).to(torch.float32)
-    counted = power * rows * twice[cells % len(twice), None]
-    return counted.sum() - (counted[:, 0] * (cells == 0)).sum()
+    nyquist: float,
+    microscope: Microscope,
+) -> Float[Tensor, "kx z tilt"]:
+    """Weights of the slabs for which the noise power of every image adds up to 1 / their number."""
+    k_squared = slabs.in_plane[..., None] ** 2 + ky**2
+    power = noise_power(k_squared, nyquist, microscope) * torch.ones_like(k_squared)
+    rows = torch.ones_like(ky)
+    if len(ky) < shape[1]:  # only ky >= 0
+        rows = _multiplicity(shape[1], str(ky.device)).to(torch.float32)
+    columns = _multiplicity(shape[2], str(ky.device)).to(torch.float32)
+    counted = power @ rows * slabs.weights.sum(dim=1) * columns[:, None]
+    totals = counted.sum(dim=0) - power[0, :, 0] * slabs.weights[0, 0]
+    return slabs.weights / (totals * len(totals))
 
 
 def power_spectrum(density: Float[Tensor, "z y x"]) -> Float[Tensor, "z y kx"]:
@@ -511,7 +509,8 @@ def volume_of(
 ) -> Float[Tensor, "z y x"]:
     """Volume of a half spectrum; a large one is overwritten, so that no copy of it is needed."""
     if spectrum.numel() <= CHUNK:
-        return torch.fft.irfftn(spectrum, s=shape)
+        small: Tensor = torch.fft.irfftn(spectrum, s=shape)
+        return small
     for rows in _sections(spectrum.transpose(0, 1)):
         spectrum[:, rows] = torch.fft.ifft(spectrum[:, rows], dim=0)
     volume = torch.empty(shape, device=spectrum.device)

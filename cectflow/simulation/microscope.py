@@ -362,7 +362,7 @@ def dose_filter(k_squared: Array, exposure: Array | float) -> Array:
     exposure
         Accumulated dose N in e⁻/Å².
     """
-    critical = 0.245 * k_squared.clip(1e-10) ** (-1.665 / 2) + 2.81
+    critical = 0.245 * _exp(-1.665 / 2 * _log(k_squared.clip(1e-10))) + 2.81
     return _exp(-0.5 * exposure / critical)
 
 
@@ -461,6 +461,10 @@ def _interpolate(k: Array, spectrum: NoiseSpectrum) -> Array:
 
 def _sin(values: Array) -> Array:
     return torch.sin(values) if isinstance(values, Tensor) else np.sin(values)
+
+
+def _log(values: Array) -> Array:
+    return torch.log(values) if isinstance(values, Tensor) else np.log(values)
 
 
 def _exp(values: Array) -> Array:

@@ -10,8 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cectflow.simulation.distractors import render_distractors
-from cectflow.simulation.field import SimulatedField, Specimen
+from cectflow.simulation.field import SimulatedField, Specimen, field_optics, render_foreign
 from cectflow.simulation.imaging import noise_scale, power_spectrum
 
 __all__ = ["FieldSpectra", "field_spectra", "shell_average"]
@@ -86,7 +85,8 @@ def shell_average(
 
 def field_spectra(specimen: Specimen, field: SimulatedField) -> FieldSpectra:
     """Spectra of a field; its noise is what the tomogram holds beside the imaged density."""
-    recipe, optics, snr = specimen.recipe, field.optics, field.record.requested_snr
+    recipe, snr = specimen.recipe, field.record.requested_snr
+    optics = field_optics(specimen, field.draw)
     num_voxels, width = field.tomogram.size, recipe.field_shape[2]
     gain = optics.signal.abs() ** 2
 
@@ -97,14 +97,7 @@ def field_spectra(specimen: Specimen, field: SimulatedField) -> FieldSpectra:
     imaged = torch.fft.irfftn(torch.fft.rfftn(density) * optics.signal, s=tomogram.shape)
     particles, others = density, None
     if field.scene.distractors:
-        foreign = torch.from_numpy(
-            render_distractors(
-                field.scene.distractors,
-                shape=recipe.field_shape,
-                voxel_size=recipe.voxel_size,
-                sigma=recipe.blur,
-            )[0]
-        )
+        foreign = torch.from_numpy(render_foreign(specimen, field.scene)[0])
         particles, others = density - foreign, shells(power_spectrum(foreign) * gain)
     factor = noise_scale(specimen.expected_power, optics, snr, width=width)
     return FieldSpectra(

@@ -27,12 +27,9 @@ from cectflow.simulation.field import (
     draw_field,
     draw_field_optics,
     image_drawn,
-    optics_of_draw,
-    record_field,
     render_foreign,
     render_particles,
 )
-from cectflow.simulation.imaging import volume_of
 from cectflow.simulation.microscope import electron_wavelength
 from cectflow.simulation.scene import Scene
 from cectflow.simulation.structure import Structure
@@ -142,7 +139,11 @@ def surround(specimen: Specimen, shape: tuple[int, int, int]) -> Specimen:
 
 
 def simulate_tomogram(
-    surrounded: Specimen, shape: tuple[int, int, int], index: int, *, tilt_series: bool = False
+    surrounded: Specimen,
+    shape: tuple[int, int, int],
+    index: int,
+    *,
+    tilt_series: bool = False,
 ) -> Tomogram:
     """Tomogram number ``index``; depends on nothing but the specimen, the shape and these two.
 
@@ -180,12 +181,7 @@ def simulate_tomogram(
         shown = density[middle].astype(np.float16)
         kept = density if tilt_series else None
         del density
-        optics = optics_of_draw(surrounded, drawn.draw)
-        measured = image_drawn(surrounded, drawn, optics, spectrum, foreign_spectrum)
-        del optics, foreign_spectrum
-        tomogram = volume_of(spectrum, whole).numpy()
-        del spectrum
-    record = record_field(drawn, tomogram, measured)
+        tomogram, record = image_drawn(surrounded, drawn, spectrum, foreign_spectrum)
     data, series = tomogram[middle].copy(), None
     if kept is not None:
         series = _record(surrounded, kept, record, index)

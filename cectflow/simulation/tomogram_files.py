@@ -12,7 +12,7 @@ import numpy as np
 
 from cectflow.config import Config
 from cectflow.execution import run_all
-from cectflow.figures import save_figure
+from cectflow.figures import write_figure
 from cectflow.files import appearing, refuse_existing_folder, remove_leftovers, replacing
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.simulation.field import Specimen, prepare_specimen
@@ -136,10 +136,7 @@ def _surround_once(setting: _Setting) -> Specimen:
 def _simulate_one(job: _Job) -> None:
     setting = job.setting
     tomogram = simulate_tomogram(
-        _surround_once(setting),
-        setting.shape,
-        job.index,
-        tilt_series=job.tilt_series,
+        _surround_once(setting), setting.shape, job.index, tilt_series=job.tilt_series
     )
     with appearing(job.folder) as folder:
         write_tomogram_files(tomogram, folder, job.folder.name, setting.specimen)
@@ -195,7 +192,8 @@ def write_tomogram_files(
     particles_from(rows).write(folder / "particles.star", overwrite=overwrite)
     with replacing(folder / "record.json", overwrite=overwrite) as temporary:
         temporary.write_text(tomogram.record.to_json(), encoding="utf-8")
-    save_figure(draw_tomogram(specimen, tomogram, name), folder / "slices.png")
+    figure = draw_tomogram(specimen, tomogram, name)
+    write_figure(figure, folder / "slices.png", overwrite=overwrite)
     if tomogram.series is not None:
         series = tomogram.series
         write_images(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
+from cectflow.simulation.field import Specimen, field_optics, prepare_specimen, simulate_field
 from cectflow.simulation.imaging import power_spectrum
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.spectra import field_spectra, shell_average
@@ -67,7 +67,8 @@ def test_signal_and_noise_of_a_field_make_up_its_tomogram(specimen: Specimen) ->
     edge = specimen.recipe.field_shape[0]
     shells = np.arange(1, edge // 2 + 1)
     counts = 4 * np.pi * (shells**2 + 1 / 12)
-    imaged = torch.fft.rfftn(torch.from_numpy(field.density)) * field.optics.signal
+    optics = field_optics(specimen, field.draw)
+    imaged = torch.fft.rfftn(torch.from_numpy(field.density)) * optics.signal
     signal = torch.fft.irfftn(imaged, s=field.density.shape).numpy()
     assert (counts * found.signal).sum() / edge**3 == pytest.approx(signal.var(), rel=0.1)
 

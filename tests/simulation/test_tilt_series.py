@@ -235,27 +235,28 @@ def test_the_detector_grows_with_the_defocus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ctf_correction", "shape", "lowest"),
+    ("ctf_correction", "shape"),
     [
-        ("none", SHAPE, 0.97),
-        ("premultiplied", SHAPE, 0.97),
-        # The faces' share of a small field is larger, and they tell at the lowest frequencies.
-        ("phase_flip", (40, 40, 40), 0.95),
-        ("wiener", (40, 40, 40), 0.95),
-        ("none", (32, 40, 64), 0.95),
+        ("none", SHAPE),
+        ("premultiplied", SHAPE),
+        ("phase_flip", (40, 40, 40)),
+        ("wiener", (40, 40, 40)),
+        ("none", (32, 40, 64)),
+        ("none", (20, 32, 120)),
     ],
 )
 def test_the_fast_path_is_the_literal_one(
-    ctf_correction: CtfCorrection, shape: tuple[int, int, int], lowest: float
+    ctf_correction: CtfCorrection, shape: tuple[int, int, int]
 ) -> None:
     density = crowded_field(shape)
     quick = fast(density, ctf_correction=ctf_correction)
     literal = back_project(record(density, ctf_correction=ctf_correction), shape)
     correlation, ratio = shell_correlation(quick, literal)
     # Over the whole periodic field, the faces that cut particles in two included.
-    assert correlation[0] >= lowest, correlation
-    assert correlation[1:].min() >= 0.97, correlation
-    np.testing.assert_allclose(ratio, 1.0, atol=0.12)
+    assert correlation.min() >= 0.97, correlation
+    # At the lowest frequencies the faces tell, the more the thinner the field.
+    np.testing.assert_allclose(ratio[1:], 1.0, atol=0.06)
+    assert ratio[0] == pytest.approx(1.0, abs=0.17)
     for volume in (quick, literal):
         assert np.corrcoef(volume.ravel(), density.ravel())[0, 1] < -0.3, "protein is dark"
 
@@ -297,32 +298,38 @@ def test_the_wedge_of_both_is_empty() -> None:
 
 
 def test_both_agree_with_torch_fourier_slice_and_torch_ctf() -> None:
-    alone, wide = isolated()
+    _, wide = isolated()
     reconstruction = back_project(record(wide), SHAPE)
+    quick = fast(wide)[:, :, 96:-96]
     oracle = oracle_reconstruction()
-    for volume in (fast(alone), reconstruction):
+    for volume in (quick, reconstruction):
         # Weights differ (torch-fourier-slice divides by the number of slices), so only the FSC.
         correlation, _ = shell_correlation(volume, oracle)
         assert correlation.min() >= 0.97, correlation
-    assert shell_correlation(fast(alone), reconstruction)[0].min() >= 0.98
+    # Where no face cuts anything, the two paths are one.
+    correlation, ratio = shell_correlation(quick, reconstruction)
+    assert correlation.min() >= 0.999, correlation
+    np.testing.assert_allclose(ratio, 1.0, atol=0.02)
 
 
 # --- noise ----------------------------------------------------------------------------------------
 
 
-def test_the_fast_noise_has_the_spectrum_of_back_projected_noise() -> None:
-    width = detector_width(SHAPE, VOXEL_SIZE, drawn(MICROSCOPE, TILTS, DEFOCUS_UM))
+@pytest.mark.parametrize("shape", [SHAPE, (20, 64, 120)])
+def test_the_fast_noise_has_the_spectrum_of_back_projected_noise(
+    shape: tuple[int, int, int],
+) -> None:
+    width = detector_width(shape, VOXEL_SIZE, drawn(MICROSCOPE, TILTS, DEFOCUS_UM))
     generator = np.random.default_rng(0)
-    power = np.zeros((64, 64, 33))
-    for _ in range(6):
-        white = generator.standard_normal((TILTS.angles.size, 64, width)).astype(np.float32)
-        volume = back_project(TiltSeries(white, TILTS.angles, VOXEL_SIZE), SHAPE)
+    power = np.zeros((shape[0], shape[1], shape[2] // 2 + 1))
+    for _ in range(3):
+        white = generator.standard_normal((TILTS.angles.size, shape[1], width)).astype(np.float32)
+        volume = back_project(TiltSeries(white, TILTS.angles, VOXEL_SIZE), shape)
         power += np.abs(np.fft.rfftn(volume)) ** 2
-    optics = optics_of(SHAPE, VOXEL_SIZE, MICROSCOPE, TILTS, DEFOCUS_UM, "none")
-    kz, kx = np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64)[None, :]
-    # Averaged along the tilt axis, over which white noise does not change; beyond 0.3 the fast
-    # path's ramp has ended (slabs no longer overlap), that of back-projection goes on.
-    inside = (np.hypot(kz, kx) < 0.3) & (kx > 0)
+    optics = optics_of(shape, VOXEL_SIZE, MICROSCOPE, TILTS, DEFOCUS_UM, "none")
+    kz, kx = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[2])[None, :]
+    # Averaged along the tilt axis, over which white noise does not change.
+    inside = (np.hypot(kz, kx) < 0.5) & (kx > 0)
     maps = [m.mean(axis=1)[inside] for m in (optics.noise.numpy() ** 2, power)]
     assert np.corrcoef(maps[0], maps[1])[0, 1] >= 0.94
 

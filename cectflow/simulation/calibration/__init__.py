@@ -1,0 +1,1 @@
+"""A recipe fitted to real subtomograms: what their power tells of noise, tilts, defocus, SNR."""
