@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import resource
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,8 +23,15 @@ from cectflow.learning.objective import Classify
 from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.simulation.delivery import simulate_dataset
-from cectflow.simulation.extraction import simulate_subtomograms
-from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
+from cectflow.simulation.extraction import choose_targets, cut_cubes, simulate_subtomograms
+from cectflow.simulation.field import (
+    Specimen,
+    draw_field,
+    image_rendered,
+    prepare_specimen,
+    render_drawn,
+    simulate_field,
+)
 from cectflow.simulation.imaging import image_field, optics_of
 from cectflow.simulation.live import open_live
 from cectflow.simulation.microscope import Microscope, draw_optics
@@ -65,12 +74,16 @@ def main() -> None:
       and image_field, noise included, for one field of 64³ and optics not seen before;
       ``fast_over_literal_shared`` for the shared field, ``…_kept`` with filters at hand.
     - ``two_workers``: wall time of a dataset of 600 fields by one process over that by two; the
-      start of the processes and the preparation of the specimen are included.
+      start of the processes and the preparation of the specimen are included. ``two_copies``:
+      what the machine allows, two such datasets at once by one process each.
+    - ``gpu_per_s``, only where torch sees a CUDA device: 40³ cubes per second that it images,
+      measures and cuts of fields that are rendered already, their densities copied there in the
+      time measured; ``gpu_whole_per_s`` with packing, rendering and labels on one thread before.
     - ``live_over_stored``: seconds of an epoch that learns from live data over those of one that
       reads as many cubes from disk, ``live_epoch_s`` over ``stored_epoch_s``: ``strided_small``
       on cubes of 24³, one thread, ``live_workers`` processes beside it; the medians of all epochs
       but the first.
-    - ``peak_gb``: largest resident memory of this process and of any worker.
+    - ``peak_gb``: largest resident memory of any process that writes a dataset.
     """
     options = parse_options(__doc__ or "")
     structures = load_structures(SHARED)
@@ -82,11 +95,10 @@ def main() -> None:
         figures |= _measure_writing(specimen, fields=3 if options.quick else 10)
         figures |= _measure_rate("independent", alone, fields=20 if options.quick else 100)
         figures |= _measure_paths(specimen, repeats=2 if options.quick else 5)
+        if torch.cuda.is_available():
+            figures |= _measure_gpu(specimen.to("cuda"), fields=4 if options.quick else 20)
         figures |= _measure_live(fields=2 if options.quick else 8)
-    figures["two_workers"] = _measure_workers(fields=24 if options.quick else 600)
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF,
-             resource.RUSAGE_CHILDREN)]  # fmt: skip
-    figures["peak_gb"] = max(peaks) * 1024 / 1e9
+    figures |= _measure_workers(fields=24 if options.quick else 600)
     write_report(options.json, figures, quick=options.quick)
 
 
@@ -99,6 +111,24 @@ def _measure_rate(name: str, specimen: Specimen, *, fields: int) -> dict[str, fl
         f"{name}_per_s": cubes / (time.perf_counter() - wall),
         f"{name}_per_cpu_s": cubes / (time.process_time() - process),
         f"{name}_cubes_per_field": cubes / fields,
+    }
+
+
+def _measure_gpu(specimen: Specimen, *, fields: int) -> dict[str, float]:
+    simulate_subtomograms(specimen, "warm-up", 0)
+    torch.cuda.synchronize()
+    start, cubes, imaging = time.perf_counter(), 0, 0.0
+    for index in range(fields):
+        rendered = render_drawn(specimen, draw_field(specimen, "train", index))
+        targets = choose_targets(specimen, rendered, index)
+        begun = time.perf_counter()
+        tomogram, _ = image_rendered(specimen, rendered)
+        cubes += len(cut_cubes(tomogram, targets.centres, specimen.recipe.box))
+        torch.cuda.synchronize()
+        imaging += time.perf_counter() - begun
+    return {
+        "gpu_per_s": cubes / imaging,
+        "gpu_whole_per_s": cubes / (time.perf_counter() - start),
     }
 
 
@@ -197,16 +227,29 @@ def _seconds(
     return time.perf_counter() - start
 
 
-def _measure_workers(*, fields: int) -> float:
+def _measure_workers(*, fields: int) -> dict[str, float]:
     recipe = SHARED.model_copy(update={"fields": {"train": fields}, "targets_per_field": 32})
-    structures = load_structures(recipe)
-    seconds = []
-    for workers in (1, 2):
-        with tempfile.TemporaryDirectory() as scratch:
-            start = time.perf_counter()
-            simulate_dataset(recipe, structures, Path(scratch) / "data", workers=workers)
-            seconds.append(time.perf_counter() - start)
-    return seconds[0] / seconds[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "recipe.yaml"
+        path.write_text(recipe.to_yaml(), encoding="utf-8")
+        (one,), (two,) = _deliver(path, workers=1), _deliver(path, workers=2)
+        copies = _deliver(path, workers=1, copies=2)
+    return {
+        "two_workers": one["seconds"] / two["seconds"],
+        "two_copies": 2 * one["seconds"] / max(copy["seconds"] for copy in copies),
+        "peak_gb": max(run["peak_gb"] for run in (one, two, *copies)),
+    }
+
+
+def _deliver(recipe: Path, *, workers: int, copies: int = 1) -> list[dict[str, float]]:
+    """What ``benchmarks.delivery`` measures, of as many copies as asked for at the same time."""
+    command = [sys.executable, "-m", "benchmarks.delivery", str(recipe), "--workers", str(workers)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(copies)]
+    outputs = [process.communicate()[0] for process in started]
+    for process in started:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+    return [json.loads(output) for output in outputs]
 
 
 if __name__ == "__main__":

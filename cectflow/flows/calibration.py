@@ -175,7 +175,7 @@ def simulate_radial_power(
         for index in track(range(len(cubes), fields), total=fields, title="simulating"):
             field = simulate_field(specimen, "calibration", index)
             centres = np.round(field.scene.positions_zyx)
-            cubes.append(cut(field.tomogram, centres, box, periodic=True))
+            cubes.append(cut(field.tomogram.numpy(), centres, box, periodic=True))
         if sum(map(len, cubes)) >= number:
             return radial_power(np.concatenate(cubes))
         fields *= 2

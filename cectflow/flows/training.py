@@ -306,9 +306,10 @@ def _live(
     if recipe.live is None:
         yield None
         return
+    device = open_fabric(hardware.device, hardware.precision).device
     specimen = prepare_specimen(recipe.simulation, load_structures(recipe.simulation))
     with open_live(
-        specimen, data.manifest, recipe.live.subtomograms_per_epoch,
+        specimen.to(str(device)), data.manifest, recipe.live.subtomograms_per_epoch,
         workers=hardware.workers, name=role,
     ) as source:  # fmt: skip
         yield source

@@ -1,7 +1,12 @@
-"""Extraction: subtomograms of a simulated field, with labels, instances and one row each."""
+"""Extraction: subtomograms of a simulated field, with labels, instances and one row each.
+
+Where to cut, labels and instances follow from the scene alone and are made on the CPU; the cubes
+are cut where the tomogram is.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import no_type_check
 
 import numba
@@ -9,32 +14,78 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cectflow.dataset import FieldRecord, Subtomograms
 from cectflow.particles import make_particle_rows
 from cectflow.simulation.distractors import choose_junk
-from cectflow.simulation.field import SimulatedField, Specimen, seed_of, simulate_field
+from cectflow.simulation.field import (
+    RenderedField,
+    Specimen,
+    draw_field,
+    image_rendered,
+    render_drawn,
+    seed_of,
+)
 from cectflow.subtomogram import cut
 
-__all__ = ["cut_targets", "simulate_subtomograms"]
+__all__ = ["Targets", "choose_targets", "cut_cubes", "simulate_subtomograms"]
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What subtomograms of a field are about: all of them but the cubes.
+
+    Attributes
+    ----------
+    centres
+        Voxels (z, y, x) at which cubes are cut.
+    voxel_labels, instances, rows
+        As of :class:`~cectflow.dataset.Subtomograms`.
+    """
+
+    centres: NDArray[np.float64]
+    voxel_labels: NDArray[np.int8]
+    instances: NDArray[np.int16]
+    rows: pd.DataFrame
 
 
 def simulate_subtomograms(
     specimen: Specimen, split: str, index: int
 ) -> tuple[Subtomograms, FieldRecord]:
     """Subtomograms of field number ``index`` of a split, and what was measured of the field."""
-    field = simulate_field(specimen, split, index)
-    seed = seed_of(specimen, f"{split}-cut", index)
-    return cut_targets(specimen, field, seed), field.record
+    rendered = render_drawn(specimen, draw_field(specimen, split, index))
+    targets = choose_targets(specimen, rendered, seed_of(specimen, f"{split}-cut", index))
+    tomogram, record = image_rendered(specimen, rendered)
+    cubes = cut_cubes(tomogram, targets.centres, specimen.recipe.box).cpu().numpy()
+    return Subtomograms(cubes, targets.voxel_labels, targets.instances, targets.rows), record
 
 
-def cut_targets(specimen: Specimen, field: SimulatedField, seed: int) -> Subtomograms:
-    """Subtomograms about the field's particles, with labels, instances and one row each.
+def cut_cubes(tomogram: Tensor, centres: NDArray[np.float64], box: int) -> Tensor:
+    """Cubes of a periodic tomogram in float16, on its device; :func:`~cectflow.subtomogram.cut`."""
+    halves = tomogram.half()
+    if halves.device.type == "cpu":  # copies whole blocks
+        return torch.from_numpy(cut(halves.numpy(), centres, box, periodic=True))
+    return _gather(halves, centres, box)
+
+
+def _gather(volume: Tensor, centres: NDArray[np.float64], box: int) -> Tensor:
+    """Cubes of a periodic volume about whole voxels, by their indices, on its device."""
+    device = volume.device
+    corners = torch.from_numpy(np.round(centres).astype(np.int64) - box // 2).to(device)
+    sizes = torch.tensor(volume.shape, device=device)
+    along = torch.arange(box, device=device)
+    z, y, x = ((corners[..., None] + along) % sizes[:, None]).unbind(1)
+    return volume[z[:, :, None, None], y[:, None, :, None], x[:, None, None, :]]
+
+
+def choose_targets(specimen: Specimen, field: RenderedField, seed: int) -> Targets:
+    """Places of subtomograms about the field's particles, with labels, instances and rows.
 
     Those of the class junk come after them. They have no target: no voxel of theirs is of
     instance 1 or of the class, and distractors are background in all cubes alike.
     """
-    recipe, scene = specimen.recipe, field.scene
+    recipe, scene = specimen.recipe, field.drawn.scene
     generator = np.random.default_rng(seed)
     # A particle that its neighbours' densities hide has no voxel to segment: no target.
     whole = np.zeros((1, 3), np.int64)
@@ -70,25 +121,23 @@ def cut_targets(specimen: Specimen, field: SimulatedField, seed: int) -> Subtomo
         voxel_labels,
         instances,
     )
-    halves = torch.from_numpy(field.tomogram).half().numpy()
-    cubes = cut(halves, centres[kept], recipe.box, periodic=True)
     names = [specimen.classes[class_id - 1] for class_id in class_ids[kept]]
     z, y, x = centres[kept].astype(np.int64).T
     rows = make_particle_rows(
         positions[kept],
         angles=angles[kept],
-        tomogram=field.record.field,
+        tomogram=field.drawn.name,
         rlnClassNumber=class_ids[kept],
         cectflowClassName=pd.array(names, dtype="str"),
         cectflowCentreX=x,
         cectflowCentreY=y,
         cectflowCentreZ=z,
     )
-    return Subtomograms(cubes, voxel_labels, instances, rows)
+    return Targets(centres[kept], voxel_labels, instances, rows)
 
 
 def _choose_junk_of(
-    specimen: Specimen, field: SimulatedField, num_targets: int, generator: np.random.Generator
+    specimen: Specimen, field: RenderedField, num_targets: int, generator: np.random.Generator
 ) -> NDArray[np.float64]:
     """Centres of the field's junk in voxels; of an independent field one or none."""
     recipe = specimen.recipe
@@ -110,8 +159,8 @@ def _choose_junk_of(
             kind,
             number,
             owners=field.owners,
-            kinds=field.distractor_kinds,
-            distractors=field.scene.distractors,
+            kinds=field.kinds,
+            distractors=field.drawn.scene.distractors,
             voxel_size=recipe.voxel_size,
             box=recipe.box,
             generator=generator,

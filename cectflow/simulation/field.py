@@ -1,10 +1,15 @@
-"""Simulated fields: structures made ready for a recipe, packed, rendered, imaged and measured."""
+"""Simulated fields: structures made ready for a recipe, packed, rendered, imaged and measured.
+
+Packing and rendering run on the CPU (numba), all that follows on the device of the specimen: a
+field's density is copied there once, its tomogram stays there. On another device than the CPU the
+noise is another one; the bytes of a recipe are those that the CPU makes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,13 +35,16 @@ from cectflow.simulation.structure import Structure
 
 __all__ = [
     "DrawnField",
+    "RenderedField",
     "SimulatedField",
     "Specimen",
     "draw_field",
     "draw_field_optics",
     "field_optics",
     "image_drawn",
+    "image_rendered",
     "prepare_specimen",
+    "render_drawn",
     "render_foreign",
     "render_particles",
     "seed_of",
@@ -61,7 +69,7 @@ class Specimen:
     expected_power
         Mean power spectrum of the particles of the recipe's scenes, from reference fields of their
         own. Membranes and gold are left out: the SNR is that of the particles, and one gold bead
-        would outweigh them all.
+        would outweigh them all. Its device is the specimen's: :meth:`to`.
     """
 
     recipe: SimulationRecipe
@@ -70,6 +78,15 @@ class Specimen:
     thresholds: NDArray[np.float64]
     abundances: NDArray[np.float64]
     expected_power: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where fields are imaged and cut."""
+        return self.expected_power.device
+
+    def to(self, device: str) -> Specimen:
+        """The same specimen, whose fields are imaged, measured and cut on another device."""
+        return replace(self, expected_power=self.expected_power.to(device))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -83,7 +100,8 @@ class SimulatedField:
     """One imaged field with its ground truth; arrays are (z, y, x) over the periodic field."""
 
     scene: Scene
-    tomogram: NDArray[np.float32]
+    tomogram: Tensor
+    """float32, on the specimen's device."""
     owners: NDArray[np.int32]
     """0 background, else 1 + index of the particle in the scene."""
     density: NDArray[np.float32]
@@ -142,17 +160,14 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
 
 def simulate_field(specimen: Specimen, split: str, index: int) -> SimulatedField:
     """Field number ``index`` of a split; depends on nothing but the recipe and these two."""
-    recipe = specimen.recipe
-    drawn = draw_field(specimen, split, index)
-    density, owners = render_particles(specimen, drawn.scene)
-    spectrum = torch.fft.rfftn(torch.from_numpy(density))
-    kinds, foreign_spectrum = np.zeros(recipe.field_shape, np.int8), None
-    if drawn.scene.distractors:
-        foreign, kinds = render_foreign(specimen, drawn.scene)
-        foreign_spectrum = torch.fft.rfftn(torch.from_numpy(foreign))
-        density += foreign
-    tomogram, record = image_drawn(specimen, drawn, spectrum, foreign_spectrum)
-    return SimulatedField(drawn.scene, tomogram, owners, density, kinds, record, drawn.optics)
+    rendered = render_drawn(specimen, draw_field(specimen, split, index))
+    drawn, density = rendered.drawn, rendered.density
+    tomogram, record = image_rendered(specimen, rendered)
+    if rendered.foreign is not None:
+        density += rendered.foreign
+    return SimulatedField(
+        drawn.scene, tomogram, rendered.owners, density, rendered.kinds, record, drawn.optics
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,9 +202,50 @@ def draw_field(specimen: Specimen, split: str, index: int) -> DrawnField:
     return DrawnField(f"{split}-{index:05d}", scene, snr, optics, seed)
 
 
+@dataclass(frozen=True, eq=False)
+class RenderedField:
+    """A drawn field's densities and its ground truth, all that the CPU makes of it.
+
+    Attributes
+    ----------
+    density, foreign
+        Of the particles; of the distractors, None without any.
+    owners
+        0 background, else 1 + index of the particle in the scene.
+    kinds
+        Kind of distractor of each voxel, 0 none.
+    """
+
+    drawn: DrawnField
+    density: NDArray[np.float32]
+    foreign: NDArray[np.float32] | None
+    owners: NDArray[np.int32]
+    kinds: NDArray[np.int8]
+
+
+def render_drawn(specimen: Specimen, drawn: DrawnField) -> RenderedField:
+    """Densities and ground truth of a drawn field."""
+    density, owners = render_particles(specimen, drawn.scene)
+    if not drawn.scene.distractors:
+        nowhere = np.zeros(specimen.recipe.field_shape, np.int8)
+        return RenderedField(drawn, density, None, owners, nowhere)
+    foreign, kinds = render_foreign(specimen, drawn.scene)
+    return RenderedField(drawn, density, foreign, owners, kinds)
+
+
+def image_rendered(specimen: Specimen, rendered: RenderedField) -> tuple[Tensor, FieldRecord]:
+    """Tomogram of a rendered field, on the specimen's device, and what was measured of it."""
+    spectra = [
+        None if density is None else torch.fft.rfftn(torch.from_numpy(density).to(specimen.device))
+        for density in (rendered.density, rendered.foreign)
+    ]
+    assert spectra[0] is not None
+    return image_drawn(specimen, rendered.drawn, spectra[0], spectra[1])
+
+
 def image_drawn(
     specimen: Specimen, drawn: DrawnField, spectrum: Tensor, foreign: Tensor | None
-) -> tuple[NDArray[np.float32], FieldRecord]:
+) -> tuple[Tensor, FieldRecord]:
     """Tomogram of a drawn field, and what was drawn and measured of it.
 
     Parameters
@@ -197,22 +253,23 @@ def image_drawn(
     specimen, drawn
         Of the field.
     spectrum, foreign
-        ``rfftn`` of the density of its particles and of its distractors, if it has any; both are
-        overwritten.
+        ``rfftn`` of the density of its particles and of its distractors, if it has any, on the
+        specimen's device; both are overwritten.
     """
     recipe, draw, shape = specimen.recipe, drawn.optics, specimen.recipe.field_shape
     optics = field_optics(specimen, draw)
     factor = noise_scale(specimen.expected_power, optics, drawn.snr, width=shape[2])
-    generator = torch.Generator().manual_seed(drawn.noise_seed)
+    generator = torch.Generator(specimen.device).manual_seed(drawn.noise_seed)
     measured = image_spectrum(spectrum, shape, optics, factor, generator, recipe.voxel_size)
     if foreign is not None:  # after the SNR was measured, which is that of the particles
         spectrum += foreign.mul_(optics.signal)
     del optics  # of a whole tomogram they take as much as it does
-    tomogram, numbers = volume_of(spectrum, shape).numpy(), draw.numbers()
+    tomogram, numbers = volume_of(spectrum, shape), draw.numbers()
+    std, mean = torch.std_mean(tomogram, correction=0)
     record = FieldRecord(
         field=drawn.name,
-        mean=float(tomogram.mean()),
-        std=float(tomogram.std()),
+        mean=float(mean),
+        std=float(std),
         defocus_um=numbers["defocus_um"],
         drawn=numbers,
         requested_snr=drawn.snr,
@@ -257,7 +314,7 @@ def render_foreign(
 
 
 def field_optics(specimen: Specimen, draw: OpticsDraw) -> Optics:
-    """Filters of an optics draw on the recipe's field."""
+    """Filters of an optics draw on the recipe's field, on the specimen's device."""
     recipe = specimen.recipe
     return optics_of(
         recipe.field_shape,
@@ -268,6 +325,7 @@ def field_optics(specimen: Specimen, draw: OpticsDraw) -> Optics:
         recipe.ctf_correction,
         shifts=draw.shifts,
         snr_stage=recipe.snr_stage,
+        device=str(specimen.device),
     )
 
 

@@ -58,7 +58,7 @@ def draw_simulated_field(specimen: Specimen, field: SimulatedField) -> Figure:
     class_of_owner = np.concatenate([[0], field.scene.class_ids])
     return _draw_truth(
         field.density,
-        field.tomogram,
+        field.tomogram.numpy(),
         class_of_owner[field.owners],
         field.owners,
         specimen,

@@ -1,23 +1,36 @@
-"""Live data: the dataset protocol without a disk, simulated ahead of a training by processes."""
+"""Live data: the dataset protocol without a disk, simulated ahead of a training by processes.
+
+On another device than the CPU, processes pack and render, and this one images and cuts: cubes are
+made where the training is, and never leave it.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cectflow.dataset import Batch, Manifest
 from cectflow.execution import WorkerProcesses, single_thread
-from cectflow.simulation.extraction import simulate_subtomograms
-from cectflow.simulation.field import Specimen
+from cectflow.simulation.extraction import Targets, choose_targets, cut_cubes
+from cectflow.simulation.field import (
+    RenderedField,
+    Specimen,
+    draw_field,
+    image_rendered,
+    render_drawn,
+    seed_of,
+)
 
 __all__ = ["FIELDS_PER_BLOCK", "LiveSource", "open_live"]
 
@@ -39,7 +52,7 @@ class LiveSource:
     Parameters
     ----------
     specimen
-        What is simulated.
+        What is simulated; batches are on its device.
     manifest
         Of the dataset folder that validates and judges; of the same recipe.
     subtomograms_per_epoch
@@ -81,6 +94,7 @@ class LiveSource:
                 msg = f"{what} is {number}: expected 1 or more"
                 raise ValueError(msg)
         self._specimen = specimen
+        self._images_here = specimen.device.type != "cpu"
         self._length = subtomograms_per_epoch
         self._executor = executor
         self._ahead = ahead
@@ -150,7 +164,11 @@ class LiveSource:
 
     def _fields(self, stream: str) -> Iterator[_Cubes]:
         """Cubes of field after field, until there are enough; others are simulated meanwhile."""
-        pending: deque[Future[_Cubes]] = deque()
+        pending: deque[Future[Any]] = deque()
+        work: Callable[..., Any] = _simulate
+        specimen = self._specimen
+        if self._images_here:
+            work, specimen = _render, specimen.to("cpu")
         finished, received, gap = 0, 0, 0
         try:
             while received < self._length:
@@ -160,8 +178,9 @@ class LiveSource:
                     not pending or received + len(pending) * per_field < self._length
                 ):
                     index = finished + len(pending)
-                    pending.append(self._executor.submit(_simulate, self._specimen, stream, index))
-                cubes = pending.popleft().result()
+                    pending.append(self._executor.submit(work, specimen, stream, index))
+                result = pending.popleft().result()
+                cubes = _image(self._specimen, result, finished) if self._images_here else result
                 finished += 1
                 received += len(cubes)
                 gap = 0 if len(cubes) else gap + 1
@@ -217,59 +236,82 @@ def open_live(
 
 @dataclass(frozen=True, eq=False)
 class _Cubes:
-    """Subtomograms as they pass from a process, each with the number of its field."""
+    """Subtomograms, each with the number of its field, where they were cut."""
 
-    subtomograms: Float[NDArray[np.float16], "n z y x"]
-    voxel_labels: Int[NDArray[np.int8], "n z y x"]
-    instances: Int[NDArray[np.int16], "n z y x"]
-    class_ids: Int[NDArray[np.int64], " n"]
-    fields: Int[NDArray[np.int64], " n"]
+    subtomograms: Float[Tensor, "n z y x"]
+    voxel_labels: Int[Tensor, "n z y x"]
+    instances: Int[Tensor, "n z y x"]
+    class_ids: Int[Tensor, " n"]
+    fields: Int[Tensor, " n"]
 
     def __len__(self) -> int:
         return len(self.class_ids)
 
+    def __reduce__(self) -> tuple[Callable[..., _Cubes], tuple[NDArray[Any], ...]]:
+        """As arrays from process to process: of tensors, torch would keep a file open for each."""
+        return _cubes_of, tuple(tensor.numpy() for tensor in self._tensors)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (
+            self.subtomograms, self.voxel_labels, self.instances, self.class_ids, self.fields,
+        )  # fmt: skip
+
     def take(self, rows: Int[NDArray[np.int64], " m"]) -> _Cubes:
         """Some of them, copied, so that the others can be forgotten."""
-        return _Cubes(
-            self.subtomograms[rows],
-            self.voxel_labels[rows],
-            self.instances[rows],
-            self.class_ids[rows],
-            self.fields[rows],
-        )
+        chosen = torch.from_numpy(rows).to(self.subtomograms.device)
+        return _Cubes(*(tensor[chosen] for tensor in self._tensors))
 
     def as_batch(self) -> Batch:
         """As a network is shown them."""
         return Batch(
-            torch.from_numpy(self.subtomograms.astype(np.float32))[:, None],
-            torch.from_numpy(self.voxel_labels),
-            torch.from_numpy(self.instances),
-            torch.from_numpy(self.class_ids),
-            torch.from_numpy(self.fields),
+            self.subtomograms.float()[:, None],
+            self.voxel_labels,
+            self.instances,
+            self.class_ids,
+            self.fields,
         )
 
 
+def _cubes_of(*arrays: NDArray[Any]) -> _Cubes:
+    return _Cubes(*map(torch.from_numpy, arrays))
+
+
 def _concatenate(parts: Sequence[_Cubes]) -> _Cubes:
-    return _Cubes(
-        np.concatenate([part.subtomograms for part in parts]),
-        np.concatenate([part.voxel_labels for part in parts]),
-        np.concatenate([part.instances for part in parts]),
-        np.concatenate([part.class_ids for part in parts]),
-        np.concatenate([part.fields for part in parts]),
-    )
+    return _Cubes(*map(torch.cat, zip(*(part._tensors for part in parts), strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rendered:
+    """A field that is still to be imaged, as it passes from a process."""
+
+    field: RenderedField
+    targets: Targets
 
 
 def _simulate(specimen: Specimen, stream: str, index: int) -> _Cubes:
     """Cubes of one field of a stream."""
     with single_thread():
-        content, _ = simulate_subtomograms(specimen, stream, index)
-    assert content.voxel_labels is not None
-    assert content.instances is not None
-    class_ids = content.rows["rlnClassNumber"].to_numpy(np.int64)
+        return _image(specimen, _render(specimen, stream, index), index)
+
+
+def _render(specimen: Specimen, stream: str, index: int) -> _Rendered:
+    """What the CPU makes of a field: densities, places and labels."""
+    with single_thread():
+        field = render_drawn(specimen, draw_field(specimen, stream, index))
+        targets = choose_targets(specimen, field, seed_of(specimen, f"{stream}-cut", index))
+    # The labels are made; what they were made of need not travel.
+    field = replace(field, owners=field.owners[:0], kinds=field.kinds[:0])
+    return _Rendered(field, targets)
+
+
+def _image(specimen: Specimen, rendered: _Rendered, index: int) -> _Cubes:
+    """Cubes of a rendered field on the specimen's device."""
+    tomogram, _ = image_rendered(specimen, rendered.field)
+    targets = rendered.targets
+    class_ids = targets.rows["rlnClassNumber"].to_numpy(np.int64, copy=True)
+    truth = (targets.voxel_labels, targets.instances, class_ids, np.full(len(class_ids), index))
     return _Cubes(
-        content.cubes,
-        content.voxel_labels,
-        content.instances,
-        class_ids,
-        np.full(len(class_ids), index, np.int64),
+        cut_cubes(tomogram, targets.centres, specimen.recipe.box),
+        *(torch.from_numpy(values).to(specimen.device) for values in truth),
     )

@@ -87,13 +87,13 @@ def field_spectra(specimen: Specimen, field: SimulatedField) -> FieldSpectra:
     """Spectra of a field; its noise is what the tomogram holds beside the imaged density."""
     recipe, snr = specimen.recipe, field.record.requested_snr
     optics = field_optics(specimen, field.draw)
-    num_voxels, width = field.tomogram.size, recipe.field_shape[2]
+    num_voxels, width = field.tomogram.numel(), recipe.field_shape[2]
     gain = optics.signal.abs() ** 2
 
     def shells(power: Tensor) -> NDArray[np.float64]:
         return shell_average(power / num_voxels, width=width, voxel_size=recipe.voxel_size)[1]
 
-    density, tomogram = torch.from_numpy(field.density), torch.from_numpy(field.tomogram)
+    density, tomogram = torch.from_numpy(field.density), field.tomogram
     imaged = torch.fft.irfftn(torch.fft.rfftn(density) * optics.signal, s=tomogram.shape)
     particles, others = density, None
     if field.scene.distractors:

@@ -182,7 +182,7 @@ def simulate_tomogram(
         kept = density if tilt_series else None
         del density
         tomogram, record = image_drawn(surrounded, drawn, spectrum, foreign_spectrum)
-    data, series = tomogram[middle].copy(), None
+    data, series = tomogram.numpy()[middle].copy(), None
     if kept is not None:
         series = _record(surrounded, kept, record, index)
         data = back_project(series, shape)

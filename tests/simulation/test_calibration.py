@@ -263,7 +263,7 @@ def test_the_interval_holds_the_true_snr(given: Specimen, cubes: Cubes, phantom:
     for index in range(3):
         field = simulate_field(specimen, "train", index)
         centres = np.round(field.scene.positions_zyx)
-        stacks.append(cut(np.asarray(field.tomogram), centres, BOX, periodic=True))
+        stacks.append(cut(field.tomogram.numpy(), centres, BOX, periodic=True))
     found = calibrate(given, np.concatenate(stacks), VOXEL_SIZE)
     assert found.snr.low < 0.05 < found.snr.high
 

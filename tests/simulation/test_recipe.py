@@ -18,8 +18,10 @@ from cectflow.dataset import Subtomograms, check_dataset, open_dataset
 from cectflow.simulation.beads import label_threshold, render_field
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.distractors import GOLD, MEMBRANE, Distractors, Junk
-from cectflow.simulation.extraction import cut_targets
+from cectflow.simulation.extraction import choose_targets, cut_cubes
 from cectflow.simulation.field import (
+    DrawnField,
+    RenderedField,
     SimulatedField,
     Specimen,
     draw_field_optics,
@@ -58,7 +60,16 @@ def image_again(specimen: Specimen, field: SimulatedField) -> tuple[Array, Array
         snr_stage=recipe.snr_stage,
     )
     signal = image_field(torch.from_numpy(field.density), optics, 0.0, torch.Generator())[0].numpy()
-    return signal.astype(np.float64), field.tomogram.astype(np.float64) - signal
+    return signal.astype(np.float64), field.tomogram.numpy().astype(np.float64) - signal
+
+
+def cut_targets(specimen: Specimen, field: SimulatedField, seed: int) -> Subtomograms:
+    """Subtomograms of a field that is at hand, with places drawn by a seed."""
+    drawn = DrawnField(field.record.field, field.scene, None, field.draw, 0)
+    rendered = RenderedField(drawn, field.density, None, field.owners, field.distractor_kinds)
+    targets = choose_targets(specimen, rendered, seed)
+    cubes = cut_cubes(field.tomogram, targets.centres, specimen.recipe.box).numpy()
+    return Subtomograms(cubes, targets.voxel_labels, targets.instances, targets.rows)
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_the_montage_shows_the_middle_of_field_classes_and_instances(
     assert len(figure.axes) == 8
     depth, height, _ = field.density.shape
     for volume, top, bottom in zip(
-        (field.density, field.tomogram), figure.axes[:2], figure.axes[4:6], strict=True
+        (field.density, field.tomogram.numpy()), figure.axes[:2], figure.axes[4:6], strict=True
     ):
         np.testing.assert_array_equal(top.images[0].get_array(), volume[depth // 2])
         np.testing.assert_array_equal(bottom.images[0].get_array(), volume[:, height // 2])

@@ -1,0 +1,44 @@
+"""One dataset written in a process of its own: seconds and memory, for ``benchmarks.simulation``.
+
+Its imports are those of the simulation alone, since every worker process repeats them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+from cectflow.simulation.delivery import simulate_dataset
+from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.simulation.structure import find_structures, load_structure
+
+
+def main() -> None:
+    """Print ``seconds`` of :func:`simulate_dataset`, and ``peak_gb``: resident memory.
+
+    The start of worker processes and the preparation of the specimen are in the seconds; the
+    memory is the largest of this process and of any worker.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", type=Path, help="YAML of a SimulationRecipe")
+    parser.add_argument("--workers", type=int, required=True)
+    options = parser.parse_args()
+    recipe = SimulationRecipe.from_yaml(options.recipe)
+    structures = [load_structure(source) for source in find_structures(",".join(recipe.structures))]
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.perf_counter()
+        simulate_dataset(recipe, structures, Path(scratch) / "data", workers=options.workers)
+        seconds = time.perf_counter() - start
+    peaks = [
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+    print(json.dumps({"seconds": seconds, "peak_gb": max(peaks) * 1024 / 1e9}))
+
+
+if __name__ == "__main__":
+    main()
