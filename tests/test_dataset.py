@@ -144,7 +144,7 @@ def test_another_simulation_does_not_go_on_in_the_folder(
     assert contents(folder) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty and holds no dataset"):
+    with pytest.raises(FileExistsError, match="is not empty: give another folder"):
         simulate_dataset(RECIPE, structures, tmp_path / "mine")
 
 

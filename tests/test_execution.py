@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -90,6 +90,15 @@ def test_processes_beside_this_one_leave_ctrl_c_to_it(tmp_path: Path) -> None:
         assert executor.submit(os.getpid).result() == worker
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises here even if the tests were started in the background of a shell."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_this_process_waits_for_no_job(tmp_path: Path) -> None:
     def press() -> None:
         wait_for(tmp_path / "begun")
