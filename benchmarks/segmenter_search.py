@@ -48,6 +48,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     # Depth: blocks of a level, number of levels.
     "half_deep": {"stem": 2, "widths": (16, 32, 64), "depth": (2, 3)},
     "half_wider_deep": {"stem": 2, "widths": (32, 64, 128), "depth": (2, 3)},
+    "full_deep": {"stem": 1, "widths": (8, 16, 32, 64), "depth": (1, 1, 2)},
     "half_shallow": {"stem": 2, "widths": (24, 48), "depth": (2,)},
     # The decoder's width.
     "half_slender": {

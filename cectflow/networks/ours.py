@@ -232,9 +232,12 @@ def strided_micro(num_outputs: int, box: int) -> nn.Module:
     return StridedClassifier(num_outputs, box, widths=(16, 32, 40))
 
 
-@register_network(task="segment", stride=8, min_box=12, reach=77, paper=PAPER)
+@register_network(task="segment", stride=4, min_box=8, reach=26, paper=PAPER)
 def strided_ed_base(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
-    """Segmenter of ours for the last points: residual encoder-decoder; 32, 64, 128 channels.
+    """Segmenter of ours for the last points: residual encoder-decoder; 8, 24, 48 channels.
+
+    Its stem keeps the full grid, with few channels: that outlines better than more channels on
+    half the grid for the same multiplications, though not in the same time.
 
     Parameters
     ----------
@@ -246,13 +249,16 @@ def strided_ed_base(num_outputs: int, box: int, centred: bool = True) -> nn.Modu
         See the distance from the centre: true for the task ``target``, false for ``semantic``.
     """
     return StridedSegmenter(
-        num_outputs, box, stem=2, widths=(32, 64, 128), depth=(2, 3), centred=centred
+        num_outputs, box, stem=1, widths=(8, 24, 48), depth=(1, 2), centred=centred
     )
 
 
-@register_network(task="segment", stride=8, min_box=12, reach=77, paper=PAPER)
+@register_network(task="segment", stride=4, min_box=8, reach=21, paper=PAPER)
 def strided_ed_small(num_outputs: int, box: int, centred: bool = True) -> nn.Module:
-    """Compact segmenter of ours: residual encoder-decoder on half the grid; 16, 32, 64 channels.
+    """Compact segmenter of ours: residual encoder-decoder from half the grid; 24, 48 channels.
+
+    A third level outlines about as well for the same multiplications, but sees more than twice as
+    far, and whole tomograms pay for that: windows overlap by the reach.
 
     Parameters
     ----------
@@ -263,9 +269,7 @@ def strided_ed_small(num_outputs: int, box: int, centred: bool = True) -> nn.Mod
     centred
         See the distance from the centre: true for the task ``target``, false for ``semantic``.
     """
-    return StridedSegmenter(
-        num_outputs, box, stem=2, widths=(16, 32, 64), depth=(2, 3), centred=centred
-    )
+    return StridedSegmenter(num_outputs, box, stem=2, widths=(24, 48), depth=(2,), centred=centred)
 
 
 @register_network(task="classify", stride=1, min_box=12, paper=PAPER)
