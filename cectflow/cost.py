@@ -12,9 +12,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cectflow.model_card import Cost, ModelCard
+from cectflow.networks import create_network, network_info
 from cectflow.runtime import Infer, RuntimeName, load_runtime
 
-__all__ = ["count_macs", "count_parameters", "measure_cost", "measure_throughputs"]
+__all__ = [
+    "count_macs",
+    "count_parameters",
+    "measure_cost",
+    "measure_throughputs",
+    "widest_layer",
+]
 
 BATCH_SIZE = 16
 REPEATS = 7
@@ -36,6 +43,32 @@ def count_macs(network: nn.Module, box: int) -> int:
     network.train(was_training)
     flops: int = counter.get_total_flops()
     return flops // 2
+
+
+def widest_layer(name: str) -> float:
+    """Numbers that the widest layer inside a segmenter holds for each voxel of its input.
+
+    Times four bytes and the voxels it is the memory of one layer; nothing is computed.
+
+    Parameters
+    ----------
+    name
+        Of the catalogue.
+    """
+    box = 4 * network_info(name).stride
+    sizes: list[int] = []
+
+    def note(_: nn.Module, __: object, output: torch.Tensor) -> None:
+        sizes.append(output.numel())
+
+    with torch.device("meta"):
+        network = create_network(name, num_outputs=2, box=box).eval()
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv3d):
+                layer.register_forward_hook(note)
+        with torch.no_grad():
+            network(torch.zeros(1, 1, box, box, box))
+    return max(sizes) / box**3
 
 
 def measure_throughputs(

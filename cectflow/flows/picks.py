@@ -71,7 +71,7 @@ def evaluate_picks(
         volume = read_volume(tomogram, voxel_size=voxel_size)
         shape, voxel_size = volume.shape, volume.voxel_size
     sizes = [voxel_size or _stated(table) for table in tables]
-    known = next((size for size in sizes if size is not None), None)
+    known = next((size for size in sizes if size is not None), None if len(tables[1]) else 1.0)
     if known is None:
         msg = (
             f"neither {truth} nor {picks} says how large the voxels are that it counts in: give "

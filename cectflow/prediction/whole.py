@@ -23,8 +23,10 @@ from cectflow.volume import create_volume
 
 __all__ = ["WholeOptions", "WholeOutputs", "WholeSegmentation", "segment_whole"]
 
-WINDOW_VOXELS = {"cpu": 2**22, "cuda": 2**24}
-"""Most voxels of a window: of 8 channels in float32, 130 MB and 540 MB."""
+WINDOW_BYTES = {"cpu": 1.0e9, "cuda": 6.0e9}
+"""That a window may take while it is computed; cores, maps and libraries come on top."""
+LAYERS_ALIVE = 3
+"""Widest layers that are in memory at a time: what comes in, what goes out, what was skipped."""
 BLENDED_EDGE = 96
 """Largest edge of windows that are blended, where none is given."""
 BLENDED_HALO = 0.125
@@ -190,21 +192,26 @@ def _run(
 
 def _plan(network: LoadedNetwork, shape: tuple[int, int, int], whole: WholeOptions) -> WindowPlan:
     # torch comes with the catalogue, 2 s: only whole tomograms need it.
+    from cectflow.cost import widest_layer
     from cectflow.networks import network_info
 
     info = network_info(network.card.network)
     if info.reach is None:
         msg = f"{info.name} looks at a whole cube at once: it cannot run over a tomogram"
         raise ValueError(msg)
+    # torch.export takes an axis of a single stride for a constant.
+    smallest = max(info.min_box, 2 * info.stride)
     if whole.blend:
         edge = whole.window or BLENDED_EDGE
         return plan_windows(
-            shape, stride=info.stride, halo=int(BLENDED_HALO * edge), smallest=info.min_box,
+            shape, stride=info.stride, halo=int(BLENDED_HALO * edge), smallest=smallest,
             edge=edge,
         )  # fmt: skip
+    # The logits are there twice: as the network gives them, and as probabilities of the core.
+    numbers = LAYERS_ALIVE * widest_layer(info.name) + 2 * network.card.num_outputs
     return plan_windows(
-        shape, stride=info.stride, halo=info.reach, smallest=info.min_box, edge=whole.window,
-        voxels=WINDOW_VOXELS[network.device],
+        shape, stride=info.stride, halo=info.reach, smallest=smallest, edge=whole.window,
+        voxels=int(WINDOW_BYTES[network.device] / (4 * numbers)),
     )  # fmt: skip
 
 
@@ -272,7 +279,7 @@ class _OnSourceGrid:
             part = np.float32(place - below)
             plane = (1 - part) * volume[below] + part * volume[above]
             result.append(along_y @ (plane @ along_x.T))
-        return np.clip(np.stack(result), 0.0, 1.0)
+        return np.asarray(np.clip(np.stack(result), 0.0, 1.0), np.float32)
 
     def nearest(self, volume: NDArray[np.int16], depths: slice) -> NDArray[np.int16]:
         """Values of the nearest voxels of a slab."""

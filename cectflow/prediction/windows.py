@@ -106,7 +106,7 @@ def plan_windows(
     edge
         Largest edge of a window.
     voxels
-        Most voxels of a window where no edge is given.
+        Most voxels of a window where no edge is given; more only if the halo leaves no choice.
 
     Raises
     ------
@@ -134,18 +134,12 @@ def plan_windows(
         if edge is not None:
             lengths = [min(choice for choice in lengths if choice[1] <= edge)]
         choices.append(lengths)
-    fitting = [
-        combination
-        for combination in product(*choices)
-        if edge is not None or math.prod(window for _, window in combination) <= voxels
-    ]
-    if not fitting:
-        msg = (
-            f"the network looks {halo} voxels to each side: windows of {voxels} voxels have no "
-            f"core; give --window {least} or more"
-        )
-        raise ValueError(msg)
-    best = min(fitting, key=lambda combination: math.prod(total for total, _ in combination))
+
+    def cost(combination: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+        size = math.prod(window for _, window in combination)
+        return max(0, size - voxels), math.prod(total for total, _ in combination)
+
+    best = min(product(*choices), key=cost)
     axes = [
         _stretches(length, window, halo) for length, (_, window) in zip(padded, best, strict=True)
     ]
@@ -251,12 +245,17 @@ def _probabilities(
     for turn in turns:
         axes = HALF_TURNS[turn]
         logits = infer(np.ascontiguousarray(np.flip(block, axes))[None, None])[0]
-        kept = np.flip(logits, axes)[(slice(None), *inside)]
-        exponents = np.exp(kept - kept.max(axis=0))
-        found = exponents / exponents.sum(axis=0)
-        total = found if total is None else total + found
+        found = np.array(np.flip(logits, axes)[(slice(None), *inside)], np.float32)
+        # Softmax in place: with many labels a window's logits are its largest array.
+        found -= found.max(axis=0)
+        np.exp(found, out=found)
+        found /= found.sum(axis=0) * np.float32(len(turns))
+        if total is None:
+            total = found
+        else:
+            total += found
     assert total is not None
-    return (total / np.float32(len(turns))).astype(np.float32, copy=False)
+    return total
 
 
 def _within(

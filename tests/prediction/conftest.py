@@ -12,7 +12,7 @@ from builders import make_card
 
 from cectflow.export import export_network
 from cectflow.model_card import Role
-from cectflow.networks import create_network
+from cectflow.networks import create_network, network_info
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.volume import Volume, write_stack, write_volume
@@ -47,6 +47,25 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "segmenter"
     return make_model_folder(folder, "strided_ed_small", "segmenter", "target")
+
+
+@pytest.fixture(scope="session")
+def semantic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A semantic segmenter of two classes at 10 Å, without a sense of the centre."""
+    folder = tmp_path_factory.mktemp("models") / "semantic"
+    names = CLASSES[:2]
+    card = make_card(
+        role="segmenter", task="semantic", network="strided_ed_small", num_outputs=3, classes=names,
+        labels=names, box=BOX, voxel_size=10.0, normalisation="tomogram",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    export_network(
+        create_network("strided_ed_small", num_outputs=3, box=BOX, centred=False),
+        card,
+        folder,
+        stride=network_info("strided_ed_small").stride,
+    )
+    return folder
 
 
 @pytest.fixture

@@ -48,7 +48,9 @@ def segment(
     report: Callable[[str], None],
     **files: Any,
 ) -> Segmentation:
-    return predict_segments(str(model), InputFiles(**files), out, probabilities, options, report)
+    outcome = predict_segments(str(model), InputFiles(**files), out, probabilities, options, report)
+    assert isinstance(outcome, Segmentation)
+    return outcome
 
 
 def test_classes_of_a_stack_are_the_networks_own(
@@ -254,6 +256,22 @@ def test_wrong_task_names_the_command_that_fits(
         classify(segmenter, tmp_path / "o.star", OPTIONS, silent, subtomograms=str(stack))
     with pytest.raises(ValueError, match="use `cectflow predict classify`"):
         segment(classifier, tmp_path / "o.mrcs", None, OPTIONS, silent, subtomograms=str(stack))
+
+
+def test_a_whole_tomogram_without_particles_names_the_model_that_takes_it(
+    classifier: Path, segmenter: Path, tomogram: Path, picks: Path, tmp_path: Path
+) -> None:
+    expected = r"known positions: give --particles PICKS.star.*cectflow-tomogram-segmenter"
+    with pytest.raises(ValueError, match=expected):
+        classify(classifier, tmp_path / "o.star", OPTIONS, silent, tomogram=tomogram)
+    with pytest.raises(ValueError, match=expected):
+        segment(segmenter, tmp_path / "o.mrc", None, OPTIONS, silent, tomogram=tomogram)
+    with pytest.raises(ValueError, match="need a semantic segmenter"):
+        predict_segments(
+            str(segmenter), InputFiles(tomogram=tomogram, particles=picks), tmp_path / "o.mrc",
+            None, OPTIONS, silent, picks=tmp_path / "p.star",
+        )  # fmt: skip
+    assert not (tmp_path / "o.mrc").exists()
 
 
 def test_a_damaged_file_is_refused_before_any_output(
