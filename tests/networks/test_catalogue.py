@@ -183,6 +183,7 @@ def test_multiplications_of_the_segmenters_are_those_of_their_anatomy(name: str,
         ("strided_micro", 150_000, "dsrf3d_v2", 20),
         ("strided_ed_small", 250_000, "ssn3d_ed", 9),
         ("strided_ed_base", 300_000, "ssn3d_ed", 4),
+        ("strided_ed_large", 1_100_000, "ssn3d_ed", 1),
     ],
 )
 def test_our_networks_are_small_and_cheap(
