@@ -14,7 +14,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
 from numpy.typing import NDArray
 
-__all__ = ["cut", "flip_contrast", "inside", "normalise", "rescale", "robust_statistics"]
+__all__ = [
+    "DEVIATION_PER_MAD",
+    "cut",
+    "flip_contrast",
+    "inside",
+    "normalise",
+    "rescale",
+    "robust_statistics",
+]
 
 # Voxel sizes closer than this are one and the same: headers hold them in float32.
 SAME_VOXEL_SIZE = 1e-4

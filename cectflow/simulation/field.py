@@ -32,7 +32,7 @@ from cectflow.simulation.microscope import OpticsDraw, draw_optics
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.scene import Scene, pack_scene
 from cectflow.simulation.structure import Structure
-from cectflow.subtomogram import robust_statistics
+from cectflow.subtomogram import DEVIATION_PER_MAD
 
 __all__ = [
     "DrawnField",
@@ -303,7 +303,7 @@ def image_drawn(
     del optics  # of a whole tomogram they take as much as it does
     tomogram, numbers = volume_of(spectrum, shape), draw.numbers()
     std, mean = torch.std_mean(tomogram, correction=0)
-    median, robust_std = robust_statistics(_some_of(tomogram))
+    median, robust_std = _robust_statistics(tomogram)
     record = FieldRecord(
         field=drawn.name,
         mean=float(mean),
@@ -323,12 +323,16 @@ def image_drawn(
     return tomogram, record
 
 
-def _some_of(tomogram: Tensor) -> NDArray[np.float32]:
-    """Voxels spread over a tomogram: enough for a median to a thousandth of the deviation."""
+def _robust_statistics(tomogram: Tensor) -> tuple[float, float]:
+    """:func:`cectflow.subtomogram.robust_statistics` of some voxels, computed where they lie.
+
+    The voxels are spread over the tomogram, and enough for a thousandth of the deviation.
+    """
     # An odd step, so that it runs through all columns of a field whose width is a power of two.
-    step = max(1, tomogram.numel() // ROBUST_SAMPLE) | 1
-    some: NDArray[np.float32] = tomogram.flatten()[::step].cpu().numpy()
-    return some
+    sample = tomogram.flatten()[:: max(1, tomogram.numel() // ROBUST_SAMPLE) | 1]
+    sample = sample[: (len(sample) - 1) // 2 * 2 + 1]  # odd: the median is one of the values
+    median = sample.median()
+    return float(median), DEVIATION_PER_MAD * float((sample - median).abs().median())
 
 
 def render_particles(

@@ -47,7 +47,7 @@ def test_losses_are_declared_with_their_weights(tmp_path: Path) -> None:
     path.write_text(text)
     assert Recipe.from_yaml(path) == load_recipe("tiny")
     path.write_text(text.replace("dice: 1.0", "dise: 1.0"))
-    with pytest.raises(ValueError, match=r"segmenter\.loss\.dise: Extra inputs"):
+    with pytest.raises(ValueError, match=r"segmenter\.loss\.dise: no such key"):
         Recipe.from_yaml(path)
 
 

@@ -1,86 +1,25 @@
-"""The long walks: every entry point through ``mlflow run``, and every command of the pages.
-
-One store, one folder, one road of the recipe ``tiny``; what is promoted there serves the rest.
-"""
+"""The long walk: every entry point through ``mlflow run``."""
 
 from __future__ import annotations
 
-import functools
-import gzip
-import os
-import re
-import shlex
-import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from road import Road
 
 from cectflow.cli import main
 from cectflow.dataset import check_dataset, open_dataset
-from cectflow.flows.simulation import write_tomogram
 from cectflow.model_card import ModelCard
 from cectflow.particles import read_particles
 from cectflow.recipe import LiveRecipe, load_recipe
 from cectflow.volume import read_volume
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("structures", "simulation", "datasets", "training", "registry", "prediction")
-
 ROLES = ("segmenter", "tomogram-segmenter", "teacher", "student")
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass(frozen=True)
-class Road:
-    """What the tiny road left behind."""
-
-    folder: Path
-    output: str
-    environment: dict[str, str]
-
-    def mlflow_run(self, entry_point: str, *, code: int = 0, **parameters: str) -> str:
-        """Run an entry point as a user would; returns stdout and stderr."""
-        command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry_point]
-        command += ["--env-manager", "local"]
-        for name, value in parameters.items():
-            command += ["-P", f"{name}={value}"]
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True,
-            timeout=600,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
-    folder = tmp_path_factory.mktemp("road")
-    # MLflow leaves ids of experiments and runs of other tests' stores in the environment.
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    environment = clean | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "CECTFLOW_CACHE": str(folder / "cache"),
-    }
-    walk = Road(folder, "", environment)
-    output = walk.mlflow_run("main", recipe="tiny", out=str(folder / "tour"), device="cpu")
-    return Road(folder, output, environment)
-
-
-@pytest.fixture
-def by_hand(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this process work in the road's folder and store."""
-    monkeypatch.chdir(road.folder)
-    for name in ("MLFLOW_TRACKING_URI", "CECTFLOW_CACHE"):
-        monkeypatch.setenv(name, road.environment[name])
 
 
 def test_main_ends_with_a_table_and_promoted_versions(road: Road) -> None:
@@ -222,26 +161,6 @@ def test_bad_parameters_end_with_a_clear_line(
     assert "Traceback" not in output.partition("error: ")[2].partition("\n")[0]
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A local stand-in for the PDB archive that serves any two entries."""
-    folder = tmp_path_factory.mktemp("archive")
-    for name in ("1KP8", "3J9I"):
-        with gzip.open(folder / f"{name}.cif.gz", "wb") as file:
-            file.write(f"data_{name}\n#\n".encode())
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Quiet, directory=str(folder))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.mark.usefixtures("by_hand")
 def test_a_student_is_distilled_from_live_data(road: Road) -> None:
     recipe = load_recipe("tiny")
@@ -280,28 +199,3 @@ def test_structures_left_out_are_an_entry_point(road: Road) -> None:
     assert "held out in turn: barrel + bowl; rod" in output
     assert "unseen / seen" in output
     assert (out / "generalisation.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.usefixtures("by_hand")
-def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> None:
-    if not (road.folder / "tomogram.mrc").is_file():
-        written = write_tomogram(load_recipe("tiny").simulation, road.folder / "example")
-        shutil.copy(written.tomogram, road.folder)
-        shutil.copy(written.particles, road.folder)
-    text = (ROOT / "docs" / f"{page}.md").read_text()
-    commands = [
-        line
-        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-        for line in block.splitlines()
-        if line.strip()
-    ]
-    assert commands
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "cectflow"
-        if arguments[:2] == ["structures", "fetch"]:
-            arguments += ["--base-url", archive]
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        assert not stop.value.code, command
