@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from benchmarks.report import parse_options, write_report
 from benchmarks.segmenter_search import RECIPE
-from cectflow.dataset import Batch, BatchSource, Manifest, open_dataset
+from cectflow.dataset import BatchSource, Subtomograms, open_dataset
 from cectflow.execution import single_thread
+from cectflow.flows.masking import mask_cubes_of
 from cectflow.flows.simulation import load_structures
 from cectflow.learning.fit import FitRecipe, fit, open_fabric
 from cectflow.learning.losses import SegmentationLoss
 from cectflow.learning.objective import Classify, Objective, Segment
 from cectflow.learning.scores import evaluate
-from cectflow.learning.task import target_mask
+from cectflow.model_card import Masking
 from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
-from cectflow.prediction.mask import mask_neighbours
 from cectflow.simulation.delivery import simulate_dataset
 
 SEGMENTER, CLASSIFIER = "strided_ed_small", "strided_micro"
-Outline = Callable[[Batch], Tensor]
-
-
-class Masked:
-    """A source whose cubes are masked as they come."""
-
-    def __init__(self, source: BatchSource, outline: Outline) -> None:
-        self.source, self.outline = source, outline
-
-    @property
-    def manifest(self) -> Manifest:
-        """Of the source."""
-        return self.source.manifest
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """Batches of the source, masked."""
-        for batch in self.source.batches(batch_size, generator):
-            cubes = mask_neighbours(
-                batch.subtomograms[:, 0].numpy(), self.outline(batch).numpy() == 1
-            )
-            yield Batch(
-                torch.from_numpy(cubes)[:, None], batch.voxel_labels, batch.instances,
-                batch.class_ids, batch.fields,
-            )  # fmt: skip
 
 
 def main() -> None:
@@ -84,21 +57,29 @@ def main() -> None:
             folder,
         )
 
-        def found(batch: Batch) -> Tensor:
+        def found(cubes: NDArray[np.float32], _: Subtomograms) -> NDArray[np.bool_]:
             with torch.inference_mode():
-                logits: Tensor = segmenter(batch.subtomograms)
-            return logits.argmax(dim=1)
+                logits = segmenter(torch.from_numpy(cubes)[:, None])
+            return np.asarray((logits[:, 1] > logits[:, 0]).numpy())
 
+        def true(_: NDArray[np.float32], content: Subtomograms) -> NDArray[np.bool_]:
+            assert content.instances is not None
+            return np.asarray(content.instances == 1)
+
+        masked, ideal = (
+            mask_cubes_of(dataset, folder / name, outline, _named(name))
+            for name, outline in (("masked", found), ("ideal", true))
+        )
         plain = _train(CLASSIFIER, classify, train, validation, folder)
-        masked = _train(
-            CLASSIFIER, classify, Masked(train, found),
-            Masked(validation, found), folder / "masked",
+        retrained = _train(
+            CLASSIFIER, classify, masked.split("train"), masked.split("validation"),
+            folder / "retrained",
         )  # fmt: skip
         asked: dict[str, tuple[nn.Module, BatchSource]] = {
             "plain": (plain, test),
-            "masked": (plain, Masked(test, found)),
-            "truth": (plain, Masked(test, target_mask)),
-            "retrained": (masked, Masked(test, found)),
+            "masked": (plain, masked.split("test")),
+            "truth": (plain, ideal.split("test")),
+            "retrained": (retrained, masked.split("test")),
         }
         figures: dict[str, float] = {"cubes": float(len(train))}
         scores = {"iou": evaluate(segmenter, test, "target").interval("foreground_iou")}
@@ -109,6 +90,10 @@ def main() -> None:
             figures |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
             print(name, np.round([score.value, score.low, score.high], 3))
     write_report(options.json, figures, quick=options.quick)
+
+
+def _named(outlines: str) -> Masking:
+    return Masking(segmenter=f"{SEGMENTER}, {outlines}", card_digest="none")
 
 
 def _train(

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from cectflow.config import Config
 from cectflow.files import replacing, sha256_of
-from cectflow.model_card import Contrast, CtfCorrection
+from cectflow.model_card import Contrast, CtfCorrection, Masking
 from cectflow.particles import particles_from, read_particles
 from cectflow.volume import create_volume, read_stack
 
 __all__ = [
     "JUNK_CLASS",
+    "MANIFEST_FILE",
     "SPLITS",
     "VIEWS_PER_CUBE",
     "Batch",
@@ -124,6 +125,8 @@ class Manifest(Config):
     masses_kda: dict[str, float] = Field(default_factory=dict)
     """Class name → mass of the structure, of simulated data."""
     jitter: float = 0.0
+    masking: Masking | None = None
+    """Whose outlines took the neighbours out of the cubes; None: they are there."""
     has_voxel_labels: bool
     planned_shards: dict[str, int]
     """Split → number of shards when complete."""

@@ -9,7 +9,16 @@ from pydantic import Field
 
 from cectflow.config import Config
 
-__all__ = ["Contrast", "Cost", "CtfCorrection", "ModelCard", "Role", "Score", "Task"]
+__all__ = [
+    "Contrast",
+    "Cost",
+    "CtfCorrection",
+    "Masking",
+    "ModelCard",
+    "Role",
+    "Score",
+    "Task",
+]
 
 Role = Literal["segmenter", "teacher", "student"]
 Task = Literal["classify", "target", "semantic"]
@@ -37,6 +46,15 @@ class Cost(Config):
     batch_size: int = Field(ge=1)
     device: str
     threads: int = Field(ge=1)
+
+
+class Masking(Config):
+    """Whose outlines took the neighbours out of cubes."""
+
+    segmenter: str
+    """As outputs call it, such as ``cectflow-segmenter/3``."""
+    card_digest: str
+    """Of its card, scores included: no two trainings share it."""
 
 
 class ModelCard(Config):
@@ -79,6 +97,8 @@ class ModelCard(Config):
     """Requested fraction of the field's volume; None: unknown."""
     jitter: float
     """Largest offset of the target from the box centre along each axis, in angstrom."""
+    masking: Masking | None = None
+    """Of the cubes that a classifier was trained on; None: they had their neighbours."""
     dataset_digest: str
     """Of the dataset folder on which the network was trained, validated and judged."""
     live_digest: str | None = None

@@ -1,4 +1,4 @@
-"""``cectflow dataset``: look at, check, import and export datasets."""
+"""``cectflow dataset``: look at, check, import, mask and export datasets."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import typer
 
 from cectflow.cli.options import (
     ContrastOption,
+    DeviceOption,
     JsonOption,
+    ModelOption,
+    TrackingOption,
     VoxelSizeOption,
+    connect_for,
 )
 from cectflow.cli.output import print_json, print_table
 from cectflow.exit_codes import REFUSED
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Look at, check, import and export datasets.", no_args_is_help=True)
+app = typer.Typer(help="Look at, check, import, mask and export datasets.", no_args_is_help=True)
 
 
 @app.command("info")
@@ -89,6 +93,23 @@ def dataset_import(
     dataset = import_subtomograms(
         subtomograms, labels, out, options, voxel_labels=voxel_labels, commit=cectflow_commit()
     )
+    counts = {split: dataset.manifest.count(split) for split in dataset.manifest.planned_shards}
+    typer.echo(f"{out}: {', '.join(f'{n} {name}' for name, n in counts.items())} subtomograms")
+
+
+@app.command("mask")
+def dataset_mask(
+    folder: Path,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option("--out", help="Dataset folder to make.")],
+    device: DeviceOption = "auto",
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Take the neighbours out of all cubes, for classifiers that predict with --mask-with."""
+    from cectflow.flows.masking import mask_dataset
+
+    connect_for(model, tracking_uri)
+    dataset = mask_dataset(folder, out, model=model, device=device)
     counts = {split: dataset.manifest.count(split) for split in dataset.manifest.planned_shards}
     typer.echo(f"{out}: {', '.join(f'{n} {name}' for name, n in counts.items())} subtomograms")
 

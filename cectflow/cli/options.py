@@ -64,3 +64,11 @@ CoordsOption = Annotated[
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Cubes at a time.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def connect_for(model: str, tracking_uri: str | None) -> None:
+    """Connect to the registry, which a model folder has no need of."""
+    if not Path(model).is_dir():
+        from cectflow.tracking.runs import connect
+
+        connect(tracking_uri)

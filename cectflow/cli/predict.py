@@ -20,6 +20,7 @@ from cectflow.cli.options import (
     TomogramOption,
     TrackingOption,
     VoxelSizeOption,
+    connect_for,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def predict_classify(
     files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
     options = InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
     for name in (model, mask_with or model):
-        _connect_for(name, tracking_uri)
+        connect_for(name, tracking_uri)
     predict_classes(model, files, out, options, typer.echo, mask_with=mask_with)
 
 
@@ -130,7 +131,7 @@ def predict_segment(
             "min_score": min_score,
         },
     )
-    _connect_for(model, tracking_uri)
+    connect_for(model, tracking_uri)
     predict_segments(
         model, files, out, probabilities, options, typer.echo,
         picks=picks, figure=figure, whole=whole,
@@ -146,11 +147,3 @@ def _whole_options(run: dict[str, Any], rules: dict[str, float | None]) -> Whole
     if not given and not any(run.values()):
         return None
     return WholeOptions(**run, rules=PickRules(**given))
-
-
-def _connect_for(model: str, tracking_uri: str | None) -> None:
-    """Connect to the registry, which a model folder has no need of."""
-    if not Path(model).is_dir():
-        from cectflow.tracking.runs import connect
-
-        connect(tracking_uri)

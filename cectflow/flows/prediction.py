@@ -22,7 +22,7 @@ from cectflow.prediction.whole import (
 )
 from cectflow.volume import read_volume
 
-__all__ = ["predict_classes", "predict_segments"]
+__all__ = ["load_model", "predict_classes", "predict_segments"]
 
 Report = Callable[[str], None]
 
@@ -54,9 +54,21 @@ def predict_classes(
         Target segmenter, named like the model, that takes the neighbours out of each cube first.
     """
     refuse_existing((out,), overwrite=options.overwrite)
-    network = _load(model, ("classify",), options.device)
+    network = load_model(model, ("classify",), options.device)
+    trained = network.card.masking
     if mask_with is not None:
-        network = masked_with(network, _load(mask_with, ("target",), options.device))
+        segmenter = load_model(mask_with, ("target",), options.device)
+        if trained is None:
+            report(f"warning: {network.label} was trained on cubes with their neighbours")
+        elif trained.card_digest != segmenter.card.digest():
+            report(f"warning: {network.label} was trained on cubes masked with {trained.segmenter}")
+        network = masked_with(network, segmenter)
+    elif trained is not None:
+        msg = (
+            f"{network.label} was trained on cubes whose neighbours {trained.segmenter} took out: "
+            f"give --mask-with {trained.segmenter}"
+        )
+        raise ValueError(msg)
     outcome = classify_particles(network, files.open(network.card, options, report))
     outcome.table.write(out, overwrite=options.overwrite)
     counts = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
@@ -103,7 +115,7 @@ def predict_segments(
     """
     outputs = WholeOutputs(out, probabilities, picks, figure)
     refuse_existing(outputs.paths, overwrite=options.overwrite)
-    network = _load(model, ("target", "semantic"), options.device)
+    network = load_model(model, ("target", "semantic"), options.device)
     if network.card.task == "semantic":
         return _predict_whole(network, files, outputs, options, whole or WholeOptions(), report)
     source = files.open(network.card, options, report)
@@ -176,7 +188,23 @@ def _draw(
         picture.savefig(temporary, format="png", dpi=130)
 
 
-def _load(model: str, tasks: tuple[str, ...], device: str) -> LoadedNetwork:
+def load_model(model: str, tasks: tuple[str, ...], device: str) -> LoadedNetwork:
+    """Network of a registered model or a model folder.
+
+    Parameters
+    ----------
+    model
+        Registered model (NAME, NAME@stage, NAME/VERSION, ``models:/`` URI) or model folder.
+    tasks
+        Of which it must have one.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or it is of another task.
+    """
     folder = Path(model)
     if (folder / CARD_FILE).is_file():
         # A folder needs no registry: MLflow is not even imported.

@@ -27,7 +27,7 @@ from cectflow.learning.scores import (
     evaluate,
 )
 from cectflow.learning.task import SemanticLabels, check_statistics
-from cectflow.model_card import CARD_FILE, ModelCard, Role, Task
+from cectflow.model_card import CARD_FILE, Masking, ModelCard, Role, Task
 from cectflow.networks import create_network, list_networks, network_info
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.runtime import load_runtime
@@ -125,6 +125,12 @@ def train_network(
         )  # fmt: skip
     train = dataset.split("train") if live is None else live
     validation, test = dataset.split("validation"), dataset.split("test")
+    if objective.task != "classify" and manifest.masking is not None:
+        msg = (
+            f"{dataset.folder} is masked with {manifest.masking.segmenter}, and a segmenter has to "
+            "see the neighbours: give the dataset that it was made from"
+        )
+        raise ValueError(msg)
     if objective.task == "semantic":
         check_statistics(manifest)
     network = make_network(recipe, objective.task, objective.num_outputs, manifest.box)
@@ -241,6 +247,7 @@ def check_matches(card: ModelCard, dataset: Dataset) -> None:
     pairs: dict[str, tuple[object, object]] = {
         "box": (manifest.box, card.box),
         "contrast": (manifest.contrast, card.contrast),
+        "masking": (_named(manifest.masking), _named(card.masking)),
     }
     if not math.isclose(manifest.voxel_size, card.voxel_size, rel_tol=VOXEL_TOLERANCE):
         pairs["voxel size (Å)"] = (manifest.voxel_size, card.voxel_size)
@@ -252,6 +259,10 @@ def check_matches(card: ModelCard, dataset: Dataset) -> None:
         if given != expected:
             msg = f"{dataset.folder}: {name} is {given}, this {card.role} expects {expected}"
             raise ValueError(msg)
+
+
+def _named(masking: Masking | None) -> str:
+    return "none" if masking is None else f"{masking.segmenter} ({masking.card_digest[:12]})"
 
 
 def _refuse_other(model_folder: Path, **identity: str | None) -> None:
@@ -332,6 +343,7 @@ def _describe(
         noise_spectrum=manifest.noise_spectrum,
         occupancy=manifest.occupancy,
         jitter=manifest.jitter,
+        masking=manifest.masking,
         dataset_digest=manifest.content_digest(),
         live_digest=live_digest,
         recipe_digest=recipe_digest,

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 
-from cectflow.model_card import Contrast, ModelCard
+from cectflow.model_card import Contrast, Masking, ModelCard
 from cectflow.runtime import Infer, RuntimeName, choose_device, load_runtime
 from cectflow.subtomogram import rescale
 
@@ -80,6 +80,11 @@ class LoadedNetwork:
     infer: Infer
     label: str
     device: str = "cpu"
+
+    @property
+    def masking(self) -> Masking:
+        """What data say that were masked with it."""
+        return Masking(segmenter=self.label, card_digest=self.card.digest())
 
     @property
     def headers(self) -> tuple[str, ...]:

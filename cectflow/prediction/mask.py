@@ -7,9 +7,10 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
-from cectflow.prediction.contract import LoadedNetwork
+from cectflow.model_card import Contrast
+from cectflow.prediction.contract import LoadedNetwork, same_voxel_size
 
-__all__ = ["mask_neighbours", "masked_with"]
+__all__ = ["mask_neighbours", "masked_with", "refuse_other_cubes"]
 
 EDGE = 3.0
 """Voxels over which the mask falls from one to zero, outside the outline."""
@@ -63,14 +64,11 @@ def masked_with(network: LoadedNetwork, segmenter: LoadedNetwork) -> LoadedNetwo
     ValueError
         If the two expect different boxes, voxel sizes or contrasts.
     """
-    for name in ("box", "voxel_size", "contrast"):
-        given, expected = getattr(segmenter.card, name), getattr(network.card, name)
-        if given != expected:
-            msg = (
-                f"{segmenter.label} was trained with {name} {given}, {network.label} expects "
-                f"{expected}: mask with a segmenter of the classifier's own recipe"
-            )
-            raise ValueError(msg)
+    card = network.card
+    refuse_other_cubes(
+        segmenter, network.label,
+        box=card.box, voxel_size=card.voxel_size, contrast=card.contrast,
+    )  # fmt: skip
 
     def infer(cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> NDArray[np.float32]:
         logits = segmenter.infer(cubes)
@@ -78,6 +76,41 @@ def masked_with(network: LoadedNetwork, segmenter: LoadedNetwork) -> LoadedNetwo
 
     label = f"{network.label} masked with {segmenter.label}"
     return LoadedNetwork(network.card, infer, label)
+
+
+def refuse_other_cubes(
+    segmenter: LoadedNetwork, whose: str, *, box: int, voxel_size: float, contrast: Contrast
+) -> None:
+    """Refuse to mask cubes that are not such as a segmenter was trained on.
+
+    Parameters
+    ----------
+    segmenter
+        Of the task ``target``.
+    whose
+        Names the cubes in the message.
+    box, voxel_size, contrast
+        Of the cubes, in voxels and Å.
+
+    Raises
+    ------
+    ValueError
+        If one of them differs from the segmenter's.
+    """
+    card = segmenter.card
+    if not same_voxel_size(card.voxel_size, voxel_size):
+        difference = f"voxel size {card.voxel_size:g} Å", f"{voxel_size:g} Å"
+    elif card.box != box:
+        difference = f"box {card.box}", str(box)
+    elif card.contrast != contrast:
+        difference = f"contrast {card.contrast}", contrast
+    else:
+        return
+    msg = (
+        f"{segmenter.label} was trained with {difference[0]}, {whose} has {difference[1]}: mask "
+        "with a segmenter of the same recipe"
+    )
+    raise ValueError(msg)
 
 
 def _noise_like(

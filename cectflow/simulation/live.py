@@ -82,6 +82,12 @@ class LiveSource:
         ahead: int,
         name: str = "training",
     ) -> None:
+        if manifest.masking is not None:
+            msg = (
+                f"the dataset is masked with {manifest.masking.segmenter}, live data are not: take "
+                "`live` out of the recipe, or give the dataset that it was made from"
+            )
+            raise ValueError(msg)
         if manifest.recipe_digest != specimen.recipe_digest:
             msg = (
                 f"the dataset is of the recipe {manifest.recipe_digest[:12]}…, live data would be "
