@@ -206,7 +206,8 @@ def main() -> None:
     plan = QUICK if options.quick else GPU if cuda else CPU
     work = options.work / ("quick" if options.quick else f"box-{plan.box}")
     work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(plan, work, Hardware("cuda" if cuda else "cpu", workers=options.workers))
+    hardware = Hardware("cuda" if cuda else "cpu", options.precision, options.workers)
+    bench = Bench(plan, work, hardware)
     parts = {"headline": _headline, "folds": _folds, "tomogram": _tomogram}
     for name in (options.only,) if options.only else parts:
         figures = parts[name](bench)
@@ -215,6 +216,7 @@ def main() -> None:
     found: dict[str, float | str] = {
         "structures": "real" if bench.is_real else "builtin phantoms",
         "recipe": f"{plan.box}³ at {plan.voxel_size:g} Å, ±60°, occupancy 10 %, SNR 0.01 to 0.1",
+        "precision": options.precision,
         "seeds": len(plan.seeds),
         "seeds_folds": 1,
     }
@@ -230,6 +232,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder to work in and go on in")
     parser.add_argument("--only", choices=("headline", "folds", "tomogram"))
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the trainings; bfloat16 halves their time on CPUs that multiply in it",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="processes that simulate")
 
 
@@ -301,7 +307,11 @@ def _train(bench: Bench, name: str, seed: int, tests: Mapping[str, Dataset]) -> 
     fit = _fit_recipe(NETWORKS[name], plan.epochs, seed)
     folder = bench.folder / "headline" / f"{name}-{seed}"
     digests = [data.manifest.content_digest() for data in tests.values()]
-    content = f"{fit.digest()} {simulation.digest()} {plan.cubes} {LOSS.digest()} {digests}"
+    hardware = bench.hardware
+    content = (
+        f"{fit.digest()} {simulation.digest()} {plan.cubes} {LOSS.digest()} {digests} "
+        f"{hardware.device} {hardware.precision}"
+    )
     identity = hashlib.sha256(content.encode()).hexdigest()
     finished = folder / f"scores-{identity[:16]}.json"
     if not finished.is_file():
@@ -311,7 +321,6 @@ def _train(bench: Bench, name: str, seed: int, tests: Mapping[str, Dataset]) -> 
             simulation, load_structures(simulation), bench.folder / "validation",
             splits=["validation"],
         )  # fmt: skip
-        hardware = bench.hardware
         with open_live(specimen, data.manifest, plan.cubes, workers=hardware.workers) as live:
             result, judged = fit_and_judge(
                 Segment(LOSS), live, data.split("validation"),
