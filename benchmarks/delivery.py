@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.memory import own_peak
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import find_structures, load_structure
@@ -33,20 +34,8 @@ def main() -> None:
         start = time.perf_counter()
         simulate_dataset(recipe, structures, Path(scratch) / "data", workers=options.workers)
         seconds = time.perf_counter() - start
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak_gb": max(_own_peak(), workers) * 1024 / 1e9}))
-
-
-def _own_peak() -> int:
-    """Largest resident memory of this process in KiB.
-
-    Not ``ru_maxrss``, which a process takes over from the one that started it.
-    """
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1])
-    msg = "/proc/self/status names no VmHWM: memory is measured on Linux only"
-    raise OSError(msg)
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    print(json.dumps({"seconds": seconds, "peak_gb": max(own_peak(), workers)}))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def load_runtime(
     *,
     device: str = "cpu",
     threads: int | None = None,
+    gives_back: bool = False,
 ) -> Infer:
     """Callable from cubes to logits.
 
@@ -66,6 +67,9 @@ def load_runtime(
         ``cpu`` or ``cuda``.
     threads
         Of onnxruntime on the CPU; None leaves it the choice. torch's are set for the process.
+    gives_back
+        Let onnxruntime return its memory after every call, instead of keeping nearly twice as much
+        for the next: for windows of tomograms, which are large and few.
 
     Raises
     ------
@@ -74,7 +78,7 @@ def load_runtime(
     """
     if name == "torch":
         return _load_torch(folder, device)
-    return _load_onnx(_existing(folder / ONNX_FILE), device, threads)
+    return _load_onnx(_existing(folder / ONNX_FILE), device, threads, gives_back=gives_back)
 
 
 def load_program(folder: Path, device: str = "cpu") -> Callable[[Tensor], Tensor]:
@@ -111,12 +115,13 @@ def _load_torch(folder: Path, device: str) -> Infer:
     return infer
 
 
-def _load_onnx(path: Path, device: str, threads: int | None) -> Infer:
+def _load_onnx(path: Path, device: str, threads: int | None, *, gives_back: bool) -> Infer:
     onnxruntime: Any = import_module("onnxruntime")  # its names are not exported for mypy
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = not gives_back
     providers = ["CPUExecutionProvider"]
     if device == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         providers.insert(0, "CUDAExecutionProvider")

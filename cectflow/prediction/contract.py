@@ -121,7 +121,8 @@ def load_network(folder: Path, *, tasks: tuple[str, ...], label: str, device: st
         raise ValueError(msg)
     chosen = choose_device(device)
     runtime: RuntimeName = "torch" if chosen == "cuda" else "onnxruntime"
-    return LoadedNetwork(card, load_runtime(folder, runtime, device=chosen), label, chosen)
+    infer = load_runtime(folder, runtime, device=chosen, gives_back=card.task == "semantic")
+    return LoadedNetwork(card, infer, label, chosen)
 
 
 def source_box(

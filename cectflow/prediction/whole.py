@@ -23,7 +23,7 @@ from cectflow.volume import create_volume
 
 __all__ = ["WholeOptions", "WholeOutputs", "WholeSegmentation", "segment_whole"]
 
-WINDOW_BYTES = {"cpu": 1.0e9, "cuda": 6.0e9}
+WINDOW_BYTES = {"cpu": 0.8e9, "cuda": 6.0e9}
 """That a window may take while it is computed; cores, maps and libraries come on top."""
 LAYERS_ALIVE = 3
 """Widest layers that are in memory at a time: what comes in, what goes out, what was skipped."""
@@ -207,8 +207,9 @@ def _plan(network: LoadedNetwork, shape: tuple[int, int, int], whole: WholeOptio
             shape, stride=info.stride, halo=int(BLENDED_HALO * edge), smallest=smallest,
             edge=edge,
         )  # fmt: skip
-    # The logits are there twice: as the network gives them, and as probabilities of the core.
-    numbers = LAYERS_ALIVE * widest_layer(info.name) + 2 * network.card.num_outputs
+    # The logits are there twice: as the network gives them, and as probabilities of the core;
+    # the window itself twice where it is turned.
+    numbers = LAYERS_ALIVE * widest_layer(info.name) + 2 * network.card.num_outputs + 2
     return plan_windows(
         shape, stride=info.stride, halo=info.reach, smallest=smallest, edge=whole.window,
         voxels=int(WINDOW_BYTES[network.device] / (4 * numbers)),
