@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from stores import pristine_mlflow, working_folder
 
 # Before torch is imported: several test workers with several threads each only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,18 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data folder {SHARED_DATA} is absent")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow database to copy: making one takes seconds."""
+    from cectflow.tracking.runs import connect
+
+    root = tmp_path_factory.mktemp("stores")
+    with pristine_mlflow(), working_folder(root):
+        os.environ["MLFLOW_RUN_ID"] = "none"  # so that no experiment is made, for its folder stays
+        connect(f"sqlite:///{root}/empty.db")
+    return root / "empty.db"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,9 +33,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    empty_store: Path,
+) -> Run:  # fmt: skip
     """Run a command in a folder and a store of its own; returns exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "store.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
     monkeypatch.setenv("CECTFLOW_CACHE", str(tmp_path / "cache"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,9 +27,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    empty_store: Path,
+) -> Run:  # fmt: skip
     """Exit code, stdout and stderr of ``cectflow simulate tomograms`` of small ones."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "store.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
 
     def call(*arguments: str, shape: Sequence[str] = SHAPE) -> tuple[int, str, str]:

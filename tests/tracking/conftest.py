@@ -1,4 +1,4 @@
-"""A tiny model folder, and stores that are made once and copied, since making one takes seconds."""
+"""A tiny model folder, and stores with versions of it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import mlflow
-import mlflow.tracking.fluent
 import pytest
 import torch
 from builders import make_card
+from stores import pristine_mlflow, working_folder
 from torch import Tensor, nn
 
 from cectflow.model_card import Cost, ModelCard, Score
@@ -63,54 +61,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, card: ModelCard) -> P
     return folder
 
 
-@contextmanager
-def pristine_mlflow() -> Iterator[None]:
-    """Undoes whatever the body and MLflow do to the environment and to MLflow's globals."""
-    before = dict(os.environ)
-    for name in [name for name in before if name.startswith(("MLFLOW_", "CECTFLOW_"))]:
-        del os.environ[name]
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(None)
-        mlflow.tracking.fluent._active_experiment_id = None
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Databases to copy; the artifacts of ``registered`` stay where they are."""
-
-    empty: Path
-    registered: Path
-
-
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Prepared:
-    root = tmp_path_factory.mktemp("stores")
-    empty, registered = root / "empty.db", root / "registered.db"
+def registered_store(
+    tmp_path_factory: pytest.TempPathFactory, empty_store: Path, model_folder: Path
+) -> Path:
+    """Database to copy, with three versions of cectflow-student; its artifacts stay in place."""
+    root = tmp_path_factory.mktemp("registered")
+    store = root / "mlflow.db"
+    shutil.copy(empty_store, store)
     with pristine_mlflow(), working_folder(root):
-        os.environ["MLFLOW_RUN_ID"] = "none"  # so that no experiment is made, for its folder stays
-        connect(f"sqlite:///{empty}")
-        del os.environ["MLFLOW_RUN_ID"]
-        shutil.copy(empty, registered)
-        connect(f"sqlite:///{registered}")
+        connect(f"sqlite:///{store}")
         with start_run("register") as run:
             for _ in range(3):
                 register_model(run, model_folder, name=NAME)
-    return Prepared(empty, registered)
-
-
-@contextmanager
-def working_folder(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+    return store
 
 
 @pytest.fixture
@@ -121,16 +85,16 @@ def lab(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def store(lab: Path, prepared: Prepared) -> str:
+def store(lab: Path, empty_store: Path) -> str:
     """Empty store, connected."""
-    shutil.copy(prepared.empty, lab / "mlflow.db")
+    shutil.copy(empty_store, lab / "mlflow.db")
     return connect()
 
 
 @pytest.fixture
-def registry(lab: Path, prepared: Prepared) -> str:
+def registry(lab: Path, registered_store: Path) -> str:
     """Store with versions 1 to 3 of cectflow-student, none in any stage, connected."""
-    shutil.copy(prepared.registered, lab / "mlflow.db")
+    shutil.copy(registered_store, lab / "mlflow.db")
     return connect()
 
 
