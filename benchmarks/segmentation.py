@@ -250,8 +250,6 @@ class Scored(Config):
     """Mean of foreground and background IoU."""
     curve: tuple[float, ...]
     """Validation foreground IoU after each epoch."""
-    seconds: float
-    """Of all epochs, simulation and validation included."""
 
 
 def _headline(bench: Bench) -> dict[str, float]:
@@ -267,8 +265,6 @@ def _headline(bench: Bench) -> dict[str, float]:
             suffix = "" if test == HEADLINE else f"_{test}"
             figures |= _over_seeds(f"iou_{name}{suffix}", [run.foreground[test] for run in runs])
         figures |= _over_seeds(f"paper_iou_{name}", [run.paper[HEADLINE] for run in runs])
-        seconds = float(np.median([run.seconds for run in runs]))
-        figures[f"train_cubes_per_s_{name}"] = plan.epochs * plan.cubes / seconds
         figures |= _costs(name, plan.box)
     means = {
         name: np.mean([run.foreground[HEADLINE] for run in runs], axis=0)
@@ -338,7 +334,6 @@ def _train(bench: Bench, name: str, seed: int, tests: Mapping[str, Dataset]) -> 
                 for test, evaluation in judged.items()
             },
             curve=tuple(row["validation_foreground_iou"] for row in result.history),
-            seconds=sum(row["epoch_seconds"] for row in result.history),
         )
         with replacing(finished) as temporary:
             temporary.write_text(scored.to_json(), encoding="utf-8")
