@@ -54,15 +54,16 @@ def write_report(path: Path, figures: Mapping[str, float | str], *, quick: bool)
 
 
 def _tabulate(content: Mapping[str, object]) -> str:
-    """Markdown: a row per metric with its lowest and highest, then how it was measured."""
-    lines = ["| metric | mean | lowest | highest |", "|---|---|---|---|"]
+    """Markdown: a row per metric with the ends that it states, then how it was measured."""
+    lines = ["| metric | value | low | high |", "|---|---|---|---|"]
     for name, value in content.items():
         if isinstance(value, float) and not name.endswith(("_low", "_high")):
-            ends = (content.get(f"{name}_{end}", value) for end in ("low", "high"))
-            lines.append(f"| {name} | {value:.4g} | " + " | ".join(f"{e:.4g}" for e in ends) + " |")
+            ends = (content.get(f"{name}_{end}", "") for end in ("low", "high"))
+            told = " | ".join(f"{e:.4g}" if isinstance(e, float) else "" for e in ends)
+            lines.append(f"| {name} | {value:.4g} | {told} |")
     lines.append("")
-    told = [name for name, value in content.items() if isinstance(value, str) or name == "seeds"]
-    lines += [f"- {name}: {content[name]}" for name in told]
+    words = [name for name, value in content.items() if isinstance(value, str) or name == "seeds"]
+    lines += [f"- {name}: {content[name]}" for name in words]
     return "\n".join(lines) + "\n"
 
 
