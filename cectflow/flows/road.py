@@ -10,9 +10,15 @@ import numpy as np
 
 from cectflow.dataset import Dataset
 from cectflow.figures import draw_field, write_figure
+from cectflow.flows.picks import evaluate_picks
 from cectflow.flows.prediction import predict_classes, predict_segments
 from cectflow.flows.promotion import Promotion, Target, promote
-from cectflow.flows.simulation import SimulatedTomogram, simulate, write_tomogram
+from cectflow.flows.simulation import (
+    SimulatedTomogram,
+    load_structures,
+    simulate,
+    write_tomogram,
+)
 from cectflow.flows.training import (
     Hardware,
     Registered,
@@ -126,6 +132,14 @@ def walk_road(
             run.log_files(folder / "predictions" / "field.png", "figures")
         else:
             report(f"no predictions: nothing of {', '.join(names)} holds {stages[-1]}")
+        if tomogram_segmenter is not None:
+            name = tomogram_segmenter.version.name
+            if stage_holder(name, stages[-1]):
+                radius = min(s.extent for s in load_structures(recipe.simulation)) / 2
+                figures |= _find(tomogram, f"{name}@{stages[-1]}", radius, report)
+                run.log_files(folder / "predictions" / "found.png", "figures")
+            else:
+                report(f"no search for particles: nothing of {name} holds {stages[-1]}")
         run.log(figures)
     rows = (
         *_describe_data(dataset),
@@ -203,6 +217,24 @@ def _predict(
     return {"tomogram_accuracy": float(hits.mean())}
 
 
+def _find(
+    written: SimulatedTomogram, model: str, radius: float, report: Report
+) -> dict[str, float]:
+    """Particles found in the tomogram without its table, beside the table."""
+    folder = written.tomogram.parent
+    predict_segments(
+        model, InputFiles(tomogram=written.tomogram), folder / "found.mrc", None,
+        InputOptions(overwrite=True), report,
+        picks=folder / "found.star", figure=folder / "found.png",
+    )  # fmt: skip
+    judged = evaluate_picks(
+        written.particles, folder / "found.star", radius, tomogram=written.tomogram
+    ).agreements["any"]
+    return {
+        "picks_precision": judged.precision, "picks_recall": judged.recall, "picks_f1": judged.f1,
+    }  # fmt: skip
+
+
 def _describe_data(dataset: Dataset) -> Rows:
     manifest = dataset.manifest
     measured = manifest.field_records("test")
@@ -261,6 +293,16 @@ def _describe_networks(figures: dict[str, float]) -> Rows:
         *(
             [("accuracy on the predicted tomogram", f"{figures['tomogram_accuracy']:.3f}")]
             if "tomogram_accuracy" in figures
+            else []
+        ),
+        *(
+            [
+                (
+                    "particles found in it: precision, recall",
+                    f"{figures['picks_precision']:.3f}, {figures['picks_recall']:.3f}",
+                )
+            ]
+            if "picks_f1" in figures
             else []
         ),
     )

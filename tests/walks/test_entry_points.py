@@ -31,7 +31,11 @@ def test_main_ends_with_a_table_and_promoted_versions(road: Road) -> None:
     assert set(rows["cectflowModel"]) == {"cectflow-student/1"}
     labels = read_volume(road.folder / "tour/predictions/labels.mrc").data
     assert labels.max() <= len(rows)
-    assert (road.folder / "tour/predictions/field.png").stat().st_size > 1000
+    for name in ("field.png", "found.png"):
+        assert (road.folder / "tour/predictions" / name).stat().st_size > 1000
+    found = read_particles(road.folder / "tour/predictions/found.star").rows
+    assert set(found["cectflowModel"]) == {"cectflow-tomogram-segmenter/1"}
+    assert "particles found in it: precision, recall" in road.output
 
 
 def test_a_second_call_for_the_same_folder_takes_up_what_is_finished(road: Road) -> None:
