@@ -20,7 +20,7 @@ from cectflow.prediction.whole import (
     WholeSegmentation,
     segment_whole,
 )
-from cectflow.volume import read_volume
+from cectflow.volume import STACK_SUFFIXES, read_volume
 
 __all__ = ["load_model", "predict_classes", "predict_segments"]
 
@@ -53,7 +53,7 @@ def predict_classes(
     mask_with
         Target segmenter, named like the model, that takes the neighbours out of each cube first.
     """
-    refuse_existing((out,), overwrite=options.overwrite)
+    refuse_existing((out,), overwrite=options.overwrite, inputs=files.volumes)
     network = load_model(model, ("classify",), options.device)
     trained = network.card.masking
     if mask_with is not None:
@@ -113,8 +113,12 @@ def predict_segments(
     ValueError
         If the network's task and the files do not fit; the message names the model that does.
     """
+    for path in (out, probabilities):
+        if path is not None and path.suffix not in STACK_SUFFIXES:
+            msg = f"{path} would be an MRC file: expected a name in {', '.join(STACK_SUFFIXES)}"
+            raise ValueError(msg)
     outputs = WholeOutputs(out, probabilities, picks, figure)
-    refuse_existing(outputs.paths, overwrite=options.overwrite)
+    refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=files.volumes)
     network = load_model(model, ("target", "semantic"), options.device)
     if network.card.task == "semantic":
         return _predict_whole(network, files, outputs, options, whole or WholeOptions(), report)
