@@ -328,7 +328,7 @@ def test_the_command_writes_maps_picks_and_a_picture(
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--overwrite", "--min-score", "1.5"])
     assert stop.value.code == 2
-    assert "min_score" in capsys.readouterr().err
+    assert "error: --min-score is 1.5: it must be less than" in capsys.readouterr().err
 
 
 def test_a_semantic_segmenter_takes_whole_tomograms_alone(
