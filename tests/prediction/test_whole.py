@@ -315,7 +315,7 @@ def test_the_command_writes_maps_picks_and_a_picture(
         main(arguments)
     out = capsys.readouterr().out
     assert not stop.value.code, out
-    assert "windows of 24x72x48 voxels" in out
+    assert "1 window of 24x72x48 voxels" in out
     np.testing.assert_array_equal(
         read_volume(Path("l.mrc")).data > 0, read_volume(Path("p.mrc")).data > 0.6
     )
