@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,7 +177,10 @@ def _draw(
     """Central slices with outlines and picks."""
     from cectflow.figures import draw_tomogram
 
-    volume = read_volume(tomogram, voxel_size=options.voxel_size)
+    with warnings.catch_warnings():
+        # What there is to say of the file was said when it was segmented.
+        warnings.simplefilter("ignore")
+        volume = read_volume(tomogram, voxel_size=options.voxel_size)
     positions = np.zeros((0, 3))
     classes = np.zeros(0, np.int64)
     if outcome.picks is not None:
