@@ -114,12 +114,12 @@ def predict_segments(
     ValueError
         If the network's task and the files do not fit; the message names the model that does.
     """
+    outputs = WholeOutputs(out, probabilities, picks, figure)
+    refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=files.volumes)
     for path in (out, probabilities):
         if path is not None and path.suffix not in STACK_SUFFIXES:
             msg = f"{path} would be an MRC file: expected a name in {', '.join(STACK_SUFFIXES)}"
             raise ValueError(msg)
-    outputs = WholeOutputs(out, probabilities, picks, figure)
-    refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=files.volumes)
     network = load_model(model, ("target", "semantic"), options.device)
     if network.card.task == "semantic":
         return _predict_whole(network, files, outputs, options, whole or WholeOptions(), report)

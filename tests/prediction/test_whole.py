@@ -181,7 +181,7 @@ def test_a_tomogram_smaller_than_the_network_needs_is_padded_and_cropped(tmp_pat
     told: list[str] = []
     outcome, outputs = run(store(tmp_path / "small.mrc", data), report=told.append)
     assert read_volume(outputs.labels).shape == (3, 21, 6)
-    assert any("1 windows of 16x24x16 voxels" in line for line in told)
+    assert any("1 window of 16x24x16 voxels" in line for line in told)
     assert outcome.picks is not None
 
 
