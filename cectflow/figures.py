@@ -494,8 +494,14 @@ def _draw_plane(axes: Axes, plane: NDArray[Any]) -> None:
 
 def _outline(axes: Axes, plane: NDArray[Any], colour: str) -> None:
     mask = np.asarray(plane) > 0
-    if mask.any() and not mask.all():
-        axes.contour(mask.astype(np.float32), levels=[0.5], colors=[colour], linewidths=1.2)
+    if not mask.any() or mask.all():
+        return
+    # A rim of background closes the outline of what a face cuts.
+    mask = np.pad(mask, 1)
+    limits = axes.get_xlim(), axes.get_ylim()
+    y, x = (np.arange(length) - 1 for length in mask.shape)
+    axes.contour(x, y, mask.astype(np.float32), levels=[0.5], colors=[colour], linewidths=1.2)
+    axes.set(xlim=limits[0], ylim=limits[1])
 
 
 def _scale_bar(axes: Axes, voxel_size: float) -> None:

@@ -226,6 +226,19 @@ def test_warnings_are_one_line_on_stderr(shared_data: Path, tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
+def test_an_interruption_is_told_and_exits_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cectflow.flows.doctor.examine", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(("doctor",))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip() == "interrupted: what was finished is kept"
+
+
 def test_doctor_says_what_works(run: Run) -> None:
     code, out, _ = run("doctor")
     assert code == 0

@@ -143,3 +143,15 @@ def test_bad_recipes_are_refused_before_work(
         assert call(*command, "--device", "cpu") == 2
         assert message in capsys.readouterr().err
         assert not out.exists()
+
+
+@pytest.mark.usefixtures("_own_store")
+def test_a_dataset_is_no_folder_for_a_study(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = study / "all" / "dataset"
+    before = sorted(dataset.iterdir())
+    command = ("evaluate", "generalisation", "--recipe", "tiny", "--out", str(dataset))
+    assert call(*command, "--device", "cpu") == 2
+    assert "is a dataset itself: give another folder" in capsys.readouterr().err
+    assert sorted(dataset.iterdir()) == before

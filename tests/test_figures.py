@@ -121,6 +121,17 @@ def test_outlines_lie_around_the_labels_of_the_same_slice() -> None:
     assert to_hex(contour.get_edgecolor()[0]) == "#ff7f0e"
 
 
+def test_the_outline_of_what_a_face_cuts_is_closed_there() -> None:
+    mask = np.zeros_like(CUBES[:1])
+    mask[..., :4] = 1
+    axes = draw_slices(CUBES[:1], mask, None, voxel_size=10.0, titles=["a"]).axes[0]
+    edge = CUBES.shape[-1] - 0.5
+    (contour,) = axes.collections
+    box = contour.get_paths()[0].get_extents()
+    np.testing.assert_allclose([box.x0, box.x1, box.y0, box.y1], [-0.5, 3.5, -0.5, edge])
+    assert sorted(axes.get_xlim()) == [-0.5, edge]
+
+
 @pytest.mark.parametrize("mask", [np.zeros_like(MASKS), np.ones_like(MASKS)], ids=["none", "all"])
 def test_labels_without_a_border_draw_no_outline(mask: np.ndarray) -> None:
     saved(draw_slices(CUBES, mask, mask, voxel_size=10.0, titles=["a", "b", "c"]))

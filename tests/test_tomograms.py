@@ -115,6 +115,10 @@ def test_a_second_call_makes_what_is_missing_and_touches_nothing_else(
         assert code == 2
         assert "another recipe, shape or kind" in err
     assert first.stat().st_mtime_ns == before
+    first.unlink()
+    code, out, err = run("--count", "2", "--out", "t")
+    assert (code, out) == (2, "")
+    assert "t/tomo_000 holds no tomogram.mrc: remove the folder" in err
 
 
 def test_a_full_disk_is_one_clear_line_and_the_same_command_completes(

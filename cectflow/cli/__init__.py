@@ -13,7 +13,7 @@ from cectflow.cli import dataset, evaluate, models, predict, simulate, structure
 from cectflow.cli.options import JsonOption, TrackingOption
 from cectflow.cli.output import print_json, print_table
 from cectflow.cli.training import distill, train
-from cectflow.exit_codes import BAD_INPUT, REFUSED, is_foreseen
+from cectflow.exit_codes import BAD_INPUT, INTERRUPTED, REFUSED, is_foreseen
 
 __all__ = ["app", "main"]
 
@@ -46,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         app(args=arguments, standalone_mode=True)
-    except Exception as error:  # typer itself turns Ctrl-C into exit code 130
+    except SystemExit as stop:  # typer itself turns Ctrl-C into exit code 130
+        if stop.code == INTERRUPTED:
+            typer.secho("interrupted: what was finished is kept", err=True)
+        raise
+    except Exception as error:
         if not is_foreseen(error):
             raise
         typer.secho(f"error: {error}", err=True, fg="red")

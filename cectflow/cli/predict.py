@@ -30,6 +30,14 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Predict with registered models.", no_args_is_help=True)
 
+RULE_OPTIONS = {
+    "probability": "--threshold",
+    "min_volume": "--min-volume",
+    "radius": "--nms-radius",
+    "min_score": "--min-score",
+}
+"""Option that sets each field of the pick rules."""
+
 
 @app.command("classify")
 def predict_classify(
@@ -140,10 +148,18 @@ def predict_segment(
 
 def _whole_options(run: dict[str, Any], rules: dict[str, float | None]) -> WholeOptions | None:
     """Options of whole tomograms; None where none was given."""
+    from pydantic import ValidationError
+
     from cectflow.prediction.picks import PickRules
     from cectflow.prediction.whole import WholeOptions
 
     given = {name: value for name, value in rules.items() if value is not None}
     if not given and not any(run.values()):
         return None
-    return WholeOptions(**run, rules=PickRules(**given))
+    try:
+        return WholeOptions(**run, rules=PickRules(**given))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        option = RULE_OPTIONS[str(fault["loc"][0])]
+        msg = f"{option} is {fault['input']:g}: {fault['msg'].replace('Input should', 'it must')}"
+        raise ValueError(msg) from None

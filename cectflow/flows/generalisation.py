@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cectflow.dataset import JUNK_CLASS, BatchSource, Dataset, Selection
+from cectflow.dataset import JUNK_CLASS, MANIFEST_FILE, BatchSource, Dataset, Selection
 from cectflow.figures import draw_generalisation, draw_learning_curves
 from cectflow.files import replacing
 from cectflow.flows.simulation import load_structures
@@ -70,8 +70,11 @@ def evaluate_generalisation(
         If the recipe names no such fields, all structures are in one group, or no test cube is
         about one of them.
     FileExistsError
-        If the folder holds datasets of another recipe.
+        If the folder is a dataset, or holds datasets of another recipe.
     """
+    if (folder / MANIFEST_FILE).exists():
+        msg = f"{folder} is a dataset itself: give another folder"
+        raise FileExistsError(msg)
     splits = ("validation", "test") if recipe.live else ("train", "validation", "test")
     missing = [name for name in splits if name not in recipe.simulation.fields]
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from cectflow.prediction.whole import (
     WholeSegmentation,
     segment_whole,
 )
-from cectflow.volume import read_volume
+from cectflow.volume import STACK_SUFFIXES, read_volume
 
 __all__ = ["load_model", "predict_classes", "predict_segments"]
 
@@ -53,7 +54,7 @@ def predict_classes(
     mask_with
         Target segmenter, named like the model, that takes the neighbours out of each cube first.
     """
-    refuse_existing((out,), overwrite=options.overwrite)
+    refuse_existing((out,), overwrite=options.overwrite, inputs=files.volumes)
     network = load_model(model, ("classify",), options.device)
     trained = network.card.masking
     if mask_with is not None:
@@ -114,7 +115,11 @@ def predict_segments(
         If the network's task and the files do not fit; the message names the model that does.
     """
     outputs = WholeOutputs(out, probabilities, picks, figure)
-    refuse_existing(outputs.paths, overwrite=options.overwrite)
+    refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=files.volumes)
+    for path in (out, probabilities):
+        if path is not None and path.suffix not in STACK_SUFFIXES:
+            msg = f"{path} would be an MRC file: expected a name in {', '.join(STACK_SUFFIXES)}"
+            raise ValueError(msg)
     network = load_model(model, ("target", "semantic"), options.device)
     if network.card.task == "semantic":
         return _predict_whole(network, files, outputs, options, whole or WholeOptions(), report)
@@ -172,7 +177,10 @@ def _draw(
     """Central slices with outlines and picks."""
     from cectflow.figures import draw_tomogram
 
-    volume = read_volume(tomogram, voxel_size=options.voxel_size)
+    with warnings.catch_warnings():
+        # What there is to say of the file was said when it was segmented.
+        warnings.simplefilter("ignore")
+        volume = read_volume(tomogram, voxel_size=options.voxel_size)
     positions = np.zeros((0, 3))
     classes = np.zeros(0, np.int64)
     if outcome.picks is not None:

@@ -64,8 +64,19 @@ def classify_particles(network: LoadedNetwork, source: CubeSource) -> Classifica
     )
 
 
-def refuse_existing(paths: tuple[Path | None, ...], *, overwrite: bool) -> None:
+def refuse_existing(
+    paths: tuple[Path | None, ...], *, overwrite: bool, inputs: tuple[Path, ...] = ()
+) -> None:
     """Refuse output paths that exist or whose folder is missing, before any work is done.
+
+    Parameters
+    ----------
+    paths
+        Of the outputs; None: not written.
+    overwrite
+        Replace files that exist.
+    inputs
+        Volumes that are read, which no output may replace.
 
     Raises
     ------
@@ -73,10 +84,17 @@ def refuse_existing(paths: tuple[Path | None, ...], *, overwrite: bool) -> None:
         If a file exists and may not be replaced.
     FileNotFoundError
         If a parent folder does not exist.
+    ValueError
+        If an output is an input, or two outputs are one file.
     """
+    taken = {path.resolve(): "is the input" for path in inputs}
     for path in paths:
         if path is None:
             continue
+        if path.resolve() in taken:
+            msg = f"{path} {taken[path.resolve()]}: give the output another name"
+            raise ValueError(msg)
+        taken[path.resolve()] = "is given for two outputs"
         if path.exists() and not overwrite:
             msg = f"{path} exists: give another --out, or --overwrite to replace it"
             raise FileExistsError(msg)

@@ -219,7 +219,9 @@ def compare_picks(
         )
         raise ValueError(msg)
     if not true_names - set(ignore):
-        msg = "no particle of the truth is left to find: ignore fewer classes"
+        msg = "no particle of the truth is left to find" + (
+            ": ignore fewer classes" if ignore else ": it holds none"
+        )
         raise ValueError(msg)
     result = {"any": _total([agree(truth, picks, radius, ignore) for truth, picks in tomograms])}
     picked_names = {name for _, picks in tomograms for name in picks.names}

@@ -98,6 +98,9 @@ class TomogramSource:
     ) -> None:
         self.volume: Volume = read_volume(tomogram, voxel_size=options.voxel_size)
         self.table = read_particles(particles)
+        if not len(self.table):
+            msg = f"{particles} holds no particles: expected at least one"
+            raise ValueError(msg)
         self.card = card
         self.options = options
         depth, height, width = self.volume.data.shape
@@ -163,6 +166,13 @@ class InputFiles:
                 "--tomogram alone for a semantic segmenter"
             )
             raise ValueError(msg)
+
+    @property
+    def volumes(self) -> tuple[Path, ...]:
+        """Files of the voxels."""
+        if self.tomogram is not None:
+            return (self.tomogram,)
+        return find_stacks(self.subtomograms) if self.subtomograms is not None else ()
 
     def open(
         self, card: ModelCard, options: InputOptions, report: Callable[[str], None]

@@ -165,7 +165,8 @@ def _run(
     plan = _plan(network, tomogram.shape, whole)
     turns = allowed_turns(network.card.tilt_range) if whole.average_turns else ("identity",)
     report(
-        f"{len(plan)} windows of {'x'.join(map(str, plan.window))} voxels (z, y, x)"
+        f"{len(plan)} window{'s' if len(plan) > 1 else ''} of "
+        f"{'x'.join(map(str, plan.window))} voxels (z, y, x)"
         + (
             ", blended"
             if whole.blend

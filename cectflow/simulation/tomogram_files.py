@@ -84,7 +84,7 @@ def deliver_tomograms(
     Raises
     ------
     FileExistsError
-        If the folder holds something else.
+        If the folder holds something else, or a tomogram in it has lost its volume.
     ValueError
         If a structure is larger than the tomogram, or cannot be packed.
     """
@@ -106,6 +106,10 @@ def deliver_tomograms(
         _Job(setting, folder / f"tomo_{index:03d}", index, tilt_series) for index in range(count)
     ]
     missing = [job for job in jobs if not job.folder.exists()]
+    for job in jobs:
+        if job.folder.exists() and not (job.folder / "tomogram.mrc").is_file():
+            msg = f"{job.folder} holds no tomogram.mrc: remove the folder, and it is made again"
+            raise FileExistsError(msg)
     for _ in run_all(_simulate_one, missing, workers=workers, title="simulating tomograms"):
         pass
     return tuple(job.folder for job in jobs)

@@ -249,6 +249,37 @@ def test_output_is_refused_before_work_and_kept(
     assert "cectflowClassName" in out.read_text()
 
 
+def test_an_output_is_never_the_input_nor_another_output(
+    segmenter: Path, stack: Path, tomogram: Path, picks: Path, tmp_path: Path
+) -> None:
+    options = InputOptions(overwrite=True)
+    files = {"tomogram": tomogram, "particles": picks}
+    before = tomogram.read_bytes()
+    with pytest.raises(ValueError, match=f"{tomogram.name} is the input"):
+        segment(segmenter, tomogram, None, options, silent, **files)
+    with pytest.raises(ValueError, match=f"{tomogram.name} is the input"):
+        segment(segmenter, tmp_path / "l.mrc", tomogram, options, silent, **files)
+    with pytest.raises(ValueError, match=f"{stack.name} is the input"):
+        segment(segmenter, stack, None, options, silent, subtomograms=str(stack))
+    both = tmp_path / "both.mrc"
+    with pytest.raises(ValueError, match=r"both.mrc is given for two outputs"):
+        segment(segmenter, both, both, options, silent, **files)
+    with pytest.raises(ValueError, match=r"l.mrc.gz would be an MRC file: expected a name in .mrc"):
+        segment(segmenter, tmp_path / "l.mrc.gz", None, options, silent, **files)
+    assert tomogram.read_bytes() == before
+    assert not both.exists()
+
+
+def test_picks_without_a_particle_are_refused(
+    classifier: Path, tomogram: Path, picks: Path, tmp_path: Path
+) -> None:
+    table = read_particles(picks)
+    table.select(np.zeros(len(table), bool)).write(tmp_path / "none.star")
+    files = {"tomogram": tomogram, "particles": tmp_path / "none.star"}
+    with pytest.raises(ValueError, match=r"none.star holds no particles"):
+        classify(classifier, tmp_path / "o.star", OPTIONS, silent, **files)
+
+
 def test_wrong_task_names_the_command_that_fits(
     classifier: Path, segmenter: Path, stack: Path, tmp_path: Path
 ) -> None:

@@ -181,7 +181,7 @@ def test_a_tomogram_smaller_than_the_network_needs_is_padded_and_cropped(tmp_pat
     told: list[str] = []
     outcome, outputs = run(store(tmp_path / "small.mrc", data), report=told.append)
     assert read_volume(outputs.labels).shape == (3, 21, 6)
-    assert any("1 windows of 16x24x16 voxels" in line for line in told)
+    assert any("1 window of 16x24x16 voxels" in line for line in told)
     assert outcome.picks is not None
 
 
@@ -315,7 +315,7 @@ def test_the_command_writes_maps_picks_and_a_picture(
         main(arguments)
     out = capsys.readouterr().out
     assert not stop.value.code, out
-    assert "windows of 24x72x48 voxels" in out
+    assert "1 window of 24x72x48 voxels" in out
     np.testing.assert_array_equal(
         read_volume(Path("l.mrc")).data > 0, read_volume(Path("p.mrc")).data > 0.6
     )
@@ -328,7 +328,7 @@ def test_the_command_writes_maps_picks_and_a_picture(
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--overwrite", "--min-score", "1.5"])
     assert stop.value.code == 2
-    assert "min_score" in capsys.readouterr().err
+    assert "error: --min-score is 1.5: it must be less than" in capsys.readouterr().err
 
 
 def test_a_semantic_segmenter_takes_whole_tomograms_alone(
