@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,13 +23,11 @@ def own_peak() -> float:
 
 def main() -> None:
     """``python -m benchmarks.memory FILE ARGUMENT...``: run cectflow, write its peak to FILE."""
-    from cectflow.cli import main as cectflow_main  # whoever measures itself has no need of it
-
-    note, *arguments = sys.argv[1:]
+    note = Path(sys.argv.pop(1))
     try:
-        cectflow_main(arguments)
+        runpy.run_module("cectflow", run_name="__main__", alter_sys=True)
     finally:
-        Path(note).write_text(str(own_peak()), encoding="ascii")
+        note.write_text(str(own_peak()), encoding="ascii")
 
 
 if __name__ == "__main__":

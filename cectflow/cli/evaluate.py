@@ -25,6 +25,17 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Judge networks on a test split.", no_args_is_help=True)
 
+SCORES = {
+    "foreground_iou": "foreground IoU",
+    "iou": "mean of foreground and background IoU",
+    "mean_iou": "mean IoU of the labels",
+    "mean_dice": "mean Dice of the labels",
+    "surface_distance": "surface distance (Å)",
+    "hausdorff_95": "95 % Hausdorff distance (Å)",
+    "missed": "share of targets missed",
+}
+"""What the table calls a score; ``--json`` has its name."""
+
 
 @app.command("model")
 def evaluate_model(
@@ -46,7 +57,10 @@ def evaluate_model(
         groups = [vars(group) | {"score": group.score.model_dump()} for group in report.groups]
         print_json({"scores": scores, "baselines": report.baselines, "groups": groups})
         return
-    rows = [(k, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}") for k, s in report.scores.items()]
+    rows = [
+        (SCORES.get(k, k), f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}")
+        for k, s in report.scores.items()
+    ]
     rows += [(f"best {k}", f"{v:.4f}", "trivial") for k, v in report.baselines.items()]
     print_table(("score", "value", "95 % interval"), rows)
     what = "foreground IoU" if report.baselines else "accuracy"
@@ -70,6 +84,9 @@ def evaluate_picks(
         list[str] | None,
         typer.Option("--ignore", help="Class that is neither hit nor missed; may be repeated."),
     ] = None,
+    border: Annotated[
+        float, typer.Option("--border", min=0, help="Å from the faces in which nothing counts.")
+    ] = 0.0,
     tomogram: Annotated[
         Path | None, typer.Option("--tomogram", help="MRC volume that both files are about.")
     ] = None,
@@ -83,7 +100,13 @@ def evaluate_picks(
     from cectflow.flows.picks import evaluate_picks as flow
 
     outcome = flow(
-        truth, picks, radius, ignore=ignore or (), tomogram=tomogram, voxel_size=voxel_size
+        truth,
+        picks,
+        radius,
+        ignore=ignore or (),
+        border=border,
+        tomogram=tomogram,
+        voxel_size=voxel_size,
     )
     figures = {name: found.figures() for name, found in outcome.agreements.items()}
     if json:

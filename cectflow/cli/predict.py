@@ -33,6 +33,7 @@ app = typer.Typer(help="Predict with registered models.", no_args_is_help=True)
 RULE_OPTIONS = {
     "probability": "--threshold",
     "min_volume": "--min-volume",
+    "max_volume": "--max-volume",
     "radius": "--nms-radius",
     "min_score": "--min-score",
 }
@@ -101,6 +102,9 @@ def predict_segment(
     min_volume: Annotated[
         float | None, typer.Option("--min-volume", help="Å³ of the smallest particle.")
     ] = None,
+    max_volume: Annotated[
+        float | None, typer.Option("--max-volume", help="Å³ of the largest particle.")
+    ] = None,
     nms_radius: Annotated[
         float | None, typer.Option("--nms-radius", help="Å: no two picks are closer.")
     ] = None,
@@ -135,6 +139,7 @@ def predict_segment(
         {
             "probability": threshold,
             "min_volume": min_volume,
+            "max_volume": max_volume,
             "radius": nms_radius,
             "min_score": min_score,
         },

@@ -40,6 +40,7 @@ def evaluate_picks(
     radius: float,
     *,
     ignore: Collection[str] = (),
+    border: float = 0.0,
     tomogram: Path | None = None,
     voxel_size: float | None = None,
 ) -> PickEvaluation:
@@ -54,8 +55,12 @@ def evaluate_picks(
         Of a particle in Å: a pick within half of it is a hit.
     ignore
         Classes of the truth that are neither to be hit nor missed.
+    border
+        Å from the tomogram's faces within which particles are neither to be hit nor missed: the
+        faces cut particles there, of which a truth may list those whose centre is inside.
     tomogram
-        Its voxel size and shape hold for both files; needed for coordinates of RELION 5.
+        Its voxel size and shape hold for both files; needed for coordinates of RELION 5 and for a
+        border.
     voxel_size
         In Å, of the voxels that both files count in, where neither says so.
 
@@ -65,6 +70,9 @@ def evaluate_picks(
         If no voxel size is known, the tomograms' names do not agree, or as in
         :func:`cectflow.prediction.detection.compare_picks`.
     """
+    if border and tomogram is None:
+        msg = "--border is counted from the tomogram's faces: give --tomogram"
+        raise ValueError(msg)
     tables = read_particles(truth), read_particles(picks)
     shape = None
     if tomogram is not None:
@@ -80,8 +88,8 @@ def evaluate_picks(
         raise ValueError(msg)
     pairs = [
         (
-            _found(true, sizes[0] or known, shape),
-            _found(picked, sizes[1] or known, shape),
+            _found(true, sizes[0] or known, shape, border),
+            _found(picked, sizes[1] or known, shape, border),
         )
         for true, picked in _by_tomogram(*tables)
     ]
@@ -120,7 +128,9 @@ def _by_tomogram(
     ]
 
 
-def _found(table: ParticleTable, voxel_size: float, shape: tuple[int, int, int] | None) -> Found:
+def _found(
+    table: ParticleTable, voxel_size: float, shape: tuple[int, int, int] | None, border: float
+) -> Found:
     """Positions in Å, classes and scores of a table."""
     if not len(table):
         return Found(np.zeros((0, 3)), (), np.zeros(0))
@@ -138,4 +148,9 @@ def _found(table: ParticleTable, voxel_size: float, shape: tuple[int, int, int] 
     names = ("",) * len(table) if column is None else tuple(map(str, table.rows[column]))
     score = next((name for name in SCORE_COLUMNS if name in table.rows), None)
     scores = None if score is None else table.rows[score].to_numpy(np.float64)
-    return Found(positions * voxel_size, names, scores)
+    apart = None
+    if border and shape is not None:
+        faces = np.array(shape) - 1
+        to_face = np.minimum(positions, faces - positions).min(axis=1)
+        apart = np.asarray(to_face * voxel_size < border)
+    return Found(positions * voxel_size, names, scores, apart)

@@ -13,6 +13,7 @@ from cectflow.model_card import CARD_FILE
 from cectflow.prediction.classify import Classification, classify_particles, refuse_existing
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
 from cectflow.prediction.mask import masked_with
+from cectflow.prediction.picks import PickRules
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
 from cectflow.prediction.source import InputFiles, TomogramSource
 from cectflow.prediction.whole import (
@@ -154,6 +155,12 @@ def _predict_whole(
             f"{network.label} is for the task 'semantic', which labels a whole tomogram by itself: "
             "give --tomogram alone; to outline known particles use --model "
             "cectflow-segmenter@production"
+        )
+        raise ValueError(msg)
+    if outputs.picks is None and whole.rules != PickRules(probability=whole.rules.probability):
+        msg = (
+            "--min-volume, --max-volume, --nms-radius and --min-score choose among picks, which "
+            "are not asked for: give --picks"
         )
         raise ValueError(msg)
     outcome = segment_whole(network, files.tomogram, outputs, options, whole, report)

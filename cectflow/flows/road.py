@@ -135,8 +135,8 @@ def walk_road(
         if tomogram_segmenter is not None:
             name = tomogram_segmenter.version.name
             if stage_holder(name, stages[-1]):
-                radius = min(s.extent for s in load_structures(recipe.simulation)) / 2
-                figures |= _find(tomogram, f"{name}@{stages[-1]}", radius, report)
+                extents = [s.extent for s in load_structures(recipe.simulation)]
+                figures |= _find(tomogram, f"{name}@{stages[-1]}", extents, report)
                 run.log_files(folder / "predictions" / "found.png", "figures")
             else:
                 report(f"no search for particles: nothing of {name} holds {stages[-1]}")
@@ -218,9 +218,9 @@ def _predict(
 
 
 def _find(
-    written: SimulatedTomogram, model: str, radius: float, report: Report
+    written: SimulatedTomogram, model: str, extents: Sequence[float], report: Report
 ) -> dict[str, float]:
-    """Particles found in the tomogram without its table, beside the table."""
+    """Particles found in the tomogram without its table, beside the table; uncut ones count."""
     folder = written.tomogram.parent
     predict_segments(
         model, InputFiles(tomogram=written.tomogram), folder / "found.mrc", None,
@@ -228,7 +228,11 @@ def _find(
         picks=folder / "found.star", figure=folder / "found.png",
     )  # fmt: skip
     judged = evaluate_picks(
-        written.particles, folder / "found.star", radius, tomogram=written.tomogram
+        written.particles,
+        folder / "found.star",
+        min(extents) / 2,
+        border=max(extents) / 2,
+        tomogram=written.tomogram,
     ).agreements["any"]
     return {
         "picks_precision": judged.precision, "picks_recall": judged.recall, "picks_f1": judged.f1,

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
@@ -45,11 +45,19 @@ class Found:
         Class of each; empty strings where it is not known.
     scores
         Of picks; None: not known.
+    apart
+        True for those that are neither hit nor missed, as near a face of the tomogram; None: none.
     """
 
     positions: Float[NDArray[np.float64], "n 3"]
     names: tuple[str, ...]
     scores: Float[NDArray[np.float64], " n"] | None = None
+    apart: Bool[NDArray[np.bool_], " n"] | None = None
+
+    def ignoring(self, names: Collection[str]) -> Bool[NDArray[np.bool_], " n"]:
+        """True for those that do not count: of these classes, or apart."""
+        ignored = np.array([name in names for name in self.names], bool)
+        return ignored if self.apart is None else ignored | self.apart
 
 
 @dataclass(frozen=True)
@@ -155,8 +163,9 @@ def match(
 def agree(truth: Found, picks: Found, radius: float, ignore: Collection[str] = ()) -> Agreement:
     """Agreement of picks with the particles of one tomogram, whatever their classes.
 
-    Particles of an ignored class are neither to be hit nor missed: they are left out, and with
-    them every pick that hits no other particle and lies on one of them, or is itself named so.
+    Particles that are apart, or of an ignored class, are neither to be hit nor missed: they are
+    left out, and with them every pick that hits no other particle and lies on one of them, or is
+    itself apart or named so.
 
     Parameters
     ----------
@@ -168,13 +177,13 @@ def agree(truth: Found, picks: Found, radius: float, ignore: Collection[str] = (
         Classes.
     """
     distance = REACH * radius
-    wanted = np.array([name not in ignore for name in truth.names], bool)
-    particles, ignored = truth.positions[wanted], truth.positions[~wanted]
+    left_out = truth.ignoring(ignore)
+    particles, ignored = truth.positions[~left_out], truth.positions[left_out]
     pairs = match(particles, picks.positions, distance)
     counts = np.ones(len(picks.positions), bool)
     if len(ignored) and len(counts):
         counts &= cKDTree(ignored).query(picks.positions)[0] > distance
-    counts &= np.array([name not in ignore for name in picks.names], bool)
+    counts &= ~picks.ignoring(ignore)
     counts[pairs[:, 1]] = True
     extra = counts.copy()
     extra[pairs[:, 1]] = False
@@ -191,7 +200,8 @@ def compare_picks(
 ) -> dict[str, Agreement]:
     """Agreement summed over tomograms: of ``any`` class, and of each class by name.
 
-    Within a class only picks of that class can hit. Ignored classes are not reported.
+    Within a class only picks of that class can hit. Ignored classes are not reported, nor is any
+    class where picks and truth have no name in common, as where all picks are called ``particle``.
 
     Parameters
     ----------
@@ -226,7 +236,7 @@ def compare_picks(
     result = {"any": _total([agree(truth, picks, radius, ignore) for truth, picks in tomograms])}
     picked_names = {name for _, picks in tomograms for name in picks.names}
     classes = sorted((true_names | picked_names) - set(ignore) - {""})
-    if picked_names - {""} and true_names - {""}:
+    if (picked_names & true_names) - {""}:
         for name in classes:
             result[name] = _total(
                 [
@@ -283,4 +293,5 @@ def _of(found: Found, names: Collection[str]) -> Found:
 def _select(found: Found, keep: NDArray[np.bool_]) -> Found:
     names = tuple(name for name, kept in zip(found.names, keep, strict=True) if kept)
     scores = None if found.scores is None else found.scores[keep]
-    return Found(found.positions[keep], names, scores)
+    apart = None if found.apart is None else found.apart[keep]
+    return Found(found.positions[keep], names, scores, apart)

@@ -46,6 +46,8 @@ class PickRules(Config):
     """Above which a voxel is foreground."""
     min_volume: float = Field(default=50_000.0, ge=0)
     """Å³ of the smallest body; the default is 41 kDa at 1.21 Å³/Da."""
+    max_volume: float | None = Field(default=None, gt=0)
+    """Å³ of the largest; None: any."""
     radius: float = Field(default=60.0, ge=0)
     """Å: no two picks are closer (non-maximum suppression, the higher score stays). The default is
     the diameter of a sphere of 93 kDa at 1.21 Å³/Da."""
@@ -225,9 +227,10 @@ def _judged(measured: NDArray[np.float64], voxel_size: float, rules: PickRules) 
         measured[:, 1:4].copy(), voxels.astype(np.int64),
         mass / np.maximum(voxels, 1) * share, best.astype(np.int64) + 1,
     )  # fmt: skip
-    bodies = bodies.select(
-        (bodies.voxels * voxel_size**3 >= rules.min_volume) & (bodies.scores >= rules.min_score)
-    )
+    volumes = bodies.voxels * voxel_size**3
+    largest = np.inf if rules.max_volume is None else rules.max_volume
+    is_particle = (volumes >= rules.min_volume) & (volumes <= largest)
+    bodies = bodies.select(is_particle & (bodies.scores >= rules.min_score))
     # Ties in the score fall to the place, so that the order of the blocks does not show.
     bodies = bodies.select(np.lexsort(bodies.centres_zyx.T[::-1]))
     return bodies.select(suppress(bodies.centres_zyx * voxel_size, bodies.scores, rules.radius))

@@ -205,7 +205,7 @@ def _plan(network: LoadedNetwork, shape: tuple[int, int, int], whole: WholeOptio
     if whole.blend:
         edge = whole.window or BLENDED_EDGE
         return plan_windows(
-            shape, stride=info.stride, halo=int(BLENDED_HALO * edge), smallest=smallest,
+            shape, stride=info.stride, halo=max(1, int(BLENDED_HALO * edge)), smallest=smallest,
             edge=edge,
         )  # fmt: skip
     # The logits are there twice: as the network gives them, and as probabilities of the core;

@@ -118,8 +118,8 @@ def plan_windows(
     least = 2 * halo + stride
     if edge is not None and edge < min(least, max(padded)):
         msg = (
-            f"a window of {edge} voxels is too small: the network looks {halo} voxels to each "
-            f"side, so expected at least {least}"
+            f"a window of {edge} voxels is too small: {halo} on each side are shared with its "
+            f"neighbours, so expected at least {least}"
         )
         raise ValueError(msg)
     # Per axis, every number of windows of equal length: (computed voxels, length).

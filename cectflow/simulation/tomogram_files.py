@@ -192,6 +192,7 @@ def write_tomogram_files(
         volume = Volume(data, voxel_size)
         write_volume(folder / f"{file}.mrc", volume, overwrite=overwrite, labels=labels)
     rows = make_particle_rows(tomogram.positions_zyx, angles=tomogram.angles, tomogram=name)
+    rows["rlnPixelSize"] = voxel_size
     rows["cectflowTrueClass"] = [specimen.classes[i - 1] for i in tomogram.class_ids]
     particles_from(rows).write(folder / "particles.star", overwrite=overwrite)
     with replacing(folder / "record.json", overwrite=overwrite) as temporary:

@@ -15,6 +15,7 @@ from cectflow.cli import main
 from cectflow.flows.picks import evaluate_picks
 from cectflow.particles import coordinate_columns, make_particle_rows, particles_from
 from cectflow.prediction.detection import Found, agree, best_threshold, compare_picks, match
+from cectflow.volume import Volume, write_volume
 
 RADIUS = 100.0
 
@@ -120,6 +121,29 @@ def test_a_wrong_class_is_a_hit_of_any_and_a_miss_of_its_own() -> None:
     assert figures["any"].f1 == 1.0
     assert (figures["a"].precision, figures["a"].recall) == (1.0, 0.5)
     assert (figures["b"].precision, figures["b"].recall) == (pytest.approx(2 / 3), 1.0)
+
+
+def test_names_that_have_nothing_in_common_are_not_held_against_each_other() -> None:
+    places = spread(4)
+    truth = found(places, ["a", "a", "b", "b"])
+    assert set(compare_picks([(truth, found(places, ["particle"] * 4))], RADIUS)) == {"any"}
+
+
+def test_what_is_near_a_face_neither_counts_as_hit_nor_as_miss(tmp_path: Path) -> None:
+    volume = tmp_path / "tomogram.mrc"
+    write_volume(volume, Volume(np.zeros((20, 40, 60), np.float32), 10.0))
+    inside, edge = [(10.0, 20.0, 30.0), (10.0, 12.0, 40.0)], [(10.0, 2.0, 30.0)]
+    truth = write(tmp_path / "truth.star", np.array(inside + edge))
+    # One particle is missed; of the false picks one is cut by a face and one is not.
+    picks = write(
+        tmp_path / "picks.star", np.array([inside[0], (10.0, 20.0, 57.0), (10.0, 28.0, 50.0)])
+    )
+    with_all = evaluate_picks(truth, picks, 40.0, tomogram=volume).agreements["any"]
+    assert (with_all.particles, with_all.picks, with_all.hits) == (3, 3, 1)
+    without = evaluate_picks(truth, picks, 40.0, border=50.0, tomogram=volume).agreements["any"]
+    assert (without.particles, without.picks, without.hits) == (2, 2, 1)
+    with pytest.raises(ValueError, match=r"--border is counted from .* faces: give --tomogram"):
+        evaluate_picks(truth, picks, 40.0, border=50.0)
 
 
 def test_the_best_threshold_leaves_out_the_false() -> None:

@@ -114,6 +114,7 @@ def test_rules_leave_out_the_small_the_doubtful_and_the_too_close() -> None:
     ]
     assert len(find(balls)) == 4
     assert len(find(balls, PickRules(min_volume=100_000.0, radius=0.0))) == 3
+    assert len(find(balls, PickRules(min_volume=0.0, max_volume=100_000.0, radius=0.0))) == 1
     assert len(find(balls, PickRules(min_volume=0.0, radius=0.0, min_score=0.7))) == 3
     kept = find(balls, PickRules(min_volume=0.0, radius=95.0))
     assert kept.scores.min() > 0.7, "of two neighbours the better one stays"

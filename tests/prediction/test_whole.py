@@ -288,6 +288,8 @@ def test_anisotropic_voxels_are_refused_with_the_remedy(tmp_path: Path) -> None:
 def test_a_window_that_is_all_halo_is_refused(tomogram: Path) -> None:
     with pytest.raises(ValueError, match="a window of 32 voxels is too small"):
         run(tomogram, whole=WholeOptions(window=32))
+    with pytest.raises(ValueError, match="a window of 4 voxels is too small: 8 on each side"):
+        run(tomogram, whole=WholeOptions(window=4, blend=True))
 
 
 def test_the_threshold_decides_labels_and_picks_alike(tomogram: Path) -> None:
@@ -329,6 +331,11 @@ def test_the_command_writes_maps_picks_and_a_picture(
         main([*arguments, "--overwrite", "--min-score", "1.5"])
     assert stop.value.code == 2
     assert "error: --min-score is 1.5: it must be less than" in capsys.readouterr().err
+    without_picks = [word for word in arguments if word not in ("--picks", "p.star")]
+    with pytest.raises(SystemExit) as stop:
+        main([*without_picks, "--overwrite"])
+    assert stop.value.code == 2
+    assert "choose among picks, which are not asked for: give" in capsys.readouterr().err
 
 
 def test_a_semantic_segmenter_takes_whole_tomograms_alone(
