@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,6 +189,9 @@ def main() -> None:
     finished ones as they are. Budgets are live cubes, none of which comes twice, the same for
     every network and the very same cubes for each seed.
 
+    NAME is a published network, ``ours`` (at their cost), ``ours_base`` (at a fifth of it) or
+    ``ours_base_uncentred`` (without the distance from the centre).
+
     - ``iou_NAME``: foreground IoU, mean over subtomograms and seeds, at SNR 0.03; ``_low`` and
       ``_high`` are the lowest and the highest seed. ``iou_NAME_snr_0.1`` …: at the others;
       ``…_calibrated``: imaged as the recipe ``real``, which no network was trained on.
@@ -212,15 +215,16 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     hardware = Hardware("cuda" if cuda else "cpu", options.precision, options.workers)
     bench = Bench(plan, work, hardware)
-    parts = {"headline": _headline, "folds": _folds, "tomogram": _tomogram}
+    parts: dict[str, Callable[[Bench], dict[str, float]]] = {
+        "headline": _headline, "folds": _folds, "tomogram": _tomogram,
+    }  # fmt: skip
     for name in (options.only,) if options.only else parts:
-        figures = parts[name](bench)
+        figures = parts[name](bench) | {f"precision_{name}": options.precision}
         with replacing(work / f"{name}.json", overwrite=True) as temporary:
             temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     found: dict[str, float | str] = {
         "structures": "real" if bench.is_real else "builtin phantoms",
         "recipe": f"{plan.box}³ at {plan.voxel_size:g} Å, ±60°, occupancy 10 %, SNR 0.01 to 0.1",
-        "precision": options.precision,
         "seeds": len(plan.seeds),
         "seeds_folds": 1,
     }
