@@ -128,6 +128,25 @@ def test_an_offset_and_a_scale_of_the_cubes_do_not_hinder_learning(
     assert all(p.dtype == torch.float32 for p in network.parameters())
 
 
+def test_bfloat16_is_refused_on_a_cpu_where_a_kernel_is_wider_than_its_grid(
+    eight: MemorySource, tmp_path: Path
+) -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Conv3d(1, 4, 3, stride=6, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 3, padding=1)
+            )
+
+        def forward(self, cubes: Tensor) -> Tensor:
+            return self.layers(cubes).mean((2, 3, 4))
+
+    with pytest.raises(ValueError, match=r"here \(3, 3, 3\) on \(2, 2, 2\) voxels: use precision"):
+        run(eight, tmp_path, network=Narrow(), precision="bfloat16", epochs=1)
+    _, result = run(eight, tmp_path, network=Narrow(), precision="float32", epochs=1)
+    assert len(result.history) == 1
+
+
 def test_the_history_tells_of_training_validation_rate_and_time(
     eight: MemorySource, tmp_path: Path
 ) -> None:
