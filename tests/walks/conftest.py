@@ -1,28 +1,44 @@
-"""One store, one folder, one road of the recipe ``tiny``: what it promotes serves the rest."""
+"""One road of the recipe ``tiny``: what it promotes serves the rest."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from road import Road
+
+from cectflow.learning.fit import FitRecipe
+from cectflow.recipe import load_recipe
 
 
 @pytest.fixture(scope="session")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """The road, walked once for all test processes; its store is a copy that stays as it is."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "walked"
+    with FileLock(folder.with_suffix(".lock")):
+        output = folder / "output.txt"
+        if not output.is_file():
+            folder.mkdir()
+            walk = make_road(folder)
+            said = walk.mlflow_run("main", recipe="tiny", out=str(folder / "tour"), device="cpu")
+            shutil.copy(folder / "mlflow.db", folder / "walked.db")
+            output.write_text(said, encoding="utf-8")
+    return Road(folder, output.read_text(encoding="utf-8"), {})
+
+
+@pytest.fixture(scope="module")
+def road(walked: Road, tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """The walked road in a folder and a store of a module's own, beside a short recipe."""
     folder = tmp_path_factory.mktemp("road")
-    # MLflow leaves ids of experiments and runs of other tests' stores in the environment.
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    environment = clean | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "CECTFLOW_CACHE": str(folder / "cache"),
-    }
-    walk = Road(folder, "", environment)
-    output = walk.mlflow_run("main", recipe="tiny", out=str(folder / "tour"), device="cpu")
-    return Road(folder, output, environment)
+    shutil.copytree(walked.folder / "tour", folder / "tour")
+    shutil.copy(walked.folder / "walked.db", folder / "mlflow.db")
+    (folder / "short.yaml").write_text(short_recipe(), encoding="utf-8")
+    return Road(folder, walked.output, make_road(folder).environment)
 
 
 @pytest.fixture
@@ -31,3 +47,31 @@ def by_hand(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(road.folder)
     for name in ("MLFLOW_TRACKING_URI", "CECTFLOW_CACHE"):
         monkeypatch.setenv(name, road.environment[name])
+
+
+def make_road(folder: Path) -> Road:
+    """A road that nobody has walked."""
+    # MLflow leaves ids of experiments and runs of other tests' stores in the environment.
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    environment = clean | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "CECTFLOW_CACHE": str(folder / "cache"),
+    }
+    return Road(folder, "", environment)
+
+
+def short_recipe() -> str:
+    """The recipe ``tiny`` with one epoch of each training, and no control."""
+    recipe = load_recipe("tiny")
+
+    def shortened(fit: FitRecipe) -> FitRecipe:
+        return fit.model_copy(update={"epochs": 1})
+
+    segmenter, student = recipe.segmenter, recipe.student
+    return recipe.model_copy(
+        update={
+            "segmenter": segmenter.model_copy(update={"fit": shortened(segmenter.fit)}),
+            "student": student.model_copy(update={"fit": shortened(student.fit), "control": False}),
+        }
+    ).to_yaml()
