@@ -42,6 +42,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "half": {"stem": 2, "widths": (16, 32, 64), "depth": (1, 2)},
     "quarter": {"stem": 4, "widths": (32, 64), "depth": (2,)},
     # Width.
+    "full_wide": {"stem": 1, "widths": (16, 48, 96), "depth": (1, 2)},
     "quarter_wide": {"stem": 4, "widths": (64, 96), "depth": (2,)},
     "half_wide": {"stem": 2, "widths": (24, 48, 96), "depth": (1, 2)},
     "half_wider": {"stem": 2, "widths": (32, 64, 128), "depth": (1, 2)},
