@@ -154,9 +154,9 @@ def calibrate(
     if missed:
         shells = ", ".join(f"{frequency:.3f}" for frequency in missed)
         notes.append(
-            f"At an SNR of {middle:.3g} the signal alone has more power than was measured at "
-            f"{shells} cycles/voxel: the SNR is too high for these structures, or the cubes are "
-            "too few to tell."
+            f"At an SNR of {middle:.3g} the signal alone has all the power that was measured at "
+            f"{shells} cycles/voxel: the noise there is not known. The SNR may be too high for "
+            "these structures, or the cubes too few to tell."
         )
     optical = recipe.microscope.model_copy(update={"noise_spectrum": spectrum})
     recipe = recipe.model_copy(update={"microscope": optical, "snr": (interval.low, interval.high)})
