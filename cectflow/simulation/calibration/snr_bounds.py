@@ -128,7 +128,8 @@ def signal_cubes(
     voxel_size
         Å.
     """
-    cubes, fields, variances = [], [], []
+    powers, totals, amplitudes, fields, variances = [], [], [], [], []
+    weight = sample.window / sample.window.sum()
     for index in track(range(SIGNAL_FIELDS), total=SIGNAL_FIELDS, title="signal of the recipe"):
         field = simulate_field(specimen, "calibration", index)
         transfer = typical_optics(recipe, float(defoci[index % len(defoci)])).signal.cpu().numpy()
@@ -145,17 +146,20 @@ def signal_cubes(
         )
         variances.append(of_particles.var())
         centres = np.round(field.scene.positions_zyx)
-        cubes.append(cut(imaged, centres, sample.box, periodic=True))
-        fields.append(np.full(len(centres), index))
-    values = np.concatenate(cubes) / np.sqrt(np.mean(variances))
-    weight = sample.window / sample.window.sum()
-    values -= (values * weight).sum(axis=(1, 2, 3), keepdims=True)
-    spectra = _spectra(values, sample.window)
-    periodograms = np.abs(spectra) ** 2
-    powers = np.stack([over_shells(periodogram) for periodogram in periodograms])
-    totals = periodograms.mean(axis=(1, 2, 3))
-    amplitudes = _mean_amplitudes(spectra, sample.box * voxel_size)
-    return SignalCubes(powers, totals, amplitudes, np.concatenate(fields))
+        for cube in cut(imaged, centres, sample.box, periodic=True):
+            spectrum = _spectrum(cube - (cube * weight).sum(), sample.window)
+            power = np.abs(spectrum) ** 2
+            powers.append(over_shells(power))
+            totals.append(power.mean())
+            amplitudes.append(_mean_amplitudes(spectrum, sample.box * voxel_size))
+            fields.append(index)
+    unit = float(np.mean(variances))
+    return SignalCubes(
+        np.array(powers) / unit,
+        np.array(totals) / unit,
+        np.array(amplitudes) / np.sqrt(unit),
+        np.array(fields),
+    )
 
 
 def bound_snr(
@@ -234,25 +238,31 @@ def _where(rising: Callable[[float], float]) -> float | None:
     return float(np.exp(brentq(lambda log: rising(float(np.exp(log))), *ends, xtol=1e-4)))
 
 
-def _spectra(cubes: NDArray[np.float64], taper: NDArray[np.float64]) -> NDArray[np.complex128]:
-    """Of tapered cubes about their centre, so scaled that white noise has its variance."""
-    centred = fft.ifftshift(cubes * taper, axes=(1, 2, 3))
-    return np.asarray(fft.fftn(centred, axes=(1, 2, 3)) / np.sqrt((taper**2).sum()))
+def _spectrum(cube: NDArray[np.float64], taper: NDArray[np.float64]) -> NDArray[np.complex128]:
+    """Of a tapered cube about its centre, so scaled that white noise has its variance."""
+    return np.asarray(fft.fftn(fft.ifftshift(cube * taper)) / np.sqrt((taper**2).sum()))
 
 
-def _mean_amplitudes(spectra: NDArray[np.complex128], edge: float) -> NDArray[np.float64]:
-    """Mean amplitude of each cube in shells below 60 Å, whose squares are shares of its power.
+def _mean_amplitudes(spectrum: NDArray[np.complex128], edge: float) -> NDArray[np.float64]:
+    """Mean amplitude of a cube in shells below 60 Å, whose squares are shares of its power.
 
     Centred particles in any orientation have their spherical mean in common: a part of the signal.
     The mean of a shell's amplitudes squared, times their number, is no more than their power.
+
+    Parameters
+    ----------
+    spectrum
+        About the cube's centre.
+    edge
+        Of the cube in Å.
     """
-    box = spectra.shape[-1]
+    box = spectrum.shape[-1]
     numbers = shell_numbers(box).ravel()
     counts = np.bincount(numbers)
     shells = np.arange(len(counts))
     low = (shells > 0) & (shells * SIGNAL_RESOLUTION <= edge)
-    sums = np.stack([np.bincount(numbers, one.real.ravel()) for one in spectra])
-    return np.asarray(sums[:, low] / np.sqrt(counts[low] * box**3))
+    sums = np.bincount(numbers, spectrum.real.ravel())
+    return np.asarray(sums[low] / np.sqrt(counts[low] * box**3))
 
 
 def _share_of_mean(amplitudes: NDArray[np.float64]) -> float:
@@ -264,9 +274,12 @@ def _share_of_mean(amplitudes: NDArray[np.float64]) -> float:
 
 def _mean_of(sample: TaperedCubes, voxel_size: float) -> tuple[float, float]:
     """Share of the power that cubes have in common about their centre, and its standard error."""
-    number = len(sample.cubes)
-    spectra = _spectra(sample.cubes, sample.taper)
-    spectra /= np.sqrt((np.abs(spectra) ** 2).mean(axis=(1, 2, 3), keepdims=True))
-    amplitudes = _mean_amplitudes(spectra, sample.box * voxel_size)
-    left_out = [_share_of_mean(np.delete(amplitudes, i, axis=0)) for i in range(number)]
-    return _share_of_mean(amplitudes), float(np.sqrt((number - 1) * np.var(left_out)))
+    amplitudes = []
+    for cube in sample.cubes:
+        spectrum = _spectrum(cube, sample.taper)
+        of_cube = _mean_amplitudes(spectrum, sample.box * voxel_size)
+        amplitudes.append(of_cube / np.sqrt((np.abs(spectrum) ** 2).mean()))
+    values = np.array(amplitudes)
+    number = len(values)
+    left_out = [_share_of_mean(np.delete(values, i, axis=0)) for i in range(number)]
+    return _share_of_mean(values), float(np.sqrt((number - 1) * np.var(left_out)))
