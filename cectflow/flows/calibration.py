@@ -252,8 +252,8 @@ def _findings(found: Calibration) -> list[str]:
     lines = []
     if (tilts := found.tilt_range) is not None:
         lines.append(
-            f"tilt range: {tilts.lowest:.1f} ± {tilts.lowest_error:.1f}° to "
-            f"{tilts.highest:.1f} ± {tilts.highest_error:.1f}° about y"
+            f"tilt range: {tilts.lowest:.0f} ± {np.ceil(tilts.lowest_error):.0f}° to "
+            f"{tilts.highest:.0f} ± {np.ceil(tilts.highest_error):.0f}° about y"
         )
     lines += [f"defocus of {name}: {value:.2f} µm" for name, value in found.defoci.items()]
     spectrum = found.recipe.microscope.noise_spectrum

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from cectflow.simulation.calibration.radial_power import (
     TaperedCubes,
     compare_power,
     radial_power,
+    summarise,
 )
-from cectflow.simulation.calibration.snr_bounds import signal_power
+from cectflow.simulation.calibration.snr_bounds import SignalCubes, bound_snr, signal_cubes
+from cectflow.simulation.calibration.tilt_range import measure_tilts
 from cectflow.simulation.distractors import Distractors
 from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
 from cectflow.simulation.imaging import optics_of
@@ -99,13 +102,15 @@ def given(make_recipe: MakeRecipe, phantom: Phantom) -> Specimen:
     return prepare_specimen(recipe, [phantom("ring")])
 
 
-def make_cubes(recipe: SimulationRecipe, number: int, **changes: Any) -> Cubes:
+def make_cubes(
+    recipe: SimulationRecipe, number: int, *, tilts: TiltScheme = TILTS, **changes: Any
+) -> Cubes:
     """Cubes of pure noise of known optics, from fields of their own, dark protein."""
     microscope = recipe.microscope.model_copy(
         update={"defocus_um": DEFOCUS, "noise_spectrum": TRUTH} | changes
     )
     optics = optics_of(
-        recipe.field_shape, VOXEL_SIZE, microscope, TILTS, microscope.defocus_um,
+        recipe.field_shape, VOXEL_SIZE, microscope, tilts, microscope.defocus_um,
         recipe.ctf_correction,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(5)
@@ -146,6 +151,53 @@ def test_the_tilt_range_comes_back_within_one_step(found: Calibration) -> None:
     tilts = found.recipe.tilts
     assert tilts.angles[-1] == tilts.highest
     assert tilts.highest == pytest.approx(TILTS.highest, abs=3.0)
+
+
+def of_particles(specimen: Specimen, snr: float, first: int, number: int) -> tuple[Cubes, float]:
+    """Cubes about the particles of some fields, off by the recipe's jitter; their measured SNR."""
+    jitter = specimen.recipe.jitter / specimen.recipe.voxel_size
+    made = replace(specimen, recipe=specimen.recipe.model_copy(update={"snr": (snr, snr)}))
+    generator = np.random.default_rng(first)
+    stacks, measured = [], []
+    for index in range(first, first + number):
+        field = simulate_field(made, "train", index)
+        exact = field.scene.positions_zyx
+        centres = np.round(exact + generator.uniform(-jitter, jitter, exact.shape))
+        stacks.append(cut(field.tomogram.numpy(), centres, made.recipe.box, periodic=True))
+        measured.append(field.record.snr_reconstruction)
+    return np.concatenate(stacks).astype(np.float32), float(np.mean(np.array(measured)))
+
+
+RANGES = (
+    (-60.0, 60.0, 3.0),
+    (-60.0, 60.0, 6.0),
+    (-45.0, 45.0, 3.0),
+    (-40.0, 66.0, 2.0),
+    (-66.0, 30.0, 3.0),
+)
+
+
+@pytest.mark.parametrize(("lowest", "highest", "step"), RANGES)
+@pytest.mark.parametrize("snr", [None, 10.0], ids=["noise", "signal"])
+def test_the_tilt_range_holds_the_truth_within_its_error(
+    given: Specimen, tiny: Specimen, lowest: float, highest: float, step: float, snr: float | None
+) -> None:
+    """In 24 voxels of coloured noise and in 16 of little but signal; the error is not vacuous."""
+    tilts = TiltScheme(lowest=lowest, highest=highest, step=step)
+    if snr is None:
+        recipe, cubes = given.recipe, make_cubes(given.recipe, 16, tilts=tilts)
+    else:
+        recipe = tiny.recipe
+        made = replace(tiny, recipe=recipe.model_copy(update={"tilts": tilts}))
+        cubes = of_particles(made, snr, 0, 1)[0]
+    unknown = recipe.model_copy(update={"tilts": TiltScheme(step=step)})
+    found, _ = measure_tilts(unknown, TaperedCubes.of(cubes, None))
+    assert found is not None
+    assert found.lowest == pytest.approx(lowest, abs=found.lowest_error)
+    assert found.highest == pytest.approx(highest, abs=found.highest_error)
+    resolution = np.rad2deg(2.0 / recipe.box)
+    assert found.lowest_error >= resolution
+    assert min(found.lowest_error, found.highest_error) < 1.5 * resolution
 
 
 def test_the_defocus_comes_back_within_a_quarter_micrometre(found: Calibration) -> None:
@@ -268,14 +320,54 @@ def test_the_interval_holds_the_true_snr(given: Specimen, cubes: Cubes, phantom:
     assert found.snr.low < 0.05 < found.snr.high
 
 
+@pytest.fixture(scope="module")
+def tiny(phantom: Phantom) -> Specimen:
+    """The recipe tiny, whose SNR of 10 is more signal than noise."""
+    recipe = load_recipe("tiny").simulation
+    return prepare_specimen(recipe, [phantom(name) for name in recipe.include])
+
+
+@pytest.fixture(scope="module", params=["tiny", "premultiplied"])
+def known(request: pytest.FixtureRequest, tiny: Specimen, given: Specimen) -> Specimen:
+    """Specimens whose SNR alone is unknown; one with white noise, one with a falling spectrum."""
+    if request.param == "tiny":
+        return tiny
+    optical = given.recipe.microscope.model_copy(update={"noise_spectrum": TRUTH})
+    return replace(given, recipe=given.recipe.model_copy(update={"microscope": optical}))
+
+
+@pytest.fixture(scope="module")
+def signal(known: Specimen) -> SignalCubes:
+    sample = TaperedCubes.of(of_particles(known, 1.0, 0, 1)[0], None)
+    defoci = np.linspace(2.8, 3.8, 5).tolist() if known.recipe.box == BOX else [4.0]
+    return signal_cubes(known, known.recipe, sample, defoci, known.recipe.voxel_size)
+
+
+@pytest.mark.parametrize("snr", [0.05, 0.2, 0.5, 1.0, 3.0, 10.0])
+def test_the_interval_holds_the_measured_snr_and_is_no_wider_than_it_must(
+    known: Specimen, signal: SignalCubes, snr: float
+) -> None:
+    """For each of four sets of cubes, of one field (of about 40) or of three."""
+    for first, number in ((0, 1), (1, 1), (2, 3), (5, 3)):
+        cubes, truth = of_particles(known, snr, first, number)
+        sample = TaperedCubes.of(cubes, None)
+        power = summarise(sample, corners=True)
+        found = bound_snr(sample, power, signal, None, known.recipe.voxel_size)
+        assert found.low <= truth <= found.high
+        if snr <= 1:
+            assert truth / 10 < found.low
+            assert found.high < (3 if snr <= 0.2 else 8) * truth
+
+
 def test_gold_adds_power_and_no_signal(given: Specimen, phantom: Phantom, cubes: Cubes) -> None:
     """Beads that outweigh the particles show in the cubes, and the SNR's unit stays theirs."""
     sample = TaperedCubes.of(cubes, None)
-    crowd = Distractors(gold=8.0, gold_diameter=(60.0, 60.0))
+    crowd = Distractors(gold=12.0, gold_diameter=(60.0, 60.0))
     recipe = SimulationRecipe.model_validate(given.recipe.model_dump() | {"distractors": crowd})
     specimen = prepare_specimen(recipe, [phantom("ring")])
     particles, everything = (
-        signal_power(one, recipe, sample, (DEFOCUS,)).sum() for one in (given, specimen)
+        signal_cubes(one, recipe, sample, (DEFOCUS,), VOXEL_SIZE).powers.mean(axis=0).sum()
+        for one in (given, specimen)
     )
     assert everything > 2 * particles
 
@@ -435,6 +527,20 @@ def test_a_tomogram_held_out_judges_and_does_not_calibrate(
 # --- real data ------------------------------------------------------------------------------------
 
 
+def tilts_of(shared_data: Path, tomogram: str) -> tuple[float, float]:
+    """Lowest and highest tilt about y by the projection matrices, whose third row is the beam.
+
+    The microscope tilted by -60 to 60 degrees; the tomogram is level, the specimen was not: they
+    are -54.2 to 60.5 of Unt_050, -44.4 to 70.7 of Unt_076 (whose axis is up to 11 degrees off y).
+    """
+    text = (shared_data / "star" / "relion5_tomograms.star").read_text()
+    block = text.split(f"data_{tomogram}.tomostar")[1].split("data_")[0]
+    rows = [re.findall(r"\[([^]]*)\]", line) for line in block.splitlines() if "[" in line]
+    beams = np.array([[float(value) for value in row[2].split(",")] for row in rows])
+    angles = np.rad2deg(np.arctan2(beams[:, 0], beams[:, 2]))
+    return float(angles.min()), float(angles.max())
+
+
 def test_real_cubes_of_one_tomogram_predict_those_of_another(shared_data: Path) -> None:
     """Spectrum and tilts of Unt_050, with the defocus of Unt_076, give Unt_076's radial power.
 
@@ -457,7 +563,11 @@ def test_real_cubes_of_one_tomogram_predict_those_of_another(shared_data: Path) 
     found = calibrate(specimen, first, voxel_size, snr=0.001, contrast="light")
     assert found.notes == ()
     assert found.tilt_range is not None
-    assert found.tilt_range.highest - found.tilt_range.lowest == pytest.approx(120.0, abs=6.0)
+    tilts = found.tilt_range
+    lowest, highest = tilts_of(shared_data, "Unt_050")
+    assert tilts.lowest == pytest.approx(lowest, abs=tilts.lowest_error)
+    assert tilts.highest == pytest.approx(highest, abs=tilts.highest_error)
+    assert max(tilts.lowest_error, tilts.highest_error) < 5.0
     measured = radial_power(second)
 
     def misses(power: RadialPower, fitted: RadialPower | None) -> set[float]:

@@ -25,7 +25,7 @@ from cectflow.simulation.calibration.radial_power import (
     group_by_tomogram,
     summarise,
 )
-from cectflow.simulation.calibration.snr_bounds import SnrInterval, bound_snr, signal_power
+from cectflow.simulation.calibration.snr_bounds import SnrInterval, bound_snr, signal_cubes
 from cectflow.simulation.calibration.tilt_range import TiltRange, measure_tilts
 from cectflow.simulation.field import Specimen
 from cectflow.simulation.recipe import SimulationRecipe
@@ -83,8 +83,8 @@ def calibrate(
        which a smooth spectrum explains its power.
     3. Noise spectrum: the power per shell less the signal's share, divided by what the optics
        make of white noise, in rounds until the expected power per shell is the measured one.
-    4. SNR: as given; else at least what the mean of the unaligned cubes holds, and at most what
-       the measured power per shell leaves room for with the recipe's structures.
+    4. SNR: as given; else at least what the recipe's structures need for the mean of the unaligned
+       cubes, and at most what the measured power per shell leaves room for with them.
 
     Parameters
     ----------
@@ -145,18 +145,18 @@ def calibrate(
     shares = shares or (1.0 / len(values),) * len(values)
     pooled = summarise(sample, corners=True)
     start = kernel.solve(pooled, kernel.response(values, shares), pooled.between(BAND[0], 0.5))[0]
-    signal = signal_power(specimen, recipe, sample, values)
+    signal = signal_cubes(specimen, recipe, sample, values, voxel_size)
     interval = bound_snr(sample, pooled, signal, snr, voxel_size)
     middle = float(np.sqrt(interval.low * interval.high))
     spectrum, expected, missed = match_spectrum(
-        recipe, sample, pooled, kernel.nodes, start, signal, values, shares, middle
+        recipe, sample, pooled, kernel.nodes, start, signal.power(middle)[0], values, shares
     )
     if missed:
         shells = ", ".join(f"{frequency:.3f}" for frequency in missed)
         notes.append(
-            f"At an SNR of {middle:.3g} the signal alone has more power than was measured at "
-            f"{shells} cycles/voxel: the SNR is too high for these structures, or the cubes are "
-            "too few to tell."
+            f"At an SNR of {middle:.3g} the signal alone has all the power that was measured at "
+            f"{shells} cycles/voxel: the noise there is not known. The SNR may be too high for "
+            "these structures, or the cubes too few to tell."
         )
     optical = recipe.microscope.model_copy(update={"noise_spectrum": spectrum})
     recipe = recipe.model_copy(update={"microscope": optical, "snr": (interval.low, interval.high)})

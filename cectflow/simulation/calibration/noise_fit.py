@@ -27,7 +27,6 @@ from cectflow.simulation.calibration.expected_power import (
 from cectflow.simulation.calibration.radial_power import (
     RadialPower,
     TaperedCubes,
-    mean_power,
     over_shells,
     shell_numbers,
     summarise,
@@ -218,13 +217,14 @@ def match_spectrum(
     signal: NDArray[np.float64],
     defoci: Sequence[float],
     shares: Sequence[float],
-    snr: float,
 ) -> tuple[NoiseSpectrum, NDArray[np.float64], tuple[float, ...]]:
-    """Spectrum whose expected power is the target's, that power, and shells where it cannot be."""
+    """Spectrum whose expected power is the target's, that power, and shells where it cannot be.
+
+    The signal is its part of the target's power, per shell.
+    """
     window = CubeWindow.of(recipe.field_shape, sample)
     counts = np.bincount(shell_numbers(sample.box).ravel())[1:]
-    share = snr / (1.0 + snr * mean_power(signal, counts))
-    wanted = target.power - share * signal
+    wanted = target.power - signal
     least = 0.02 * target.power
     band = target.in_band
     missed = tuple(target.frequencies[band & (wanted < least)].tolist())
@@ -248,4 +248,4 @@ def match_spectrum(
         # The taper mixes neighbouring shells: undoing that would amplify noise from node to node.
         update = np.convolve(np.pad(update, 1, mode="edge"), (0.25, 0.5, 0.25), mode="valid")
         power = power * np.clip(update, 0.5, 2.0)
-    return spectrum, share * signal + noise, missed
+    return spectrum, signal + noise, missed

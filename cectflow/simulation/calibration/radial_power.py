@@ -24,7 +24,6 @@ __all__ = [
     "TaperedCubes",
     "compare_power",
     "group_by_tomogram",
-    "mean_power",
     "over_shells",
     "radial_power",
     "shell_numbers",
@@ -227,11 +226,6 @@ def over_shells(periodogram: NDArray[np.float64]) -> NDArray[np.float64]:
     numbers = shell_numbers(periodogram.shape[-1]).ravel()
     sums = np.bincount(numbers, periodogram.ravel())
     return np.asarray((sums / np.bincount(numbers))[1:])
-
-
-def mean_power(power: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
-    """Over all frequencies, of power per shell; there is none at k = 0."""
-    return float((power * counts).sum() / (counts.sum() + 1))
 
 
 def summarise(sample: TaperedCubes, *, corners: bool = False) -> RadialPower:

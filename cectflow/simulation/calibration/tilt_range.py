@@ -21,7 +21,19 @@ EMPTY = 0.3
 
 @dataclass(frozen=True)
 class TiltRange:
-    """Tilt angles about y, in degrees, between which there is power, with standard errors."""
+    """Tilt angles about y, in degrees, between which there is power.
+
+    Attributes
+    ----------
+    lowest, highest
+        Of the tilts.
+    lowest_error, highest_error
+        The angular resolution of the cubes, and the standard error over cubes added in quadrature.
+        The resolution is one voxel of the cube's Fourier transform seen at the Nyquist radius,
+        2 / box rad: 7.2° of 16 voxels, 3.6° of 32. Within it an edge may be displaced alike in all
+        cubes: by signal, whose spectrum the correction for the taper does not know, by the slabs'
+        width and by steps between them.
+    """
 
     lowest: float
     highest: float
@@ -140,12 +152,13 @@ def _find_edges(power: NDArray[np.float64]) -> tuple[float, float] | None:
 
 
 def _edge_errors(sample: TaperedCubes) -> tuple[float, float]:
-    """Standard errors of the two edges in degrees, by the jackknife over cubes."""
+    """Errors of the two edges in degrees: resolution, and spread by the jackknife over cubes."""
     number = len(sample.periodograms)
     total = sample.periodograms.sum(axis=0)
     edges = [_find_edges(_power_of_angle(total - one)) for one in sample.periodograms]
     kept = np.array([edge for edge in edges if edge is not None])
     if len(kept) < 2:
         return 90.0, 90.0
-    low, high = np.sqrt((number - 1) * kept.var(axis=0))
+    resolution = np.rad2deg(2.0 / sample.box)
+    low, high = np.hypot(resolution, np.sqrt((number - 1) * kept.var(axis=0)))
     return float(low), float(high)
