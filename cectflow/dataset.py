@@ -27,7 +27,7 @@ from cectflow.config import Config
 from cectflow.files import replacing, sha256_of
 from cectflow.model_card import Contrast, CtfCorrection, Masking
 from cectflow.particles import particles_from, read_particles
-from cectflow.volume import create_volume, read_stack
+from cectflow.volume import TRUTH_ENDINGS, create_volume, read_stack
 
 __all__ = [
     "JUNK_CLASS",
@@ -58,7 +58,7 @@ JUNK_CLASS = "junk"
 VIEWS_PER_CUBE = 4
 """The identity and three half turns: more views of a cube augmentation does not make."""
 MANIFEST_FILE = "manifest.json"
-STACK_KINDS = ("", "_labels", "_instances")
+STACK_KINDS = ("", *TRUTH_ENDINGS)
 
 
 class FieldRecord(Config):

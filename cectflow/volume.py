@@ -30,6 +30,7 @@ from cectflow.files import replacing
 
 __all__ = [
     "STACK_SUFFIXES",
+    "TRUTH_ENDINGS",
     "Volume",
     "create_volume",
     "find_stacks",
@@ -44,6 +45,8 @@ __all__ = [
 SMALLEST_VOXEL_SIZE = 0.3  # angstrom
 LARGEST_ANISOTROPY = 0.01
 STACK_SUFFIXES = (".mrc", ".mrcs", ".rec", ".map")
+TRUTH_ENDINGS = ("_labels", "_instances")
+"""Of the stacks beside one of a dataset folder: class and particle of every voxel."""
 
 _mrcfile: Any = mrcfile  # which has no type annotations
 _OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
@@ -154,6 +157,9 @@ def read_stack(
 def find_stacks(pattern: str) -> tuple[Path, ...]:
     """Files of a stack, a folder or a glob, sorted.
 
+    In a folder or a glob, ``X_labels`` and ``X_instances`` beside ``X`` are its ground truth and no
+    subtomograms: they are left out.
+
     Raises
     ------
     FileNotFoundError
@@ -166,6 +172,12 @@ def find_stacks(pattern: str) -> tuple[Path, ...]:
         found = [path]
     else:
         found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    truth = {
+        path.with_name(path.name.replace(".", f"{ending}.", 1))
+        for path in found
+        for ending in TRUTH_ENDINGS
+    }
+    found = [path for path in found if path not in truth]
     if not found:
         msg = (
             f"no subtomograms at {pattern!r}: expected a file, a folder or a glob of "

@@ -18,6 +18,7 @@ from cectflow.files import replacing
 from cectflow.volume import (
     Volume,
     create_volume,
+    find_stacks,
     read_stack,
     read_volume,
     write_images,
@@ -373,3 +374,14 @@ def test_an_image_stack_says_that_it_is_one(tmp_path: Path) -> None:
         write_images(tmp_path / "series.mrc", images, 2.5)
     with pytest.raises(ValueError, match="3 dimensions"):
         write_images(tmp_path / "one.mrc", images[0], 2.5)
+
+
+def test_ground_truth_beside_stacks_is_not_taken_for_subtomograms(tmp_path: Path) -> None:
+    names = ("00000.mrcs", "00000_labels.mrcs", "00000_instances.mrcs", "my_labels.mrcs")
+    for name in names:
+        write_stack(tmp_path / name, counting((1, 2, 2, 2)), 10.0)
+    expected = (tmp_path / "00000.mrcs", tmp_path / "my_labels.mrcs")  # beside no my.mrcs
+    assert find_stacks(str(tmp_path)) == expected
+    assert find_stacks(f"{tmp_path}/*.mrcs") == expected
+    alone = tmp_path / "00000_labels.mrcs"
+    assert find_stacks(str(alone)) == (alone,)
