@@ -34,9 +34,12 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "empty.db"
 
 
-FIRST = ("test_entry_points", "test_delivery", "test_tomograms", "test_pages")
+FIRST = (
+    "test_entry_points", "test_delivery", "test_tomograms", "test_calibration", "test_live",
+    "test_imaging", "test_pages",
+)  # fmt: skip
 """Files that begin. The long walks would keep one of two workers waiting at the end; the pages take
-up the road that the entry points have walked, so something else comes before."""
+up the road that the entry points walk meanwhile, so others come before them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -164,7 +164,7 @@ def test_a_refused_promotion_fails_the_run_and_changes_nothing(road: Road) -> No
 def test_bad_parameters_end_with_a_clear_line(
     road: Road, entry_point: str, parameters: dict[str, str], message: str
 ) -> None:
-    output = road.mlflow_run(entry_point, code=1, **parameters)
+    output = road.run_door(entry_point, **parameters)
     assert f"error: {message}" in output or message in output
     assert "Traceback" not in output.partition("error: ")[2].partition("\n")[0]
 
