@@ -24,7 +24,12 @@ from pydantic import Field
 from torch import Tensor
 
 from cectflow.config import Config
-from cectflow.files import replacing, sha256_of
+from cectflow.files import (
+    refuse_existing_folder,
+    remove_leftovers,
+    replacing,
+    sha256_of,
+)
 from cectflow.model_card import Contrast, CtfCorrection, Masking
 from cectflow.particles import particles_from, read_particles
 from cectflow.volume import TRUTH_ENDINGS, create_volume, read_stack
@@ -48,6 +53,7 @@ __all__ = [
     "field_statistics",
     "open_dataset",
     "read_manifest",
+    "start_dataset",
     "write_shard",
 ]
 
@@ -127,6 +133,8 @@ class Manifest(Config):
     jitter: float = 0.0
     masking: Masking | None = None
     """Whose outlines took the neighbours out of the cubes; None: they are there."""
+    masked_from: str | None = None
+    """Content digest of the dataset whose cubes were masked."""
     has_voxel_labels: bool
     planned_shards: dict[str, int]
     """Split → number of shards when complete."""
@@ -431,6 +439,39 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(path.read_text(encoding="utf-8"), source=str(path))
 
 
+def start_dataset(folder: Path, manifest: Manifest) -> Manifest:
+    """Manifest to go on from: that of an earlier start of the same data, or the new one, written.
+
+    Data are the same whose recipe, planned shards and masking are; what a kill left behind is
+    removed.
+
+    Parameters
+    ----------
+    folder
+        Created when missing.
+    manifest
+        Of the data, without shards.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds something else.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        earlier = read_manifest(folder)
+        same = ("recipe_digest", "planned_shards", "masking", "masked_from")
+        if all(getattr(earlier, name) == getattr(manifest, name) for name in same):
+            for place in (folder, *(folder / split for split in SPLITS)):
+                remove_leftovers(place)
+            return earlier
+        msg = f"{folder} holds another dataset: give another folder, or remove it first"
+        raise FileExistsError(msg)
+    refuse_existing_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.write(folder)
+    return manifest
+
+
 def open_dataset(folder: Path) -> Dataset:
     """Dataset of a folder.
 
@@ -444,9 +485,10 @@ def open_dataset(folder: Path) -> Dataset:
     manifest = read_manifest(folder)
     if not manifest.is_complete:
         done = sum(len(shards) for shards in manifest.shards.values())
+        command = "simulate dataset" if manifest.masking is None else "dataset mask"
         msg = (
             f"{folder} is incomplete: {done} of {sum(manifest.planned_shards.values())} shards; "
-            f"run the same `cectflow simulate dataset` again, it goes on from there"
+            f"run the same `cectflow {command}` again, it goes on from there"
         )
         raise ValueError(msg)
     return Dataset(folder, manifest)

@@ -65,7 +65,7 @@ def test_each_cube_is_masked_with_its_outline_and_nothing_else_changes(
         assert not torch.equal(after.subtomograms, before.subtomograms)
         for name in ("voxel_labels", "instances", "class_ids", "fields"):
             assert torch.equal(getattr(after, name), getattr(before, name))
-    assert masked.manifest.sources["masked dataset"] == plain.manifest.content_digest()
+    assert masked.manifest.masked_from == plain.manifest.content_digest()
     assert masked.manifest.masking == network.masking.model_copy(update={"segmenter": "outliner"})
 
 
@@ -85,6 +85,8 @@ def test_a_broken_off_masking_goes_on_and_ends_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         mask_dataset(plain.folder, tmp_path / "out", model=str(segmenter), device="cpu")
     monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"is incomplete: 1 of 3 .* `cectflow dataset mask` again"):
+        open_dataset(tmp_path / "out")
     first = tmp_path / "out" / f"{written[0]}.mrcs"
     stamp = first.stat().st_mtime_ns
     again = mask_dataset(plain.folder, tmp_path / "out", model=str(segmenter), device="cpu")

@@ -10,17 +10,14 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from cectflow.dataset import (
-    MANIFEST_FILE,
     Dataset,
-    Manifest,
     ShardRecord,
     Subtomograms,
     open_dataset,
-    read_manifest,
+    start_dataset,
     write_shard,
 )
 from cectflow.execution import track
-from cectflow.files import refuse_existing_folder
 from cectflow.flows.prediction import load_model
 from cectflow.model_card import Masking
 from cectflow.particles import read_particles
@@ -104,15 +101,14 @@ def mask_cubes_of(dataset: Dataset, out: Path, outline: Outline, masking: Maskin
             "the dataset that it was made from"
         )
         raise ValueError(msg)
-    source = {"masked dataset": dataset.manifest.content_digest()}
     manifest = dataset.manifest.model_copy(
         update={
             "masking": masking,
-            "sources": dict(dataset.manifest.sources) | source,
+            "masked_from": dataset.manifest.content_digest(),
             "shards": dict.fromkeys(dataset.manifest.shards, ()),
         }
     )
-    manifest = _take_up(manifest, out)
+    manifest = start_dataset(out, manifest)
     done = {shard.name for shards in manifest.shards.values() for shard in shards}
     jobs = [
         (split, shard)
@@ -128,20 +124,6 @@ def mask_cubes_of(dataset: Dataset, out: Path, outline: Outline, masking: Maskin
         manifest = manifest.model_copy(update={"shards": shards})
         manifest.write(out)
     return open_dataset(out)
-
-
-def _take_up(manifest: Manifest, out: Path) -> Manifest:
-    """The manifest of an earlier start of the same work, or the new one, written."""
-    if (out / MANIFEST_FILE).is_file():
-        earlier = read_manifest(out)
-        if earlier.model_copy(update={"shards": manifest.shards}) == manifest:
-            return earlier
-        msg = f"{out} holds another dataset: give another folder, or remove it first"
-        raise FileExistsError(msg)
-    refuse_existing_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
-    manifest.write(out)
-    return manifest
 
 
 def _mask_shard(dataset: Dataset, shard: ShardRecord, outline: Outline) -> Subtomograms:

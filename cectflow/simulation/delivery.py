@@ -17,10 +17,10 @@ from cectflow.dataset import (
     SplitName,
     Subtomograms,
     open_dataset,
+    start_dataset,
     write_shard,
 )
 from cectflow.execution import run_all, single_thread
-from cectflow.files import refuse_existing_folder, remove_leftovers
 from cectflow.simulation.extraction import simulate_subtomograms
 from cectflow.simulation.field import Specimen, leave_out, prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe
@@ -145,20 +145,7 @@ def _start_manifest(
         planned_shards={split: recipe.shards_of(split) for split in SPLITS if split in splits},
         shards=dict.fromkeys(SPLITS, ()),
     )
-    path = folder / "manifest.json"
-    if path.is_file():
-        earlier = Manifest.from_json(path.read_text(encoding="utf-8"), source=str(path))
-        same = earlier.recipe_digest == manifest.recipe_digest
-        if same and earlier.planned_shards == manifest.planned_shards:
-            for place in (folder, *(folder / split for split in SPLITS)):
-                remove_leftovers(place)
-            return earlier
-        msg = f"{folder} holds another dataset: give another folder, or remove it first"
-        raise FileExistsError(msg)
-    refuse_existing_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest.write(folder)
-    return manifest
+    return start_dataset(folder, manifest)
 
 
 def _shard_name(split: str, index: int) -> str:

@@ -579,7 +579,8 @@ def test_real_cubes_of_one_tomogram_predict_those_of_another(shared_data: Path) 
     assert found.defoci["all"] - defocus == pytest.approx(3.00 - 2.55, abs=0.15)
     of_second = found.recipe.microscope.model_copy(update={"defocus_um": defocus})
     simulated = simulate_radial_power(
-        found.recipe.model_copy(update={"microscope": of_second}), structures, 100, 32
+        found.recipe.model_copy(update={"microscope": of_second}), structures, 300, 32
     )
-    # 190 Å lies on the edge of what agrees: the draw of the simulated noise decides.
-    assert misses(simulated, found.measured) <= {0.0625, 0.1562}
+    # Of 100 cubes the draw decides whether 190 Å (0.0625) agrees, and the draw hangs on the path of
+    # the structures.
+    assert misses(simulated, found.measured) <= {0.1562}
