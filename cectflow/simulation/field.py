@@ -67,7 +67,8 @@ class Specimen:
     Attributes
     ----------
     recipe_digest
-        sha256 over the recipe and the structures' content: every seed derives from it.
+        sha256 over the recipe and the structures' content, wherever their files are: every seed
+        derives from it.
     abundances
         Of each structure.
     expected_power
@@ -138,7 +139,7 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
                 f"use a box of {needed}, a larger voxel, or leave it out of `include`"
             )
             raise ValueError(msg)
-    content = recipe.digest() + "".join(structure.digest for structure in structures)
+    digest = _digest_of(recipe, structures)
     beads = tuple(coarse_grain(structure, spacing=recipe.bead_spacing) for structure in structures)
     thresholds = np.array(
         [
@@ -152,7 +153,6 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
         ]
     )
     nothing = torch.zeros(0)
-    digest = hashlib.sha256(content.encode()).hexdigest()
     specimen = Specimen(recipe, digest, beads, thresholds, abundances, nothing)
     with single_thread():
         spectra = []
@@ -163,6 +163,13 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
             spectra.append(power_spectrum(torch.from_numpy(density)))
         expected_power = torch.stack(spectra).mean(dim=0)
     return Specimen(recipe, digest, beads, thresholds, abundances, expected_power)
+
+
+def _digest_of(recipe: SimulationRecipe, structures: Sequence[Structure]) -> str:
+    """Digest of all that fields depend on: names and content stand for where structures are."""
+    elsewhere = recipe.model_copy(update={"structures": (), "include": ()})
+    content = [elsewhere.digest(), *(f"{one.name} {one.digest}" for one in structures)]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
 def leave_out(specimen: Specimen, names: Sequence[str]) -> Specimen:

@@ -150,7 +150,9 @@ def _start_folder(folder: Path, description: TomogramSet) -> None:
     path = folder / "tomograms.json"
     if path.is_file():
         earlier = TomogramSet.from_json(path.read_text(encoding="utf-8"), source=str(path))
-        if earlier.model_copy(update={"commit": description.commit}) == description:
+        # The recipe counts by its digest: it names the structures' files, which may have moved.
+        where_and_when = {"commit": description.commit, "recipe": description.recipe}
+        if earlier.model_copy(update=where_and_when) == description:
             remove_leftovers(folder)
             return
         msg = f"{folder} holds tomograms of another recipe, shape or kind: give another folder"

@@ -369,7 +369,7 @@ def test_gold_adds_power_and_no_signal(given: Specimen, phantom: Phantom, cubes:
         signal_cubes(one, recipe, sample, (DEFOCUS,), VOXEL_SIZE).powers.mean(axis=0).sum()
         for one in (given, specimen)
     )
-    assert everything > 2 * particles
+    assert everything > 1.5 * particles  # how many beads lie in the cubes is drawn
 
 
 # --- bad input ------------------------------------------------------------------------------------

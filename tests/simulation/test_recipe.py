@@ -186,6 +186,18 @@ def test_no_two_fields_share_a_scene_or_noise(specimen: Specimen) -> None:
         assert abs(np.corrcoef(noise, other)[0, 1]) < 0.05
 
 
+def test_fields_do_not_depend_on_where_the_structures_are(
+    phantom: Phantom, make_recipe: MakeRecipe, specimen: Specimen
+) -> None:
+    structures = [phantom(name) for name in specimen.classes]
+    moved = make_recipe(structures=("/elsewhere/structures",), include=specimen.classes)
+    assert prepare_specimen(moved, structures).recipe_digest == specimen.recipe_digest
+    # What the files hold counts, and what they are called: classes are.
+    for change in ({"digest": "0" * 64}, {"name": "another"}):
+        changed = [dataclasses.replace(structures[0], **change), *structures[1:]]
+        assert prepare_specimen(make_recipe(), changed).recipe_digest != specimen.recipe_digest
+
+
 def test_another_recipe_seed_gives_other_fields(
     phantom: Phantom, make_recipe: MakeRecipe, specimen: Specimen
 ) -> None:
