@@ -458,7 +458,7 @@ def _tomogram(bench: Bench) -> dict[str, float]:
         for name, shape in (("tuning", plan.tuning_shape), ("test", plan.tomogram_shape))
     )
     small = [s.name for s in load_structures(simulation) if s.mass_kda < LARGE_KDA]
-    _segment(model, tuning, "picks")
+    _segment(model, tuning, "picks", "--min-score", "0")
     tuned = evaluate_picks(
         tuning / "particles.star", tuning / "picks.star", PICK_RADIUS, ignore=small,
         tomogram=tuning / "tomogram.mrc",

@@ -15,6 +15,7 @@ __all__ = [
     "CtfCorrection",
     "Masking",
     "ModelCard",
+    "Picking",
     "Role",
     "Score",
     "Task",
@@ -55,6 +56,19 @@ class Masking(Config):
     """As outputs call it, such as ``cectflow-segmenter/3``."""
     card_digest: str
     """Of its card, scores included: no two trainings share it."""
+
+
+class Picking(Config):
+    """Which picks of a semantic segmenter are particles, measured on its validation fields."""
+
+    min_score: float = Field(ge=0, le=1)
+    """Of the worst pick that is kept: where F1, whatever the classes, is highest."""
+    radius: float = Field(gt=0)
+    """Å, of the smallest class's structure: a pick within half of it is a hit."""
+    particles: int = Field(ge=1)
+    """True ones in those fields, but for those that a face may cut."""
+    precision: float
+    recall: float
 
 
 class ModelCard(Config):
@@ -111,6 +125,8 @@ class ModelCard(Config):
     scores: dict[str, Score] = Field(default_factory=dict)
     baselines: dict[str, float] = Field(default_factory=dict)
     """Scores of trivial methods on the same test split."""
+    picking: Picking | None = None
+    """Of a semantic segmenter; None: not measured."""
     cost: Cost | None = None
     parity: float | None = None
     """Largest absolute difference between the logits of model.pt2 and of model.onnx."""

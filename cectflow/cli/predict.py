@@ -109,7 +109,8 @@ def predict_segment(
         float | None, typer.Option("--nms-radius", help="Å: no two picks are closer.")
     ] = None,
     min_score: Annotated[
-        float | None, typer.Option("--min-score", help="Of the worst pick that is kept.")
+        float | None,
+        typer.Option("--min-score", help="Of the worst pick that is kept; default: the model's."),
     ] = None,
     subtomograms: SubtomogramsOption = None,
     tomogram: TomogramOption = None,

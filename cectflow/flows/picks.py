@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from cectflow.particles import PIXEL_SIZES, ParticleTable, coordinates_zyx, read_particles
-from cectflow.prediction.detection import Agreement, Found, best_threshold, compare_picks
+from cectflow.prediction.detection import (
+    Agreement,
+    Found,
+    best_threshold,
+    compare_picks,
+    near_faces,
+)
 from cectflow.volume import read_volume
 
 __all__ = ["PickEvaluation", "evaluate_picks"]
@@ -150,7 +156,5 @@ def _found(
     scores = None if score is None else table.rows[score].to_numpy(np.float64)
     apart = None
     if border and shape is not None:
-        faces = np.array(shape) - 1
-        to_face = np.minimum(positions, faces - positions).min(axis=1)
-        apart = np.asarray(to_face * voxel_size < border)
+        apart = near_faces(positions, shape, border / voxel_size)
     return Found(positions * voxel_size, names, scores, apart)

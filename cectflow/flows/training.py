@@ -16,6 +16,7 @@ from torch import Tensor
 from cectflow.dataset import BatchSource, Dataset, open_dataset
 from cectflow.figures import draw_confusion, draw_groups, draw_learning_curves, draw_slices
 from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
+from cectflow.flows.tuning import tune_picking
 from cectflow.learning.breakdown import Group, break_down
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
 from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
@@ -28,7 +29,7 @@ from cectflow.learning.training import (
     make_network,
     train_network,
 )
-from cectflow.model_card import ModelCard, Role
+from cectflow.model_card import ModelCard, Picking, Role
 from cectflow.recipe import Recipe, StudentRecipe, TomogramSegmenterRecipe
 from cectflow.runtime import load_program, load_runtime
 from cectflow.simulation.field import prepare_specimen
@@ -334,6 +335,10 @@ def _train(
     run.log_dataset(
         manifest.kind, manifest.content_digest(), str(data.folder.resolve()), "training"
     )
+
+    def measure(model: Path) -> Mapping[str, Picking | None]:
+        return {"picking": tune_picking(model, manifest)}
+
     with _live(recipe, data, hardware, part) as live:
         if live is not None:
             digest = live.manifest.content_digest()
@@ -347,6 +352,7 @@ def _train(
             live=live,
             commit=cectflow_commit(),
             teacher=teacher,
+            measure=measure if objective.task == "semantic" else None,
         )  # fmt: skip
     card = trained.card
     run.log_figure(
@@ -466,6 +472,9 @@ def _card_metrics(card: ModelCard) -> Mapping[str, float]:
     metrics = {f"baseline_{name}_iou": value for name, value in card.baselines.items()}
     if card.parity is not None:
         metrics["parity"] = card.parity
+    if card.picking is not None:
+        metrics["validation_picks_precision"] = card.picking.precision
+        metrics["validation_picks_recall"] = card.picking.recall
     if card.cost is not None:
         metrics["parameters"] = card.cost.parameters
         metrics["macs"] = card.cost.macs

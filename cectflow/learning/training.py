@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -80,6 +81,7 @@ def train_network(
     live: BatchSource | None = None,
     commit: str = "unknown",
     teacher: str | None = None,
+    measure: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> TrainedNetwork:
     """Fit a network, export it, and judge the exported network on the test split.
 
@@ -106,6 +108,8 @@ def train_network(
         What to train on instead of the dataset's train split.
     commit, teacher
         For the card.
+    measure
+        Further fields of the card, measured of the exported network in its folder.
 
     Raises
     ------
@@ -160,6 +164,7 @@ def train_network(
             "scores": evaluation.summary(),
             "baselines": baselines(test, objective.task, objective.labels),
             "cost": measure_cost(network, unfinished),
+            **(measure(unfinished) if measure else {}),
         }
     )
     (unfinished / CARD_FILE).write_text(card.to_json(), encoding="utf-8")

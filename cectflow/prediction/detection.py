@@ -25,6 +25,7 @@ __all__ = [
     "best_threshold",
     "compare_picks",
     "match",
+    "near_faces",
 ]
 
 REACH = 0.5
@@ -158,6 +159,14 @@ def match(
         chosen = chosen[cost[chosen[:, 0], chosen[:, 1]] < forbidden]
         pairs.append(np.stack([local_rows[chosen[:, 0]], local_columns[chosen[:, 1]]], axis=1))
     return np.concatenate(pairs) if pairs else np.zeros((0, 2), np.int64)
+
+
+def near_faces(
+    positions_zyx: Float[NDArray[np.float64], "n 3"], shape: tuple[int, int, int], width: float
+) -> Bool[NDArray[np.bool_], " n"]:
+    """True for positions closer to a face of a volume than a width, all in voxels."""
+    to_face = np.minimum(positions_zyx, np.array(shape) - 1 - positions_zyx)
+    return np.asarray(to_face.min(axis=1, initial=np.inf) < width)
 
 
 def agree(truth: Found, picks: Found, radius: float, ignore: Collection[str] = ()) -> Agreement:

@@ -55,8 +55,8 @@ class PickRules(Config):
     """Thickness of the neck between two bodies, over that of the thinner one, from which on they
     are one. Of two equal spheres it is 0 at contact and 0.75 where they share a third of their
     diameter."""
-    min_score: float = Field(default=0.0, ge=0, le=1)
-    """Of the worst pick that is kept."""
+    min_score: float | None = Field(default=None, ge=0, le=1)
+    """Of the worst pick that is kept; None: the network's own, of its validation, or else 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +230,7 @@ def _judged(measured: NDArray[np.float64], voxel_size: float, rules: PickRules) 
     volumes = bodies.voxels * voxel_size**3
     largest = np.inf if rules.max_volume is None else rules.max_volume
     is_particle = (volumes >= rules.min_volume) & (volumes <= largest)
-    bodies = bodies.select(is_particle & (bodies.scores >= rules.min_score))
+    bodies = bodies.select(is_particle & (bodies.scores >= (rules.min_score or 0.0)))
     # Ties in the score fall to the place, so that the order of the blocks does not show.
     bodies = bodies.select(np.lexsort(bodies.centres_zyx.T[::-1]))
     return bodies.select(suppress(bodies.centres_zyx * voxel_size, bodies.scores, rules.radius))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from cectflow.model_card import Picking
 from cectflow.particles import ParticleTable
 from cectflow.prediction.contract import InputOptions, LoadedNetwork
 from cectflow.prediction.picks import Bodies, PickRules, find_bodies, make_picks
@@ -148,7 +149,8 @@ def segment_whole(
         )  # fmt: skip
         picks = None
         if outputs.picks is not None:
-            bodies = find_bodies(foreground, best, len(names), tomogram.voxel_size, whole.rules)
+            rules = _with_threshold(whole.rules, network.card.picking, report)
+            bodies = find_bodies(foreground, best, len(names), tomogram.voxel_size, rules)
             picks = _pick(bodies, tomogram, names, path, network.label)
             picks.write(outputs.picks, overwrite=options.overwrite)
     return WholeSegmentation(shares, picks)
@@ -189,6 +191,20 @@ def _run(
         foreground[region] = probability
         best[region] = found[1:].argmax(axis=0) + 1
     return foreground, best
+
+
+def _with_threshold(
+    rules: PickRules, tuned: Picking | None, report: Callable[[str], None]
+) -> PickRules:
+    """The rules, with the score that the network's validation chose where the user chose none."""
+    if rules.min_score is not None or tuned is None:
+        return rules
+    report(
+        f"picks: those with a score of {tuned.min_score:.3f} and more, which had a precision of "
+        f"{tuned.precision:.2f} and a recall of {tuned.recall:.2f} in {tuned.particles} particles "
+        "of the validation fields (--min-score chooses another, 0 keeps all)"
+    )
+    return rules.model_copy(update={"min_score": tuned.min_score})
 
 
 def _plan(network: LoadedNetwork, shape: tuple[int, int, int], whole: WholeOptions) -> WindowPlan:

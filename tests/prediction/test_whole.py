@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cectflow.cli import main
 from cectflow.flows.prediction import predict_segments
-from cectflow.model_card import ModelCard
+from cectflow.model_card import ModelCard, Picking
 from cectflow.particles import coordinates_zyx, read_particles
 from cectflow.prediction.contract import InputOptions, LoadedNetwork
 from cectflow.prediction.picks import PickRules
@@ -126,6 +126,32 @@ def test_labels_probabilities_and_picks_of_a_tomogram(tomogram: Path) -> None:
     with mrcfile.open(outputs.labels, header_only=True) as file:
         assert any("finder/1" in line for line in file.get_labels())
     assert not [path for path in tomogram.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_the_networks_own_threshold_holds_where_the_user_gives_none(tomogram: Path) -> None:
+    scores = {
+        round(float(score), 6)
+        for score in read_particles(run(tomogram)[1].picks).rows["cectflowScore"]
+    }
+    worst, *rest = sorted(scores)
+    tuned = Picking(
+        min_score=(worst + rest[0]) / 2, radius=50.0, particles=8, precision=0.75, recall=0.5
+    )
+    network = finder(semantic_card(picking=tuned))
+    told: list[str] = []
+
+    def count(name: str, **rules: float) -> int:
+        whole = WholeOptions(rules=PickRules(**rules))
+        outcome, _ = run(tomogram, name, whole=whole, network=network, report=told.append)
+        assert outcome.picks is not None
+        return len(outcome.picks)
+
+    assert count("own") == 2
+    assert f"score of {tuned.min_score:.3f} and more" in told[-1]
+    assert "precision of 0.75 and a recall of 0.50 in 8 particles" in told[-1]
+    told.clear()
+    assert count("all", min_score=0.0) == 3
+    assert not any("score" in line for line in told)
 
 
 def test_scale_offset_contrast_and_type_of_the_tomogram_do_not_show(tomogram: Path) -> None:

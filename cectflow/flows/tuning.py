@@ -1,0 +1,111 @@
+"""Thresholds that a network needs beside its weights, measured on validation fields."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from cectflow.dataset import Manifest
+from cectflow.flows.simulation import load_structures
+from cectflow.model_card import Picking
+from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
+from cectflow.prediction.detection import Found, best_threshold, near_faces
+from cectflow.prediction.picks import PickRules
+from cectflow.prediction.whole import WholeOptions, WholeOutputs, segment_whole
+from cectflow.simulation.field import Specimen, leave_out, prepare_specimen, simulate_field
+from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.volume import Volume, write_volume
+
+__all__ = ["tune_picking"]
+
+
+def tune_picking(folder: Path, manifest: Manifest) -> Picking | None:
+    """Score from which on picks of a semantic segmenter are kept, of the validation fields.
+
+    The fields from which the validation cubes were cut are made again and searched whole, as a
+    user's tomogram is. The score is the one at which F1 is highest, whatever the classes; particles
+    that a face may cut are neither hit nor missed.
+
+    Parameters
+    ----------
+    folder
+        Model folder.
+    manifest
+        Of the dataset on which the network was validated.
+
+    Returns
+    -------
+    Picking or None
+        None, with a warning, where the fields cannot be made again (imported data, structures
+        that are no longer there or have changed), the network cannot run over them, or nothing is
+        found in them.
+    """
+    try:
+        return _tune(folder, manifest)
+    except (OSError, ValueError) as error:  # a network is of use without it, too
+        message = f"no threshold for picks from the validation fields: {error}"
+        warnings.warn(message, stacklevel=2)
+        return None
+
+
+def _tune(folder: Path, manifest: Manifest) -> Picking:
+    if manifest.kind != "simulated":
+        msg = "the data were not simulated"
+        raise ValueError(msg)
+    recipe = SimulationRecipe.from_json(json.dumps(manifest.recipe), source="the dataset's recipe")
+    structures = load_structures(recipe)
+    specimen = leave_out(prepare_specimen(recipe, structures), manifest.left_out)
+    if specimen.recipe_digest != manifest.recipe_digest:
+        msg = "the structures are no longer those of the dataset"
+        raise ValueError(msg)
+    network = load_network(folder, tasks=("semantic",), label=folder.name, device="cpu")
+    sought = set(network.card.classes)
+    extents = [structure.extent for structure in structures if structure.name in sought]
+    radius, border = min(extents) / 2, max(extents) / 2
+    with tempfile.TemporaryDirectory() as temporary:
+        pairs = [
+            _search(network, specimen, index, border, Path(temporary))
+            for index in range(recipe.fields["validation"])
+        ]
+    min_score, agreement = best_threshold(pairs, radius)
+    if not agreement.hits:
+        msg = f"none of {agreement.particles} particles was found"
+        raise ValueError(msg)
+    return Picking(
+        min_score=min_score, radius=radius, particles=agreement.particles,
+        precision=agreement.precision, recall=agreement.recall,
+    )  # fmt: skip
+
+
+def _search(
+    network: LoadedNetwork, specimen: Specimen, index: int, border: float, folder: Path
+) -> tuple[Found, Found]:
+    """True particles of a validation field, and all that the network finds in it."""
+    field = simulate_field(specimen, "validation", index)
+    voxel_size = specimen.recipe.voxel_size
+    tomogram = folder / "field.mrc"
+    write_volume(tomogram, Volume(field.tomogram.numpy(), voxel_size), overwrite=True)
+    segmented = segment_whole(
+        network, tomogram, WholeOutputs(folder / "labels.mrc", picks=folder / "picks.star"),
+        InputOptions(overwrite=True), WholeOptions(rules=PickRules(min_score=0.0)), lambda _: None,
+    )  # fmt: skip
+    assert segmented.picks is not None
+    rows = segmented.picks.rows
+    sought = [specimen.classes.index(name) + 1 for name in network.card.classes]
+    true_zyx = field.scene.positions_zyx[np.isin(field.scene.class_ids, sought)]
+    picked_zyx = rows[[f"rlnCoordinate{axis}" for axis in "ZYX"]].to_numpy(np.float64)
+    shape, width = specimen.recipe.field_shape, border / voxel_size
+    return (
+        Found(
+            true_zyx * voxel_size, ("particle",) * len(true_zyx),
+            apart=near_faces(true_zyx, shape, width),
+        ),
+        Found(
+            picked_zyx * voxel_size, ("particle",) * len(rows),
+            rows["cectflowScore"].to_numpy(np.float64), near_faces(picked_zyx, shape, width),
+        ),
+    )  # fmt: skip

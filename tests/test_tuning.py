@@ -1,0 +1,119 @@
+"""Thresholds from validation fields: which picks are particles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import make_card
+from torch import Tensor, nn
+
+from cectflow.dataset import Dataset, Manifest
+from cectflow.export import export_network
+from cectflow.flows.simulation import load_structures
+from cectflow.flows.tuning import tune_picking
+from cectflow.model_card import ModelCard
+from cectflow.prediction.detection import near_faces
+from cectflow.simulation.delivery import simulate_dataset
+from cectflow.simulation.field import prepare_specimen, simulate_field
+from cectflow.simulation.recipe import SimulationRecipe
+
+RECIPE = SimulationRecipe(
+    structures=("builtin",), include=("barrel", "shell"), box=24, voxel_size=15.0,
+    field_shape=(48, 48, 48), fields={"validation": 2}, occupancy=0.05, blur=11.0, snr=(2.0, 2.0),
+)  # fmt: skip
+SPECKLE = 0.03
+
+
+class DarkFinder(nn.Module):
+    """Foreground where the mean over 3³ voxels is dark; optionally also in a grid of specks."""
+
+    def __init__(self, *, specks: bool) -> None:
+        super().__init__()
+        self.specks = specks
+
+    def forward(self, cubes: Tensor) -> Tensor:
+        mean = nn.functional.avg_pool3d(cubes, 3, stride=1, padding=1)
+        logit = -2.0 * (mean + 1.0)
+        if self.specks:
+            # Balls of a weak foreground where the smoothed noise is lightest: never in a particle.
+            light = nn.functional.max_pool3d(mean, 9, stride=1, padding=4)
+            speck = nn.functional.max_pool3d((mean >= light - 1e-6).float(), 3, stride=1, padding=1)
+            logit = torch.where((speck > 0) & (logit < 0), torch.full_like(logit, SPECKLE), logit)
+        return torch.cat([0.0 * mean, logit], dim=1)
+
+
+def card(classes: tuple[str, ...]) -> ModelCard:
+    return make_card(
+        role="segmenter", task="semantic", network="strided_ed_small", num_outputs=2,
+        classes=classes, labels=("particle",), box=RECIPE.box, voxel_size=RECIPE.voxel_size,
+        normalisation="tomogram",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("tuning") / "data"
+    return simulate_dataset(RECIPE, load_structures(RECIPE), folder, splits=["validation"])
+
+
+def store(folder: Path, *, specks: bool = False, classes: tuple[str, ...] = RECIPE.include) -> Path:
+    export_network(DarkFinder(specks=specks), card(classes), folder, stride=4)
+    return folder
+
+
+def test_the_threshold_tells_particles_from_specks(data: Dataset, tmp_path: Path) -> None:
+    plain = tune_picking(store(tmp_path / "plain"), data.manifest)
+    specked = tune_picking(store(tmp_path / "specked", specks=True), data.manifest)
+    assert plain is not None
+    assert specked is not None
+    # A speck's score is its probability, 1 / (1 + exp(-SPECKLE)); no particle is as faint.
+    assert specked.min_score > 1 / (1 + np.exp(-SPECKLE)) + 1e-3
+    for found in (plain, specked):
+        assert found.precision > 0.8
+        assert found.recall > 0.8
+    structures = load_structures(RECIPE)
+    assert plain.radius == min(structure.extent for structure in structures) / 2
+    border = max(structure.extent for structure in structures) / 2 / RECIPE.voxel_size
+    specimen = prepare_specimen(RECIPE, structures)
+    inside = sum(
+        np.count_nonzero(~near_faces(scene.positions_zyx, RECIPE.field_shape, border))
+        for scene in (simulate_field(specimen, "validation", i).scene for i in range(2))
+    )
+    assert plain.particles == inside > 5
+
+
+def test_particles_of_other_classes_are_false(data: Dataset, tmp_path: Path) -> None:
+    both = tune_picking(store(tmp_path / "both"), data.manifest)
+    one = tune_picking(store(tmp_path / "one", classes=("shell",)), data.manifest)
+    assert both is not None
+    assert one is not None
+    assert one.particles < both.particles
+    assert one.precision < both.precision
+
+
+def manifest_with(data: Dataset, **changes: object) -> Manifest:
+    return data.manifest.model_copy(update=changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"kind": "imported"}, "the data were not simulated"),
+        ({"recipe_digest": "0" * 64}, "the structures are no longer those of the dataset"),
+    ],
+)
+def test_without_the_fields_there_is_no_threshold(
+    data: Dataset, tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    with pytest.warns(UserWarning, match=f"no threshold for picks .*{reason}"):
+        assert tune_picking(store(tmp_path / "model"), manifest_with(data, **changes)) is None
+
+
+def test_structures_that_are_gone_end_no_training(data: Dataset, tmp_path: Path) -> None:
+    recipe = data.manifest.recipe | {"structures": ["/nowhere/structures"]}
+    manifest = manifest_with(data, recipe=recipe)
+    with pytest.warns(UserWarning, match=r"no threshold for picks .*/nowhere/structures"):
+        assert tune_picking(store(tmp_path / "model"), manifest) is None
