@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from entrypoints.door import TRAINING_PARAMETERS, Parameters, walk
+from entrypoints.door import TRAINING_PARAMETERS, Parameters, tell, walk
 
 
 def story(given: Parameters) -> None:
@@ -12,7 +12,7 @@ def story(given: Parameters) -> None:
     from entrypoints.training_request import read_request
 
     request = read_request(given)
-    recipe, folder = request.prepare("student")
+    recipe, folder = request.prepare("student", tell)
     connect()
     teacher = given["teacher"] or "cectflow-teacher@production"
     registered = distill(recipe, folder, request.hardware, teacher=teacher, dataset=request.dataset)

@@ -17,7 +17,7 @@ def story(given: Parameters) -> None:
     from entrypoints.training_request import read_request
 
     request = read_request(given)
-    recipe, folder = request.prepare("generalisation")
+    recipe, folder = request.prepare("generalisation", tell)
     connect()
     result = evaluate_generalisation(recipe, folder, request.hardware, report=tell)
     header, rows = tabulate_generalisation(result)

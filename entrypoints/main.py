@@ -27,7 +27,7 @@ def story(given: Parameters) -> None:
         msg = f"stages is {given['stages']!r}: expected some of {', '.join(STAGES)}"
         raise ValueError(msg)
     request = read_request(given)
-    recipe, folder = request.prepare(request.recipe)
+    recipe, folder = request.prepare(request.recipe, tell)
     uri = connect()
     report = walk_road(recipe, folder, request.hardware, stages=cast("Any", stages), report=tell)
     print_report(report, str(folder), uri)

@@ -14,7 +14,7 @@ from cectflow.flows.training import (
 )
 from cectflow.learning.fit import Device, Precision
 from cectflow.tracking.runs import connect
-from entrypoints.door import Parameters, chosen, integer
+from entrypoints.door import Parameters, chosen, integer, tell
 
 __all__ = ["read_request", "train_role"]
 
@@ -46,7 +46,7 @@ def train_role(
 ) -> None:
     """Train and register a segmenter or a teacher as an entry point's parameters say."""
     request = read_request(given)
-    recipe, folder = request.prepare(role)
+    recipe, folder = request.prepare(role, tell)
     connect()
     train = {
         "segmenter": train_segmenter,

@@ -79,4 +79,4 @@ def test_a_network_that_cannot_segment_tomograms_is_refused_before_any_work(
     path = tmp_path / "mine.yaml"
     path.write_text(recipe.to_yaml())
     with pytest.raises(ValueError, match=message):
-        TrainingRequest(recipe=str(path)).prepare("tomogram-segmenter")
+        TrainingRequest(recipe=str(path)).prepare("tomogram-segmenter", print)

@@ -160,13 +160,14 @@ def evaluate_generalisation(
     from cectflow.flows.training import Hardware, TrainingRequest
     from cectflow.tracking.runs import connect
 
+    def report(line: str) -> None:
+        typer.echo(line, err=True)
+
     hardware = Hardware(device, precision, workers)
     request = TrainingRequest(recipe, structures, None, out, seed, hardware)
-    chosen, folder = request.prepare("generalisation")
+    chosen, folder = request.prepare("generalisation", report)
     connect(tracking_uri)
-    result = generalisation.evaluate_generalisation(
-        chosen, folder, hardware, report=lambda line: typer.echo(line, err=True)
-    )
+    result = generalisation.evaluate_generalisation(chosen, folder, hardware, report=report)
     if json:
         print_json(result.model_dump())
         return

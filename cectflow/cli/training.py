@@ -42,7 +42,7 @@ def train(
 
     hardware = training.Hardware(device, precision, workers)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
-    chosen, folder = request.prepare(role)
+    chosen, folder = request.prepare(role, typer.echo)
     connect(tracking_uri)
     flow = {
         "segmenter": training.train_segmenter,
@@ -72,7 +72,7 @@ def distill(
 
     hardware = training.Hardware(device, precision, workers)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
-    chosen, folder = request.prepare("student")
+    chosen, folder = request.prepare("student", typer.echo)
     connect(tracking_uri)
     registered = training.distill(chosen, folder, hardware, teacher=teacher, dataset=dataset)
     _tell_registered(registered)

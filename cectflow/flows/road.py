@@ -86,7 +86,6 @@ def walk_road(
     """
     with start_run("road") as run:
         run.log_config(recipe, "recipe")
-        report(f"files under {folder}")
         report("simulating the dataset")
         dataset = simulate(recipe, folder / "dataset", workers=hardware.workers, nested=True)
         data = dataset.folder

@@ -92,8 +92,10 @@ class TrainingRequest:
     seed: int | None = None
     hardware: Hardware = Hardware()
 
-    def prepare(self, name: str) -> tuple[Recipe, Path]:
+    def prepare(self, name: str, report: Callable[[str], None]) -> tuple[Recipe, Path]:
         """The recipe with its changes, and the folder for the files of a run of this name.
+
+        The folder is reported: whoever interrupts the run goes on with it as ``--out``.
 
         Raises
         ------
@@ -113,7 +115,9 @@ class TrainingRequest:
                 make_network(tomogram.fit, "semantic", 2, box)
             if student is not None:
                 make_network(student.fit, "target" if tomogram is None else "semantic", 2, box)
-        return recipe, self.out or new_folder(Path(name).stem)
+        folder = self.out or new_folder(Path(name).stem)
+        report(f"files under {folder}")
+        return recipe, folder
 
 
 def train_segmenter(
