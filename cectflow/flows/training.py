@@ -102,8 +102,12 @@ class TrainingRequest:
         ValueError
             If the recipe is unknown or not valid, a network is unknown or does not suit the box,
             or the device is absent: before any work.
+        FileNotFoundError
+            If there is no such dataset.
         """
         open_fabric(self.hardware.device, self.hardware.precision)
+        if self.dataset is not None:
+            open_dataset(self.dataset)
         recipe = choose_recipe(self.recipe, structures=self.structures, seed=self.seed)
         box = recipe.simulation.box
         tomogram, student = recipe.tomogram_segmenter, recipe.student_segmenter
