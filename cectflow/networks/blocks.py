@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
 
-__all__ = ["convolution_pair", "initialise_weights", "normed_convolution"]
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["convolution_pair", "dense_layers", "initialise_weights", "normed_convolution"]
 
 
 def normed_convolution(
@@ -50,6 +54,43 @@ def convolution_pair(inputs: int, width: int, *, batch_norm: bool = False) -> nn
             nn.ReLU(inplace=True),
         ]
     return nn.Sequential(*layers)
+
+
+def dense_layers(
+    inputs: int, units: Sequence[int], *, dropout: float, batch_norm: bool = False
+) -> nn.Sequential:
+    """Hidden dense layers of the papers' classifiers, each with a ReLU and dropout.
+
+    Parameters
+    ----------
+    inputs
+        Features that come in.
+    units
+        Of each layer.
+    dropout
+        Fraction of the units of each layer that is dropped while training.
+    batch_norm
+        Normalise before each ReLU (the papers do not).
+    """
+    layers: list[nn.Module] = []
+    for outputs in units:
+        layers.append(nn.Linear(inputs, outputs, bias=not batch_norm))
+        if batch_norm:
+            layers.append(_DenseNorm(outputs))
+        layers += [nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        inputs = outputs
+    return nn.Sequential(*layers)
+
+
+class _DenseNorm(nn.BatchNorm1d):
+    """Batch norm that takes a batch of one, the rest of a split, by its running statistics."""
+
+    def forward(self, units: Float[Tensor, "n units"]) -> Float[Tensor, "n units"]:
+        if self.training and len(units) == 1:
+            return F.batch_norm(
+                units, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(units)
 
 
 def initialise_weights(network: nn.Module) -> None:

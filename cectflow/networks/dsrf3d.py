@@ -11,11 +11,10 @@ softmax.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cectflow.networks.blocks import convolution_pair, initialise_weights
+from cectflow.networks.blocks import convolution_pair, dense_layers, initialise_weights
 from cectflow.networks.catalogue import register_network
 
 __all__ = [
@@ -71,16 +70,9 @@ class DSRF3D(nn.Module):
             channels = width
         self.features = nn.Sequential(*levels)
 
-        hidden: list[nn.Module] = []
         units = channels * (box // pool ** len(widths)) ** 3
-        for next_units in dense:
-            hidden.append(nn.Linear(units, next_units, bias=not batch_norm))
-            if batch_norm:
-                hidden.append(_DenseNorm(next_units))
-            hidden += [nn.ReLU(inplace=True), nn.Dropout(dropout)]
-            units = next_units
-        self.hidden = nn.Sequential(*hidden)
-        self.score = nn.Linear(units, num_outputs)
+        self.hidden = dense_layers(units, dense, dropout=dropout, batch_norm=batch_norm)
+        self.score = nn.Linear(dense[-1], num_outputs)
         initialise_weights(self)
 
     def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs"]:
@@ -88,17 +80,6 @@ class DSRF3D(nn.Module):
         features = self.features(subtomograms).flatten(start_dim=1)
         logits: Tensor = self.score(self.hidden(features))
         return logits
-
-
-class _DenseNorm(nn.BatchNorm1d):
-    """Batch norm that takes a batch of one, the rest of a split, by its running statistics."""
-
-    def forward(self, units: Float[Tensor, "n units"]) -> Float[Tensor, "n units"]:
-        if self.training and len(units) == 1:
-            return F.batch_norm(
-                units, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        return super().forward(units)
 
 
 @register_network(task="classify", stride=1, min_box=8, paper=TEACHER_PAPER)
