@@ -6,8 +6,7 @@ from pydantic import Field, model_validator
 
 from cectflow.config import Config, find_named_file
 from cectflow.learning.fit import FitRecipe
-from cectflow.learning.losses import CROSS_ENTROPY, SegmentationLoss
-from cectflow.learning.objective import DistillMethod
+from cectflow.learning.losses import CROSS_ENTROPY, LOGITS_APART, DistillationLoss, SegmentationLoss
 from cectflow.learning.task import SemanticLabels
 from cectflow.simulation.recipe import SimulationRecipe
 
@@ -60,12 +59,10 @@ class StudentRecipe(Config):
     """How a student is distilled, of a classifier or of a segmenter."""
 
     fit: FitRecipe
-    method: DistillMethod = "mse"
-    """``mse``: squared difference of the logits, paper (b); ``kl``: softened divergence."""
+    soft: DistillationLoss = LOGITS_APART
+    """How the student's logits are compared with the teacher's."""
     weight: float = Field(1.0, ge=0, le=1)
-    """Of the teacher's logits against the labels."""
-    temperature: float = Field(2.0, gt=0)
-    """Of ``kl``."""
+    """Of that against the labels."""
     control: bool = True
     """Also train the same student from labels alone, for comparison."""
 

@@ -205,9 +205,8 @@ def distill(
             labels,
             program,
             known=_known_logits(program, recipe, section.fit, labels, data, device),
-            method=section.method,
+            soft=section.soft,
             weight=section.weight,
-            temperature=section.temperature,
         )
         registered = _train(
             run, "student", objective, data, section.fit, recipe, folder, hardware,

@@ -12,7 +12,10 @@ from cectflow.config import Config
 
 __all__ = [
     "CROSS_ENTROPY",
+    "LOGITS_APART",
+    "DistillationLoss",
     "SegmentationLoss",
+    "decoupled_kl",
     "focal_loss",
     "soft_tversky_loss",
     "softened_kl",
@@ -106,6 +109,57 @@ class SegmentationLoss(Config):
 
 CROSS_ENTROPY = SegmentationLoss(cross_entropy=1.0)
 """Paper (a)'s loss."""
+
+
+class DistillationLoss(Config):
+    """Sum of what a student is to have in common with its teacher: ``{kl: 1.0, mse: 0.1}``."""
+
+    mse: float = Field(0.0, ge=0)
+    """Weight of the mean squared difference of the logits, paper (b)."""
+    kl: float = Field(0.0, ge=0)
+    """Weight; :func:`softened_kl`."""
+    dkd: float = Field(0.0, ge=0)
+    """Weight; :func:`decoupled_kl`."""
+    temperature: float = Field(2.0, gt=0)
+    """Of ``kl`` and ``dkd``."""
+    non_target: float = Field(1.0, ge=0)
+    """Weight of the other classes in ``dkd``; Zhao et al. took 0.5 to 8."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillationLoss:
+        if not any((self.mse, self.kl, self.dkd)):
+            msg = "distillation needs a weight above 0 for mse, kl or dkd"
+            raise ValueError(msg)
+        return self
+
+    def measure(
+        self,
+        logits: Float[Tensor, "n c *voxels"],
+        teacher_logits: Float[Tensor, "n c *voxels"],
+        truth: Int[Tensor, "n *voxels"],
+    ) -> Float[Tensor, ""]:
+        """Weighted sum.
+
+        Parameters
+        ----------
+        logits, teacher_logits
+            Of student and teacher, of cubes or of their voxels.
+        truth
+            True classes, counted like the logits.
+        """
+        total = logits.new_zeros(())
+        if self.mse:
+            total = total + self.mse * F.mse_loss(logits, teacher_logits)
+        if self.kl:
+            total = total + self.kl * softened_kl(logits, teacher_logits, self.temperature)
+        if self.dkd:
+            apart = decoupled_kl(logits, teacher_logits, truth, self.temperature, self.non_target)
+            total = total + self.dkd * apart
+        return total
+
+
+LOGITS_APART = DistillationLoss(mse=1.0)
+"""Paper (b)'s."""
 
 
 def voxel_cross_entropy(
@@ -208,4 +262,48 @@ def softened_kl(
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     divergence = (teacher.exp() * (teacher - student)).sum(dim=1)
+    return divergence.mean() * temperature**2
+
+
+def decoupled_kl(
+    logits: Float[Tensor, "n c *voxels"],
+    teacher_logits: Float[Tensor, "n c *voxels"],
+    truth: Int[Tensor, "n *voxels"],
+    temperature: float,
+    non_target: float,
+) -> Float[Tensor, ""]:
+    """Divergence about the true class, and among the others, weighed apart, times T².
+
+    Zhao et al. 2022 (arXiv 2203.08679), equation 7 with alpha = 1: the divergence of
+    :func:`softened_kl` is ``target + (1 - p) * others``, where p is the teacher's probability of
+    the true class. A sure teacher thus hides what it knows of the others; here that part keeps a
+    weight of its own.
+
+    Parameters
+    ----------
+    logits, teacher_logits
+        Of student and teacher, of cubes or of their voxels.
+    truth
+        True classes, counted like the logits.
+    temperature
+        T > 0 divides both.
+    non_target
+        Weight of what is among the other classes, beta.
+    """
+    student = F.log_softmax(logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    place = truth.unsqueeze(1)
+    is_target = torch.zeros_like(student, dtype=torch.bool).scatter(1, place, True)
+
+    def split(logs: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of the probability of the true class, and of all others together."""
+        others = logs.masked_fill(is_target, -torch.inf).logsumexp(dim=1, keepdim=True)
+        return logs.gather(1, place), others
+
+    (student_true, student_others), (teacher_true, teacher_others) = split(student), split(teacher)
+    target = teacher_true.exp() * (teacher_true - student_true)
+    target = target + teacher_others.exp() * (teacher_others - student_others)
+    teacher, student = teacher - teacher_others, student - student_others
+    each = (teacher.exp() * (teacher - student)).masked_fill(is_target, 0.0)
+    divergence = target + non_target * each.sum(dim=1, keepdim=True)
     return divergence.mean() * temperature**2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from cectflow.dataset import Batch, BatchSource
 from cectflow.execution import track
 from cectflow.learning.augmentation import turned_batch
-from cectflow.learning.losses import CROSS_ENTROPY, SegmentationLoss, softened_kl
+from cectflow.learning.losses import CROSS_ENTROPY, LOGITS_APART, DistillationLoss, SegmentationLoss
 from cectflow.learning.scores import LabelIou, SubtomogramIou
 from cectflow.learning.task import MONITORS, SemanticLabels, network_input, segmentation_truth
 from cectflow.model_card import Task
 
-__all__ = ["Classify", "Distill", "DistillMethod", "KnownLogits", "Objective", "Segment"]
-
-DistillMethod = Literal["mse", "kl"]
+__all__ = ["Classify", "Distill", "KnownLogits", "Objective", "Segment"]
 
 
 @runtime_checkable
@@ -189,8 +187,7 @@ class KnownLogits:
 class Distill:
     """Another objective, learned from a teacher's logits as well.
 
-    ``loss = weight * soft + (1 - weight) * hard``, where ``soft`` is the mean squared difference
-    of the logits (paper (b)) or the softened KL divergence (Hinton et al. 2015).
+    ``loss = weight * soft + (1 - weight) * hard``, where ``soft`` compares the logits.
 
     Parameters
     ----------
@@ -198,12 +195,10 @@ class Distill:
         What the student learns from labels; gives task, truth and scores.
     teacher
         Cubes → logits, in evaluation mode; not part of the student's weights.
-    method
-        ``mse`` or ``kl``.
+    soft
+        How the logits are compared.
     weight
         Of the soft term, 0 to 1.
-    temperature
-        Of ``kl``.
     known
         The teacher's logits of views that come again and again, instead of asking it anew.
     """
@@ -214,22 +209,17 @@ class Distill:
         teacher: Callable[[Tensor], Tensor],
         *,
         known: KnownLogits | None = None,
-        method: DistillMethod = "mse",
+        soft: DistillationLoss = LOGITS_APART,
         weight: float = 1.0,
-        temperature: float = 2.0,
     ) -> None:
         self.objective = objective
         self.teacher = teacher
         self.known = known
-        self.method = method
+        self.soft = soft
         self.weight = weight
-        self.temperature = temperature
 
     def __repr__(self) -> str:
-        return (
-            f"Distill({self.objective!r}, method={self.method!r}, weight={self.weight:g}, "
-            f"temperature={self.temperature:g})"
-        )
+        return f"Distill({self.objective!r}, {self.soft!r}, weight={self.weight:g})"
 
     @property
     def task(self) -> Task:
@@ -260,10 +250,7 @@ class Distill:
             with torch.no_grad():
                 teacher_logits = self.teacher(network_input(batch, self.task))
         logits = hard["output"]
-        if self.method == "mse":
-            soft = F.mse_loss(logits, teacher_logits.to(logits.dtype))
-        else:
-            soft = softened_kl(logits, teacher_logits.to(logits.dtype), self.temperature)
+        soft = self.soft.measure(logits, teacher_logits.to(logits.dtype), self.truth(batch))
         loss = self.weight * soft + (1.0 - self.weight) * hard["loss"]
         return {"loss": loss, "output": logits, "soft": soft, "hard": hard["loss"]}
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cectflow.learning.losses import (
+    DistillationLoss,
     SegmentationLoss,
+    decoupled_kl,
     focal_loss,
     soft_tversky_loss,
     softened_kl,
@@ -205,6 +207,56 @@ def test_divergence_at_temperature_one_is_the_textbook_one() -> None:
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]]).log1p()
     expected = 1 / 3 * torch.tensor(2 / 3).log() + 2 / 3 * torch.tensor(4 / 3).log()
     assert softened_kl(student, teacher, 1.0).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_divergence_is_that_about_the_target_and_that_among_the_others(
+    temperature: float,
+) -> None:
+    """Zhao et al. 2022, equation 6: softened_kl = target + (1 - p) others, for every cube."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (3.0 * torch.randn(6, 5, generator=generator) for _ in range(2))
+    truth = torch.tensor([0, 1, 2, 3, 4, 0])
+    for row in range(6):
+        ours, theirs, true = (part[row : row + 1] for part in (student, teacher, truth))
+        target = decoupled_kl(ours, theirs, true, temperature, 0.0)
+        others = decoupled_kl(ours, theirs, true, temperature, 1.0) - target
+        unsure = 1.0 - torch.softmax(theirs / temperature, dim=1)[0, truth[row]]
+        together = softened_kl(ours, theirs, temperature)
+        torch.testing.assert_close(target + unsure * others, together, atol=1e-4, rtol=1e-4)
+        assert target >= 0
+        assert others >= 0
+
+
+def test_a_sure_teacher_still_tells_of_the_other_classes() -> None:
+    """Where the softened divergence has no gradient left among them."""
+    teacher = torch.tensor([[30.0, 4.0, 0.0, -4.0]])
+    truth = torch.tensor([0])
+    sizes = []
+    for loss in (
+        lambda student: softened_kl(student, teacher, 1.0),
+        lambda student: decoupled_kl(student, teacher, truth, 1.0, 1.0),
+    ):
+        student = torch.tensor([[30.0, 0.0, 0.0, 0.0]], requires_grad=True)
+        loss(student).backward()
+        assert student.grad is not None
+        assert student.grad.isfinite().all()
+        sizes.append(student.grad[0, 1:].abs().sum().item())
+    assert sizes[0] < 1e-6
+    assert sizes[1] > 0.5
+
+
+def test_decoupling_serves_voxels_and_two_classes() -> None:
+    student, labels = draw(2)
+    teacher, _ = draw(2, seed=4)
+    both = decoupled_kl(student, teacher, labels, 2.0, 8.0)
+    # Of two classes the other one is certain: nothing is left but the target.
+    torch.testing.assert_close(both, softened_kl(student, teacher, 2.0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_distillation_that_weighs_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="a weight above 0 for mse, kl or dkd"):
+        DistillationLoss(temperature=4.0)
 
 
 def test_the_size_of_the_gradient_does_not_hang_on_the_temperature() -> None:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from cectflow.learning.augmentation import augment
 from cectflow.learning.losses import (
+    DistillationLoss,
     SegmentationLoss,
+    decoupled_kl,
     soft_tversky_loss,
     softened_kl,
     voxel_cross_entropy,
@@ -24,6 +26,8 @@ from cectflow.turns import HALF_TURNS
 
 MERGED = SemanticLabels.choose(CLASSES, None, merged=True)
 EACH = SemanticLabels.choose(CLASSES, None, merged=False)
+
+BY_KL = DistillationLoss(kl=1.0)
 
 
 @pytest.fixture
@@ -46,9 +50,15 @@ def teacher() -> nn.Module:
         (Segment(SegmentationLoss(cross_entropy=1.0, dice=0.5)), TinySegmenter()),
         (Segment(labels=MERGED), TinySegmenter()),
         (Segment(SegmentationLoss(tversky=1.0, focal=1.0), EACH), TinySegmenter(3)),
-        (Distill(Segment(labels=EACH), TinySegmenter(3).eval(), method="kl"), TinySegmenter(3)),
+        (
+            Distill(Segment(labels=EACH), TinySegmenter(3).eval(), soft=DistillationLoss(kl=1.0)),
+            TinySegmenter(3),
+        ),
         (Distill(Classify(2), TinyClassifier().eval()), TinyClassifier()),
-        (Distill(Segment(), TinySegmenter().eval(), method="kl", weight=0.5), TinySegmenter()),
+        (
+            Distill(Segment(), TinySegmenter().eval(), soft=DistillationLoss(kl=1.0), weight=0.5),
+            TinySegmenter(),
+        ),
     ],
     ids=repr,
 )
@@ -136,11 +146,12 @@ def test_segmentation_without_voxel_labels_is_refused(unlabelled: MemorySource) 
         Segment()(TinySegmenter(), unlabelled.content)
 
 
-@pytest.mark.parametrize("method", ["mse", "kl"])
+@pytest.mark.parametrize("kind", ["mse", "kl", "dkd"])
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
-    method: str, student: nn.Module, eight: MemorySource
+    kind: str, student: nn.Module, eight: MemorySource
 ) -> None:
-    terms = Distill(Classify(2), student, method=method, weight=1.0)(student, eight.content)
+    soft = DistillationLoss(**{kind: 1.0})
+    terms = Distill(Classify(2), student, soft=soft, weight=1.0)(student, eight.content)
     assert terms["loss"].item() == pytest.approx(0.0, abs=1e-7)
     assert terms["hard"].item() > 0
 
@@ -160,9 +171,16 @@ def test_the_soft_term_is_what_its_method_says(
 ) -> None:
     ours, theirs = (network(eight.content.subtomograms) for network in (student, teacher))
     by_mse = Distill(Classify(2), teacher)(student, eight.content)
-    by_kl = Distill(Classify(2), teacher, method="kl", temperature=3.0)(student, eight.content)
+    by_kl = Distill(Classify(2), teacher, soft=DistillationLoss(kl=1.0, temperature=3.0))(
+        student, eight.content
+    )
     assert by_mse["soft"].item() == pytest.approx((ours - theirs).square().mean().item())
     assert by_kl["soft"].item() == pytest.approx(softened_kl(ours, theirs, 3.0).item())
+    mixed = DistillationLoss(mse=0.25, dkd=2.0, temperature=3.0, non_target=4.0)
+    apart = decoupled_kl(ours, theirs, eight.content.class_ids - 1, 3.0, 4.0)
+    by_both = Distill(Classify(2), teacher, soft=mixed)(student, eight.content)
+    expected = 0.25 * by_mse["soft"].item() + 2.0 * apart.item()
+    assert by_both["soft"].item() == pytest.approx(expected)
 
 
 def test_the_teacher_learns_nothing(
@@ -191,9 +209,9 @@ def test_the_student_is_run_once_and_judged_like_the_wrapped_objective(
 def test_an_objective_is_named_by_what_it_learns_and_not_by_where_it_lies(
     teacher: nn.Module,
 ) -> None:
-    first, again = (Distill(Classify(2), teacher, method="kl") for _ in range(2))
+    first, again = (Distill(Classify(2), teacher, soft=DistillationLoss(kl=1.0)) for _ in range(2))
     assert repr(first) == repr(again)
-    assert repr(first) != repr(Distill(Classify(2), teacher, method="mse"))
+    assert repr(first) != repr(Distill(Classify(2), teacher, soft=DistillationLoss(mse=1.0)))
 
 
 def test_known_logits_are_what_the_teacher_says_of_each_turned_cube(
