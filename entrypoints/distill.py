@@ -15,9 +15,12 @@ def story(given: Parameters) -> None:
     recipe, folder = request.prepare("student", tell)
     connect()
     teacher = given["teacher"] or "cectflow-teacher@production"
-    registered = distill(recipe, folder, request.hardware, teacher=teacher, dataset=request.dataset)
+    registered = distill(
+        recipe, folder, request.hardware, teacher=teacher, student=given["student"] or None,
+        method=given["method"] or None, dataset=request.dataset,
+    )  # fmt: skip
     print(f"{registered.version.label}: {registered.version.uri}")
 
 
 if __name__ == "__main__":
-    walk("distill", ("teacher", *TRAINING_PARAMETERS), story)
+    walk("distill", ("teacher", "student", "method", *TRAINING_PARAMETERS), story)

@@ -51,6 +51,25 @@ def test_losses_are_declared_with_their_weights(tmp_path: Path) -> None:
         Recipe.from_yaml(path)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"student": "ssn3d_ed"}, "expected one that can classify"),
+        ({"student": "student_1"}, r"16³; student_1 needs at least 27³"),
+        ({"student": "resnet"}, "unknown network 'resnet'"),
+        ({"method": "l2"}, "method is 'l2': expected one of mse, kl, dkd"),
+    ],
+)
+def test_a_student_that_does_not_suit_is_refused_before_any_work(
+    tmp_path: Path, chosen: dict[str, str], message: str
+) -> None:
+    card = make_card(role="teacher", task="classify", network="dsrf3d_v2_bn", box=16)
+    (tmp_path / CARD_FILE).write_text(card.to_json())
+    with pytest.raises(ValueError, match=message):
+        distill(load_recipe("tiny"), tmp_path / "out", Hardware(), teacher=str(tmp_path), **chosen)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_recipe_without_the_section_is_refused_before_any_work(tmp_path: Path) -> None:
     recipe = load_recipe("real")
     with pytest.raises(ValueError, match="no section tomogram_segmenter: add one, such as"):

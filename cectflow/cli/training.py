@@ -56,6 +56,12 @@ def distill(
     teacher: Annotated[
         str, typer.Option("--teacher", help="Registered teacher, or a model folder.")
     ] = "cectflow-teacher@production",
+    student: Annotated[
+        str | None, typer.Option("--student", help="Network; default: the recipe's.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="mse, kl or dkd; default: the recipe's.")
+    ] = None,
     recipe: RecipeOption = "demo",
     structures: StructuresOption = None,
     dataset: DatasetOption = None,
@@ -74,7 +80,9 @@ def distill(
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare("student", typer.echo)
     connect(tracking_uri)
-    registered = training.distill(chosen, folder, hardware, teacher=teacher, dataset=dataset)
+    registered = training.distill(
+        chosen, folder, hardware, teacher=teacher, student=student, method=method, dataset=dataset
+    )
     _tell_registered(registered)
 
 

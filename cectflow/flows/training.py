@@ -168,7 +168,8 @@ def train_teacher(
 
 def distill(
     recipe: Recipe, folder: Path, hardware: Hardware, *,
-    teacher: str, dataset: Path | None = None, nested: bool = False,
+    teacher: str, student: str | None = None, method: str | None = None,
+    dataset: Path | None = None, nested: bool = False,
 ) -> Registered:  # fmt: skip
     """Registered student, distilled from a registered teacher or segmenter.
 
@@ -183,15 +184,20 @@ def distill(
         segmenter of either task that of its ``student_segmenter``.
     teacher
         NAME, NAME@stage, NAME/VERSION, a ``models:/`` URI or a model folder.
+    student
+        Network to train in place of the recipe's.
+    method
+        ``mse``, ``kl`` or ``dkd`` alone, in place of the recipe's ``soft``.
 
     Raises
     ------
     ValueError
-        If the recipe lacks the section, or the dataset is not what the teacher expects.
+        If the recipe lacks the section, the student does not suit the teacher's task or box, the
+        method is unknown, or the dataset is not what the teacher expects.
     """
     teacher_folder, teacher_version = resolve_model(teacher)
     teacher_card = ModelCard.from_folder(teacher_folder)
-    section = _student_of(recipe, teacher_card)
+    recipe, section = _choose_student(recipe, teacher_card, student, method)
     teacher_uri = str(teacher_folder.resolve()) if teacher_version is None else teacher_version.uri
     with start_run("distill", tags={"role": "student"}, nested=nested) as run:
         if teacher_version is not None:
@@ -409,16 +415,26 @@ def _tomogram_segmenter(recipe: Recipe) -> TomogramSegmenterRecipe:
     return recipe.tomogram_segmenter
 
 
-def _student_of(recipe: Recipe, teacher: ModelCard) -> StudentRecipe:
-    if teacher.task == "classify":
-        return recipe.student
-    if recipe.student_segmenter is None:
+def _choose_student(
+    recipe: Recipe, teacher: ModelCard, student: str | None, method: str | None
+) -> tuple[Recipe, StudentRecipe]:
+    """The recipe with its student changed as asked for, and the section of that student."""
+    name = "student" if teacher.task == "classify" else "student_segmenter"
+    section: StudentRecipe | None = getattr(recipe, name)
+    if section is None:
         msg = (
             "the teacher is a segmenter, and the recipe has no section student_segmenter: add "
             "one, such as `student_segmenter: {fit: {network: strided_ed_small, ...}}`"
         )
         raise ValueError(msg)
-    return recipe.student_segmenter
+    if student is not None:
+        fit = section.fit.model_copy(update={"network": student, "arguments": {}})
+        section = section.model_copy(update={"fit": fit})
+    if method is not None:
+        section = section.model_copy(update={"soft": section.soft.only(method)})
+    with torch.device("meta"):
+        make_network(section.fit, teacher.task, teacher.num_outputs, teacher.box)
+    return recipe.model_copy(update={name: section}), section
 
 
 def _objective_of(recipe: Recipe, teacher: ModelCard, data: Dataset) -> Objective:

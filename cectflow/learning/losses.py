@@ -132,6 +132,20 @@ class DistillationLoss(Config):
             raise ValueError(msg)
         return self
 
+    def only(self, method: str) -> DistillationLoss:
+        """One of ``mse``, ``kl`` and ``dkd`` with weight 1, the rest of the loss as it is.
+
+        Raises
+        ------
+        ValueError
+            If it is none of them.
+        """
+        methods = ("mse", "kl", "dkd")
+        if method not in methods:
+            msg = f"method is {method!r}: expected one of {', '.join(methods)}"
+            raise ValueError(msg)
+        return self.model_copy(update={name: float(name == method) for name in methods})
+
     def measure(
         self,
         logits: Float[Tensor, "n c *voxels"],

@@ -259,6 +259,13 @@ def test_a_distillation_that_weighs_nothing_is_refused() -> None:
         DistillationLoss(temperature=4.0)
 
 
+def test_one_method_is_chosen_by_name() -> None:
+    chosen = DistillationLoss(mse=0.5, kl=2.0, temperature=4.0).only("dkd")
+    assert chosen == DistillationLoss(dkd=1.0, temperature=4.0)
+    with pytest.raises(ValueError, match="method is 'l2': expected one of mse, kl, dkd"):
+        chosen.only("l2")
+
+
 def test_the_size_of_the_gradient_does_not_hang_on_the_temperature() -> None:
     teacher = torch.tensor([[0.3, -0.2, 0.1]])
     sizes = []

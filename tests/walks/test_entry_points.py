@@ -121,14 +121,19 @@ def test_simulate_alone(road: Road) -> None:
     [("train_segmenter", "short.yaml"), ("train_teacher", "tiny"), ("distill", "short.yaml")],
 )
 def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) -> None:
+    chosen = {"student": "strided_nano", "method": "dkd"} if entry_point == "distill" else {}
     output = road.mlflow_run(
         entry_point,
         recipe=str(road.folder / recipe) if recipe == "short.yaml" else recipe,
         device="auto",
         dataset=str(road.folder / "tour/dataset"),
         out=str(road.folder / f"alone-{entry_point}"),
+        **chosen,
     )
     assert "v2: models:/cectflow-" in output
+    if chosen:
+        card = ModelCard.from_folder(road.folder / "alone-distill/student/model")
+        assert card.network == "strided_nano"
 
 
 def test_evaluate_promote_and_predict_alone(road: Road) -> None:
