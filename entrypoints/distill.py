@@ -12,7 +12,7 @@ def story(given: Parameters) -> None:
     from entrypoints.training_request import read_request
 
     request = read_request(given)
-    recipe, folder = request.prepare("student", tell)
+    recipe, folder = request.prepare("student", tell, with_students=False)
     connect()
     teacher = given["teacher"] or "cectflow-teacher@production"
     registered = distill(

@@ -115,6 +115,13 @@ def test_a_second_call_makes_what_is_missing_and_touches_nothing_else(
         assert code == 2
         assert "another recipe, shape or kind" in err
     assert first.stat().st_mtime_ns == before
+    # Structures that have moved are the same structures.
+    description = tmp_path / "t/tomograms.json"
+    content = json.loads(description.read_text())
+    content["recipe"]["structures"] = ["/elsewhere"]
+    description.write_text(json.dumps(content))
+    assert run("--count", "2", "--out", "t")[0] == 0
+    assert first.stat().st_mtime_ns == before
     first.unlink()
     code, out, err = run("--count", "2", "--out", "t")
     assert (code, out) == (2, "")

@@ -15,10 +15,14 @@ from cectflow.export import export_network
 from cectflow.flows.simulation import load_structures
 from cectflow.flows.tuning import tune_picking
 from cectflow.model_card import ModelCard
+from cectflow.prediction.contract import InputOptions, load_network
 from cectflow.prediction.detection import near_faces
+from cectflow.prediction.picks import PickRules
+from cectflow.prediction.whole import WholeOptions, WholeOutputs, segment_whole
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.field import prepare_specimen, simulate_field
 from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.volume import Volume, write_volume
 
 RECIPE = SimulationRecipe(
     structures=("builtin",), include=("barrel", "shell"), box=24, voxel_size=15.0,
@@ -64,11 +68,32 @@ def store(folder: Path, *, specks: bool = False, classes: tuple[str, ...] = RECI
     return folder
 
 
+def count_picks(model: Path, folder: Path) -> int:
+    """Of the first validation field, whatever their score."""
+    specimen = prepare_specimen(RECIPE, load_structures(RECIPE))
+    field = simulate_field(specimen, "validation", 0)
+    write_volume(folder / "field.mrc", Volume(field.tomogram.numpy(), RECIPE.voxel_size))
+    network = load_network(model, tasks=("semantic",), label="finder", device="cpu")
+    found = segment_whole(
+        network, folder / "field.mrc",
+        WholeOutputs(folder / "labels.mrc", picks=folder / "picks.star"), InputOptions(),
+        WholeOptions(rules=PickRules(min_score=0.0)), lambda _: None,
+    )  # fmt: skip
+    assert found.picks is not None
+    return len(found.picks)
+
+
 def test_the_threshold_tells_particles_from_specks(data: Dataset, tmp_path: Path) -> None:
     plain = tune_picking(store(tmp_path / "plain"), data.manifest)
     specked = tune_picking(store(tmp_path / "specked", specks=True), data.manifest)
     assert plain is not None
     assert specked is not None
+    counts = []
+    for name in ("plain", "specked"):
+        (tmp_path / f"{name}-picks").mkdir()
+        counts.append(count_picks(tmp_path / name, tmp_path / f"{name}-picks"))
+    particles, all_of_it = counts
+    assert all_of_it > 1.5 * particles, "there are specks to be told from particles"
     # A speck's score is its probability, 1 / (1 + exp(-SPECKLE)); no particle is as faint.
     assert specked.min_score > 1 / (1 + np.exp(-SPECKLE)) + 1e-3
     for found in (plain, specked):
@@ -94,6 +119,21 @@ def test_particles_of_other_classes_are_false(data: Dataset, tmp_path: Path) -> 
     assert one.precision < both.precision
 
 
+def test_structures_that_have_moved_are_found_where_the_training_has_them(
+    data: Dataset, tmp_path: Path
+) -> None:
+    recipe = data.manifest.recipe | {"structures": ["/nowhere/structures"]}
+    manifest = manifest_with(data, recipe=recipe)
+    model = store(tmp_path / "model")
+    assert tune_picking(model, manifest, ("builtin",)) == tune_picking(model, data.manifest)
+
+
+def test_a_class_that_the_fields_lack_is_passed_over(data: Dataset, tmp_path: Path) -> None:
+    model = store(tmp_path / "model", classes=("shell", "ring"))
+    alone = store(tmp_path / "alone", classes=("shell",))
+    assert tune_picking(model, data.manifest) == tune_picking(alone, data.manifest)
+
+
 def manifest_with(data: Dataset, **changes: object) -> Manifest:
     return data.manifest.model_copy(update=changes)
 
@@ -102,7 +142,7 @@ def manifest_with(data: Dataset, **changes: object) -> Manifest:
     ("changes", "reason"),
     [
         ({"kind": "imported"}, "the data were not simulated"),
-        ({"recipe_digest": "0" * 64}, "the structures are no longer those of the dataset"),
+        ({"recipe_digest": "0" * 64}, "the dataset is of other structures"),
     ],
 )
 def test_without_the_fields_there_is_no_threshold(

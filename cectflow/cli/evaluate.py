@@ -136,7 +136,10 @@ def evaluate_picks(
     print_table(header, rows)
     if outcome.threshold is not None:
         score, f1 = outcome.threshold
-        typer.echo(f"highest F1, {f1:.3f}, with --min-score {score:.3f} (take it from validation)")
+        typer.echo(
+            f"highest F1 of these picks, {f1:.3f}, with --min-score {score:.3f} (take it from "
+            "tomograms picked with --min-score 0, and not from those you judge)"
+        )
 
 
 @app.command("generalisation")

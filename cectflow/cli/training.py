@@ -78,7 +78,7 @@ def distill(
 
     hardware = training.Hardware(device, precision, workers)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
-    chosen, folder = request.prepare("student", typer.echo)
+    chosen, folder = request.prepare("student", typer.echo, with_students=False)
     connect(tracking_uri)
     registered = training.distill(
         chosen, folder, hardware, teacher=teacher, student=student, method=method, dataset=dataset

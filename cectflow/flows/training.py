@@ -92,10 +92,13 @@ class TrainingRequest:
     seed: int | None = None
     hardware: Hardware = Hardware()
 
-    def prepare(self, name: str, report: Callable[[str], None]) -> tuple[Recipe, Path]:
+    def prepare(
+        self, name: str, report: Callable[[str], None], *, with_students: bool = True
+    ) -> tuple[Recipe, Path]:
         """The recipe with its changes, and the folder for the files of a run of this name.
 
-        The folder is reported: whoever interrupts the run goes on with it as ``--out``.
+        The folder is reported: whoever interrupts the run goes on with it as ``--out``. The
+        recipe's students need not suit where others may take their place (``with_students``).
 
         Raises
         ------
@@ -114,10 +117,11 @@ class TrainingRequest:
         with torch.device("meta"):
             make_network(recipe.segmenter.fit, "target", 2, box)
             make_network(recipe.teacher, "classify", 2, box)
-            make_network(recipe.student.fit, "classify", 2, box)
             if tomogram is not None:
                 make_network(tomogram.fit, "semantic", 2, box)
-            if student is not None:
+            if with_students:
+                make_network(recipe.student.fit, "classify", 2, box)
+            if with_students and student is not None:
                 make_network(student.fit, "target" if tomogram is None else "semantic", 2, box)
         folder = self.out or new_folder(Path(name).stem)
         report(f"files under {folder}")
@@ -350,7 +354,7 @@ def _train(
     )
 
     def measure(model: Path) -> Mapping[str, Picking | None]:
-        return {"picking": tune_picking(model, manifest)}
+        return {"picking": tune_picking(model, manifest, recipe.simulation.structures)}
 
     with _live(recipe, data, hardware, part) as live:
         if live is not None:
@@ -427,7 +431,7 @@ def _choose_student(
             "one, such as `student_segmenter: {fit: {network: strided_ed_small, ...}}`"
         )
         raise ValueError(msg)
-    if student is not None:
+    if student is not None and student != section.fit.network:
         fit = section.fit.model_copy(update={"network": student, "arguments": {}})
         section = section.model_copy(update={"fit": fit})
     if method is not None:

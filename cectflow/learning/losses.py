@@ -317,7 +317,10 @@ def decoupled_kl(
     (student_true, student_others), (teacher_true, teacher_others) = split(student), split(teacher)
     target = teacher_true.exp() * (teacher_true - student_true)
     target = target + teacher_others.exp() * (teacher_others - student_others)
-    teacher, student = teacher - teacher_others, student - student_others
-    each = (teacher.exp() * (teacher - student)).masked_fill(is_target, 0.0)
-    divergence = target + non_target * each.sum(dim=1, keepdim=True)
+    # The true class leaves before the exponential: its odds may overflow, and what is masked after
+    # it would still put NaN into the gradient.
+    teacher = (teacher - teacher_others).masked_fill(is_target, -torch.inf)
+    difference = (teacher - (student - student_others)).masked_fill(is_target, 0.0)
+    others = (teacher.exp() * difference).sum(dim=1, keepdim=True)
+    divergence = target + non_target * others
     return divergence.mean() * temperature**2

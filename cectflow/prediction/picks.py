@@ -34,6 +34,7 @@ SMOOTHING = 1.0
 """Sigma in voxels of the Gaussian over the distance to the background."""
 CORE = 128
 """Edge in voxels of the blocks that bodies are looked for in."""
+SCORE_DECIMALS = 6
 REACH = 250.0
 """Å around a block that are flooded with it: what of a body is farther from its thickest voxel may
 be left out of its measures."""
@@ -204,7 +205,7 @@ def make_picks(
         Who found them.
     """
     rows = make_particle_rows(positions_zyx, tomogram=tomogram)
-    scores = bodies.scores.round(6)
+    scores = bodies.scores.round(SCORE_DECIMALS)
     columns: dict[str, Any] = {
         "rlnPixelSize": np.full(len(bodies), voxel_size),
         "rlnAutopickFigureOfMerit": scores,
@@ -230,7 +231,9 @@ def _judged(measured: NDArray[np.float64], voxel_size: float, rules: PickRules) 
     volumes = bodies.voxels * voxel_size**3
     largest = np.inf if rules.max_volume is None else rules.max_volume
     is_particle = (volumes >= rules.min_volume) & (volumes <= largest)
-    bodies = bodies.select(is_particle & (bodies.scores >= (rules.min_score or 0.0)))
+    # As they are written, or a threshold taken from picks would drop the very pick it came from.
+    scores = bodies.scores.round(SCORE_DECIMALS)
+    bodies = bodies.select(is_particle & (scores >= (rules.min_score or 0.0)))
     # Ties in the score fall to the place, so that the order of the blocks does not show.
     bodies = bodies.select(np.lexsort(bodies.centres_zyx.T[::-1]))
     return bodies.select(suppress(bodies.centres_zyx * voxel_size, bodies.scores, rules.radius))

@@ -246,6 +246,17 @@ def test_a_sure_teacher_still_tells_of_the_other_classes() -> None:
     assert sizes[1] > 0.5
 
 
+def test_no_teacher_is_too_sure() -> None:
+    teacher = torch.tensor([[400.0, 2.0, 0.0]])
+    for logits in ([[0.0, 0.0, 0.0]], [[400.0, 0.0, 0.0]], [[0.0, 400.0, 0.0]]):
+        student = torch.tensor(logits, requires_grad=True)
+        loss = decoupled_kl(student, teacher, torch.tensor([0]), 1.0, 1.0)
+        loss.backward()
+        assert student.grad is not None
+        assert loss.isfinite()
+        assert student.grad.isfinite().all()
+
+
 def test_decoupling_serves_voxels_and_two_classes() -> None:
     student, labels = draw(2)
     teacher, _ = draw(2, seed=4)

@@ -51,12 +51,12 @@ def teacher() -> nn.Module:
         (Segment(labels=MERGED), TinySegmenter()),
         (Segment(SegmentationLoss(tversky=1.0, focal=1.0), EACH), TinySegmenter(3)),
         (
-            Distill(Segment(labels=EACH), TinySegmenter(3).eval(), soft=DistillationLoss(kl=1.0)),
+            Distill(Segment(labels=EACH), TinySegmenter(3).eval(), soft=BY_KL),
             TinySegmenter(3),
         ),
         (Distill(Classify(2), TinyClassifier().eval()), TinyClassifier()),
         (
-            Distill(Segment(), TinySegmenter().eval(), soft=DistillationLoss(kl=1.0), weight=0.5),
+            Distill(Segment(), TinySegmenter().eval(), soft=BY_KL, weight=0.5),
             TinySegmenter(),
         ),
     ],
@@ -209,7 +209,7 @@ def test_the_student_is_run_once_and_judged_like_the_wrapped_objective(
 def test_an_objective_is_named_by_what_it_learns_and_not_by_where_it_lies(
     teacher: nn.Module,
 ) -> None:
-    first, again = (Distill(Classify(2), teacher, soft=DistillationLoss(kl=1.0)) for _ in range(2))
+    first, again = (Distill(Classify(2), teacher, soft=BY_KL) for _ in range(2))
     assert repr(first) == repr(again)
     assert repr(first) != repr(Distill(Classify(2), teacher, soft=DistillationLoss(mse=1.0)))
 

@@ -122,6 +122,14 @@ def test_rules_leave_out_the_small_the_doubtful_and_the_too_close() -> None:
     assert len(find(balls, PickRules(probability=0.85, min_volume=0.0, radius=0.0))) == 2
 
 
+def test_a_threshold_taken_from_a_pick_keeps_that_pick() -> None:
+    """Picks are written with six decimals, and thresholds are read from what is written."""
+    for share in np.linspace(0.6, 0.9, 20):
+        ball = [((10.0, 12.0, 12.0), 4.0, float(share), 1)]
+        written = float(find(ball).scores.round(6)[0])
+        assert len(find(ball, PickRules(min_volume=0.0, radius=0.0, min_score=written))) == 1
+
+
 def test_nothing_is_found_in_nothing() -> None:
     assert len(find([])) == 0
 

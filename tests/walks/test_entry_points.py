@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,16 @@ ROLES = ("segmenter", "tomogram-segmenter", "teacher", "student")
 pytestmark = pytest.mark.slow
 
 
+def find_runs(road: Road, name: str) -> list[Any]:
+    """Runs of a name, the newest first."""
+    import mlflow
+
+    client = mlflow.MlflowClient(road.environment["MLFLOW_TRACKING_URI"])
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, max_results=100, order_by=["start_time DESC"])
+    return [run for run in found if run.info.run_name == name]
+
+
 def test_main_ends_with_a_table_and_promoted_versions(road: Road) -> None:
     for line in ("segmenter, foreground IoU", "measured speed-up", "mlflow ui --backend-store-uri"):
         assert line in road.output
@@ -36,6 +47,12 @@ def test_main_ends_with_a_table_and_promoted_versions(road: Road) -> None:
     found = read_particles(road.folder / "tour/predictions/found.star").rows
     assert set(found["cectflowModel"]) == {"cectflow-tomogram-segmenter/1"}
     assert "particles found in it: precision, recall" in road.output
+    card = ModelCard.from_folder(road.folder / "tour/tomogram-segmenter/model")
+    assert card.picking is not None
+    assert f"picks: those with a score of {card.picking.min_score:.3f} and more" in road.output
+    assert found["cectflowScore"].min() >= card.picking.min_score
+    metrics = find_runs(road, "train_tomogram_segmenter")[-1].data.metrics
+    assert metrics["validation_picks_recall"] == pytest.approx(card.picking.recall)
 
 
 def test_a_second_call_for_the_same_folder_takes_up_what_is_finished(road: Road) -> None:
@@ -134,6 +151,9 @@ def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) ->
     if chosen:
         card = ModelCard.from_folder(road.folder / "alone-distill/student/model")
         assert card.network == "strided_nano"
+        newest = find_runs(road, "distill")[0].data.params
+        losses = {name: newest[f"cfg.student.soft.{name}"] for name in ("mse", "kl", "dkd")}
+        assert losses == {"mse": "0.0", "kl": "0.0", "dkd": "1.0"}
 
 
 def test_evaluate_promote_and_predict_alone(road: Road) -> None:
