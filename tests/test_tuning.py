@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from cectflow.dataset import Dataset, Manifest
 from cectflow.export import export_network
 from cectflow.flows.simulation import load_structures
 from cectflow.flows.tuning import tune_picking
-from cectflow.model_card import ModelCard
+from cectflow.model_card import CARD_FILE, ModelCard
 from cectflow.prediction.contract import InputOptions, load_network
 from cectflow.prediction.detection import near_faces
 from cectflow.prediction.picks import PickRules
@@ -63,8 +64,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return simulate_dataset(RECIPE, load_structures(RECIPE), folder, splits=["validation"])
 
 
-def store(folder: Path, *, specks: bool = False, classes: tuple[str, ...] = RECIPE.include) -> Path:
-    export_network(DarkFinder(specks=specks), card(classes), folder, stride=4)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folder of a finder of dark places."""
+    folder = tmp_path_factory.mktemp("models") / "plain"
+    export_network(DarkFinder(specks=False), card(RECIPE.include), folder, stride=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def specked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folder of a finder that also marks specks."""
+    folder = tmp_path_factory.mktemp("models") / "specked"
+    export_network(DarkFinder(specks=True), card(RECIPE.include), folder, stride=4)
+    return folder
+
+
+def with_classes(model: Path, folder: Path, *classes: str) -> Path:
+    """The same network under another card."""
+    shutil.copytree(model, folder)
+    (folder / CARD_FILE).write_text(card(classes).to_json())
     return folder
 
 
@@ -83,55 +102,56 @@ def count_picks(model: Path, folder: Path) -> int:
     return len(found.picks)
 
 
-def test_the_threshold_tells_particles_from_specks(data: Dataset, tmp_path: Path) -> None:
-    plain = tune_picking(store(tmp_path / "plain"), data.manifest)
-    specked = tune_picking(store(tmp_path / "specked", specks=True), data.manifest)
-    assert plain is not None
-    assert specked is not None
+def test_the_threshold_tells_particles_from_specks(
+    data: Dataset, plain: Path, specked: Path, tmp_path: Path
+) -> None:
+    found = [tune_picking(model, data.manifest) for model in (plain, specked)]
     counts = []
-    for name in ("plain", "specked"):
-        (tmp_path / f"{name}-picks").mkdir()
-        counts.append(count_picks(tmp_path / name, tmp_path / f"{name}-picks"))
+    for model in (plain, specked):
+        (tmp_path / model.name).mkdir()
+        counts.append(count_picks(model, tmp_path / model.name))
     particles, all_of_it = counts
     assert all_of_it > 1.5 * particles, "there are specks to be told from particles"
+    for picking in found:
+        assert picking is not None
+        assert picking.precision > 0.8
+        assert picking.recall > 0.8
+    without, among_specks = found
+    assert without is not None
+    assert among_specks is not None
     # A speck's score is its probability, 1 / (1 + exp(-SPECKLE)); no particle is as faint.
-    assert specked.min_score > 1 / (1 + np.exp(-SPECKLE)) + 1e-3
-    for found in (plain, specked):
-        assert found.precision > 0.8
-        assert found.recall > 0.8
+    assert among_specks.min_score > 1 / (1 + np.exp(-SPECKLE)) + 1e-3
     structures = load_structures(RECIPE)
-    assert plain.radius == min(structure.extent for structure in structures) / 2
+    assert without.radius == min(structure.extent for structure in structures) / 2
     border = max(structure.extent for structure in structures) / 2 / RECIPE.voxel_size
     specimen = prepare_specimen(RECIPE, structures)
     inside = sum(
         np.count_nonzero(~near_faces(scene.positions_zyx, RECIPE.field_shape, border))
         for scene in (simulate_field(specimen, "validation", i).scene for i in range(2))
     )
-    assert plain.particles == inside > 5
+    assert without.particles == inside > 5
 
 
-def test_particles_of_other_classes_are_false(data: Dataset, tmp_path: Path) -> None:
-    both = tune_picking(store(tmp_path / "both"), data.manifest)
-    one = tune_picking(store(tmp_path / "one", classes=("shell",)), data.manifest)
+def test_classes_of_the_card_are_sought_and_all_others_false(
+    data: Dataset, plain: Path, tmp_path: Path
+) -> None:
+    both = tune_picking(plain, data.manifest)
+    one = tune_picking(with_classes(plain, tmp_path / "one", "shell"), data.manifest)
     assert both is not None
     assert one is not None
     assert one.particles < both.particles
     assert one.precision < both.precision
+    # A class that the fields lack is passed over.
+    more = with_classes(plain, tmp_path / "more", "shell", "ring")
+    assert tune_picking(more, data.manifest) == one
 
 
 def test_structures_that_have_moved_are_found_where_the_training_has_them(
-    data: Dataset, tmp_path: Path
+    data: Dataset, plain: Path
 ) -> None:
     recipe = data.manifest.recipe | {"structures": ["/nowhere/structures"]}
     manifest = manifest_with(data, recipe=recipe)
-    model = store(tmp_path / "model")
-    assert tune_picking(model, manifest, ("builtin",)) == tune_picking(model, data.manifest)
-
-
-def test_a_class_that_the_fields_lack_is_passed_over(data: Dataset, tmp_path: Path) -> None:
-    model = store(tmp_path / "model", classes=("shell", "ring"))
-    alone = store(tmp_path / "alone", classes=("shell",))
-    assert tune_picking(model, data.manifest) == tune_picking(alone, data.manifest)
+    assert tune_picking(plain, manifest, ("builtin",)) == tune_picking(plain, data.manifest)
 
 
 def manifest_with(data: Dataset, **changes: object) -> Manifest:
@@ -146,14 +166,14 @@ def manifest_with(data: Dataset, **changes: object) -> Manifest:
     ],
 )
 def test_without_the_fields_there_is_no_threshold(
-    data: Dataset, tmp_path: Path, changes: dict[str, object], reason: str
+    data: Dataset, plain: Path, changes: dict[str, object], reason: str
 ) -> None:
     with pytest.warns(UserWarning, match=f"no threshold for picks .*{reason}"):
-        assert tune_picking(store(tmp_path / "model"), manifest_with(data, **changes)) is None
+        assert tune_picking(plain, manifest_with(data, **changes)) is None
 
 
-def test_structures_that_are_gone_end_no_training(data: Dataset, tmp_path: Path) -> None:
+def test_structures_that_are_gone_end_no_training(data: Dataset, plain: Path) -> None:
     recipe = data.manifest.recipe | {"structures": ["/nowhere/structures"]}
     manifest = manifest_with(data, recipe=recipe)
     with pytest.warns(UserWarning, match=r"no threshold for picks .*/nowhere/structures"):
-        assert tune_picking(store(tmp_path / "model"), manifest) is None
+        assert tune_picking(plain, manifest) is None
