@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["convolution_pair", "dense_layers", "initialise_weights", "normed_convolution"]
+__all__ = ["DenseClassifier", "convolution_pair", "initialise_weights", "normed_convolution"]
 
 
 def normed_convolution(
@@ -56,30 +56,53 @@ def convolution_pair(inputs: int, width: int, *, batch_norm: bool = False) -> nn
     return nn.Sequential(*layers)
 
 
-def dense_layers(
-    inputs: int, units: Sequence[int], *, dropout: float, batch_norm: bool = False
-) -> nn.Sequential:
-    """Hidden dense layers of the papers' classifiers, each with a ReLU and dropout.
+class DenseClassifier(nn.Module):
+    """Classifier whose convolutions end in dense layers, which fit one box only.
 
     Parameters
     ----------
+    features
+        Cubes ``(n, 1, box, box, box)`` → features of any shape.
     inputs
-        Features that come in.
-    units
-        Of each layer.
+        Number of features of a cube.
+    dense
+        Units of each hidden dense layer.
+    num_outputs
+        Number of classes.
     dropout
-        Fraction of the units of each layer that is dropped while training.
+        Fraction of the units of each hidden dense layer that is dropped while training.
     batch_norm
-        Normalise before each ReLU (the papers do not).
+        Normalise after each hidden dense layer (the papers do not).
     """
-    layers: list[nn.Module] = []
-    for outputs in units:
-        layers.append(nn.Linear(inputs, outputs, bias=not batch_norm))
-        if batch_norm:
-            layers.append(_DenseNorm(outputs))
-        layers += [nn.ReLU(inplace=True), nn.Dropout(dropout)]
-        inputs = outputs
-    return nn.Sequential(*layers)
+
+    def __init__(
+        self,
+        features: nn.Module,
+        inputs: int,
+        dense: Sequence[int],
+        num_outputs: int,
+        *,
+        dropout: float,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.features = features
+        hidden: list[nn.Module] = []
+        for units in dense:
+            hidden.append(nn.Linear(inputs, units, bias=not batch_norm))
+            if batch_norm:
+                hidden.append(_DenseNorm(units))
+            hidden += [nn.ReLU(inplace=True), nn.Dropout(dropout)]
+            inputs = units
+        self.hidden = nn.Sequential(*hidden)
+        self.score = nn.Linear(inputs, num_outputs)
+        initialise_weights(self)
+
+    def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs"]:
+        """Logits of normalised cubes."""
+        features = self.features(subtomograms).flatten(start_dim=1)
+        logits: Tensor = self.score(self.hidden(features))
+        return logits
 
 
 class _DenseNorm(nn.BatchNorm1d):

@@ -11,10 +11,9 @@ softmax.
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from cectflow.networks.blocks import convolution_pair, dense_layers, initialise_weights
+from cectflow.networks.blocks import DenseClassifier, convolution_pair
 from cectflow.networks.catalogue import register_network
 
 __all__ = [
@@ -30,7 +29,7 @@ TEACHER_PAPER = "Che et al. 2017, arXiv:1707.04885"
 STUDENT_PAPER = "Guo et al. 2018, arXiv:1801.10597"
 
 
-class DSRF3D(nn.Module):
+class DSRF3D(DenseClassifier):
     """Classifier of levels, each a pair of 3³ convolutions and a max-pool, then dense layers.
 
     Parameters
@@ -62,24 +61,16 @@ class DSRF3D(nn.Module):
         dropout: float,
         batch_norm: bool = False,
     ) -> None:
-        super().__init__()
         levels: list[nn.Module] = []
         channels = 1
         for width in widths:
             levels += [convolution_pair(channels, width, batch_norm=batch_norm), nn.MaxPool3d(pool)]
             channels = width
-        self.features = nn.Sequential(*levels)
-
-        units = channels * (box // pool ** len(widths)) ** 3
-        self.hidden = dense_layers(units, dense, dropout=dropout, batch_norm=batch_norm)
-        self.score = nn.Linear(dense[-1], num_outputs)
-        initialise_weights(self)
-
-    def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs"]:
-        """Logits of normalised cubes."""
-        features = self.features(subtomograms).flatten(start_dim=1)
-        logits: Tensor = self.score(self.hidden(features))
-        return logits
+        inputs = channels * (box // pool ** len(widths)) ** 3
+        super().__init__(
+            nn.Sequential(*levels), inputs, dense, num_outputs, dropout=dropout,
+            batch_norm=batch_norm,
+        )  # fmt: skip
 
 
 @register_network(task="classify", stride=1, min_box=8, paper=TEACHER_PAPER)

@@ -13,44 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cectflow.networks.blocks import dense_layers, initialise_weights
+from cectflow.networks.blocks import DenseClassifier
 from cectflow.networks.catalogue import register_network
 
-__all__ = ["RB3D", "rb3d"]
+__all__ = ["rb3d"]
 
 WIDTH = 32
 NUM_BLOCKS = 4
-
-
-class RB3D(nn.Module):
-    """Classifier of one convolution and max-pool, four joined bottlenecks and two dense layers.
-
-    Parameters
-    ----------
-    num_outputs
-        Number of classes.
-    box
-        Edge of the input cube in voxels; the dense layers fit this box only.
-    dropout
-        Fraction of the dense units that is dropped while training.
-    """
-
-    def __init__(self, num_outputs: int, box: int, *, dropout: float) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv3d(1, WIDTH, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.MaxPool3d(2),
-            *(_JoinedBottleneck() for _ in range(NUM_BLOCKS)),
-        )
-        self.hidden = dense_layers(WIDTH * (box // 2) ** 3, (1024, 1024), dropout=dropout)
-        self.score = nn.Linear(1024, num_outputs)
-        initialise_weights(self)
-
-    def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs"]:
-        """Logits of normalised cubes."""
-        logits: Tensor = self.score(self.hidden(self.features(subtomograms).flatten(start_dim=1)))
-        return logits
 
 
 class _JoinedBottleneck(nn.Module):
@@ -87,4 +56,9 @@ def rb3d(num_outputs: int, box: int, dropout: float = 0.5) -> nn.Module:
     dropout
         Fraction of the dense units dropped while training.
     """
-    return RB3D(num_outputs, box, dropout=dropout)
+    features = nn.Sequential(
+        nn.Conv3d(1, WIDTH, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool3d(2),
+        *(_JoinedBottleneck() for _ in range(NUM_BLOCKS)),
+    )  # fmt: skip
+    inputs = WIDTH * (box // 2) ** 3
+    return DenseClassifier(features, inputs, (1024, 1024), num_outputs, dropout=dropout)
