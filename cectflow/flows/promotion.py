@@ -10,7 +10,8 @@ from typing import Literal
 from cectflow.cost import measure_throughputs
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.export import measure_parity
-from cectflow.flows.training import DATASET_TAG, log_evaluation
+from cectflow.flows.evaluation import log_evaluation
+from cectflow.flows.training import DATASET_TAG
 from cectflow.learning.breakdown import Group
 from cectflow.learning.scores import Evaluation, baselines
 from cectflow.learning.task import MONITORS, SemanticLabels

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cectflow.dataset import BatchSource, Dataset, open_dataset
-from cectflow.figures import draw_confusion, draw_groups, draw_learning_curves, draw_slices
+from cectflow.figures import draw_learning_curves
+from cectflow.flows.evaluation import log_evaluation
 from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
 from cectflow.flows.tuning import tune_picking
-from cectflow.learning.breakdown import Group, break_down
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
 from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
-from cectflow.learning.scores import Evaluation
-from cectflow.learning.task import SemanticLabels, network_input, segmentation_truth
+from cectflow.learning.task import SemanticLabels
 from cectflow.learning.training import (
     TrainedNetwork,
     check_matches,
@@ -31,7 +27,7 @@ from cectflow.learning.training import (
 )
 from cectflow.model_card import ModelCard, Picking, Role
 from cectflow.recipe import Recipe, StudentRecipe, TomogramSegmenterRecipe
-from cectflow.runtime import load_program, load_runtime
+from cectflow.runtime import load_program
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.tracking.registry import find_registered, register_model, resolve_model
@@ -45,7 +41,6 @@ __all__ = [
     "Registered",
     "TrainingRequest",
     "distill",
-    "log_evaluation",
     "train_segmenter",
     "train_teacher",
     "train_tomogram_segmenter",
@@ -236,109 +231,6 @@ def distill(
             metrics[f"labels_only_{monitor}"] = control
         run.log(metrics)
     return replace(registered, figures=metrics)
-
-
-def log_evaluation(
-    run: Run, folder: Path, card: ModelCard, data: Dataset, evaluation: Evaluation,
-    trivial: Mapping[str, float],
-) -> tuple[Group, ...]:  # fmt: skip
-    """Log scores with intervals, and the pictures of where a network is right and wrong.
-
-    Parameters
-    ----------
-    run
-        Receives them.
-    folder, card
-        Of the network.
-    data, evaluation
-        The dataset, and what the network made of its test split.
-    trivial
-        Foreground IoU of trivial methods there; empty for classifiers.
-
-    Returns
-    -------
-    tuple of Group
-        The score of each subtomogram that the pictures show, by structure, occupancy and SNR.
-    """
-    for name, score in evaluation.summary().items():
-        run.log({f"test_{name}": score.value, f"test_{name}_low": score.low,
-                 f"test_{name}_high": score.high})  # fmt: skip
-    title = f"{card.network} on test"
-    score_name = "accuracy" if card.task == "classify" else "foreground_iou"
-    groups = break_down(evaluation, data.manifest, score_name)
-    rows = [{**asdict(group), "score": group.score.model_dump()} for group in groups]
-    run.log_json(rows, f"{score_name}_by_group.json")
-    figure = draw_groups(
-        {
-            "SNR": [_place(group) for group in groups if group.by == "SNR"],
-            "mass (kDa)": [_place(group) for group in groups
-                           if group.by == "structure" and group.position is not None],
-        },
-        "accuracy" if card.task == "classify" else "foreground IoU",
-        title,
-        reference=max(trivial.values(), default=None),
-    )  # fmt: skip
-    run.log_figure(figure, "figures/groups.png")
-    if evaluation.predicted is not None:
-        figure = draw_confusion(
-            evaluation.class_ids, evaluation.predicted, data.manifest.classes, title
-        )
-        run.log_figure(figure, "figures/confusion.png")
-    number = len(evaluation.class_ids)
-    shown = np.linspace(0, number - 1, min(6, number)).astype(np.int64)
-    run.log_figure(_draw_cubes(folder, card, data, shown, {}), "figures/slices.png")
-    if card.task != "classify":
-        values = evaluation.scores[score_name]
-        chosen = _choose_extremes(values)
-        notes = {row: f"{word} {values[row]:.2f} " for row, word in chosen.items()}
-        extremes = np.array(list(chosen), np.int64)
-        run.log_figure(_draw_cubes(folder, card, data, extremes, notes), "figures/gallery.png")
-    return groups
-
-
-def _place(group: Group) -> tuple[str, float, tuple[float, float, float]]:
-    """Name, abscissa and score with its interval, for a figure."""
-    assert group.position is not None
-    # A range of SNR is read off the axis, a structure is not.
-    name = group.name if group.by == "structure" else ""
-    return name, group.position, (group.score.value, group.score.low, group.score.high)
-
-
-def _choose_extremes(values: NDArray[np.float64]) -> dict[int, str]:
-    """Rows of the two best, the two median and the two worst subtomograms, each named once."""
-    order = np.argsort(-values, kind="stable")
-    middle = len(order) // 2
-    chosen: dict[int, str] = {}
-    for word, rows in (
-        ("best", order[:2]),
-        ("worst", order[-2:]),
-        ("median", order[max(middle - 1, 0) : middle + 1]),
-    ):
-        for row in rows.tolist():
-            chosen.setdefault(row, word)
-    return dict(sorted(chosen.items(), key=lambda item: -values[item[0]]))
-
-
-def _draw_cubes(
-    folder: Path, card: ModelCard, data: Dataset, rows: NDArray[np.int64], notes: Mapping[int, str]
-) -> Figure:
-    """Slices of test cubes with what is true and what a segmenter predicts."""
-    batch = data.split("test").read(rows)
-    names = [data.manifest.classes[i - 1] for i in batch.class_ids.tolist()]
-    truth = predicted = None
-    if batch.instances is not None:
-        labels = None
-        if card.task == "semantic":
-            labels = SemanticLabels.of_card(card, data.manifest.classes)
-        truth = segmentation_truth(batch, labels).numpy()
-    if card.task != "classify":
-        logits = load_runtime(folder)(network_input(batch, card.task).numpy())
-        predicted = logits.argmax(axis=1)
-    return draw_slices(
-        batch.subtomograms[:, 0].numpy(), truth, predicted,
-        voxel_size=data.manifest.voxel_size,
-        titles=[notes.get(int(row), "") + name for row, name in zip(rows, names, strict=True)],
-    )  # fmt: skip
 
 
 def _train(
