@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from builders import make_card
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import Tensor, nn
 
 from cectflow.dataset import Dataset, Manifest
 from cectflow.export import export_network
+from cectflow.flows import tuning
 from cectflow.flows.simulation import load_structures
 from cectflow.flows.tuning import tune_picking
 from cectflow.model_card import CARD_FILE, ModelCard
-from cectflow.prediction.contract import InputOptions, load_network
+from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
 from cectflow.prediction.detection import near_faces
 from cectflow.prediction.picks import PickRules
 from cectflow.prediction.whole import WholeOptions, WholeOutputs, segment_whole
@@ -177,3 +179,20 @@ def test_structures_that_are_gone_end_no_training(data: Dataset, plain: Path) ->
     manifest = manifest_with(data, recipe=recipe)
     with pytest.warns(UserWarning, match=r"no threshold for picks .*/nowhere/structures"):
         assert tune_picking(plain, manifest) is None
+
+
+def test_a_runtime_that_fails_ends_no_training_and_a_mistake_of_ours_does(
+    data: Dataset, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_with(error: Exception) -> None:
+        def load(*_: object, **__: object) -> LoadedNetwork:
+            raise error
+
+        monkeypatch.setattr(tuning, "load_network", load)
+
+    fail_with(Fail("no memory"))
+    with pytest.warns(UserWarning, match=r"no threshold for picks .*no memory"):
+        assert tune_picking(plain, data.manifest) is None
+    fail_with(KeyError("mistake"))
+    with pytest.raises(KeyError, match="mistake"):
+        tune_picking(plain, data.manifest)

@@ -57,8 +57,12 @@ def tune_picking(
     """
     try:
         return _tune(folder, _make_ready(manifest, structures))
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        # A network is of use without it, too. (onnxruntime's errors are RuntimeErrors.)
+    except Exception as error:
+        # A trained network is of use without it, too. onnxruntime's errors, such as for want of
+        # memory, have no base but Exception and are known by their module.
+        expected = isinstance(error, OSError | ValueError | RuntimeError | MemoryError)
+        if not expected and not type(error).__module__.startswith("onnxruntime."):
+            raise
         message = f"no threshold for picks from the validation fields: {error}"
         warnings.warn(message, stacklevel=2)
         return None
