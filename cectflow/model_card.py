@@ -117,6 +117,8 @@ class ModelCard(Config):
     """Of the dataset folder on which the network was trained, validated and judged."""
     live_digest: str | None = None
     """Of the live data on which it was trained instead; None: on the folder's train split."""
+    unlabelled_digest: str | None = None
+    """Of the cubes without labels that a student was shown beside them; None: of none."""
     recipe_digest: str
     commit: str
     """Of cectflow; ``unknown`` outside a git checkout."""
@@ -131,7 +133,7 @@ class ModelCard(Config):
     parity: float | None = None
     """Largest absolute difference between the logits of model.pt2 and of model.onnx."""
     teacher: str | None = None
-    """URI of the teacher's version, for students."""
+    """URI of the teacher's version, for students; of an ensemble all, joined by commas."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelCard:

@@ -63,6 +63,8 @@ class StudentRecipe(Config):
     """How the student's logits are compared with the teacher's."""
     weight: float = Field(1.0, ge=0, le=1)
     """Of that against the labels."""
+    unlabelled_share: float = Field(0.25, gt=0)
+    """Cubes without labels that are shown for each labelled one, where some are given."""
     control: bool = True
     """Also train the same student from labels alone, for comparison."""
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # torch takes 2 s to import; prediction with onnxruntime does without
-    from torch import Tensor
+    from torch import Tensor, nn
 
 __all__ = ["RUNTIMES", "Infer", "RuntimeName", "choose_device", "load_program", "load_runtime"]
 
@@ -81,7 +81,7 @@ def load_runtime(
     return _load_onnx(_existing(folder / ONNX_FILE), device, threads, gives_back=gives_back)
 
 
-def load_program(folder: Path, device: str = "cpu") -> Callable[[Tensor], Tensor]:
+def load_program(folder: Path, device: str = "cpu") -> nn.Module:
     """Exported torch program of a model folder: tensors on ``device`` → logits there."""
     import torch
     from torch.export.passes import move_to_device_pass
@@ -89,7 +89,7 @@ def load_program(folder: Path, device: str = "cpu") -> Callable[[Tensor], Tensor
     program = torch.export.load(_existing(folder / PT2_FILE))
     if device != "cpu":
         program = move_to_device_pass(program, device)
-    module: Callable[[Tensor], Tensor] = program.module()
+    module: nn.Module = program.module()
     return module
 
 
@@ -109,7 +109,7 @@ def _load_torch(folder: Path, device: str) -> Infer:
         with torch.inference_mode():
             # torch refuses negative strides and warns of read-only memory.
             owned = np.require(cubes, requirements=["C", "W"])
-            logits = module(torch.from_numpy(owned).to(device))
+            logits: Tensor = module(torch.from_numpy(owned).to(device))
         return logits.float().cpu().numpy()
 
     return infer

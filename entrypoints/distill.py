@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from entrypoints.door import TRAINING_PARAMETERS, Parameters, tell, walk
 
+PARAMETERS = (
+    "teacher", "student", "method", "unlabelled", "contrast", "voxel_size", "rescale",
+    *TRAINING_PARAMETERS,
+)  # fmt: skip
+
 
 def story(given: Parameters) -> None:
     """Distil and register a student of a teacher."""
     from cectflow.flows.training import distill
+    from cectflow.flows.unlabelled import Unlabelled
+    from cectflow.prediction.source import InputFiles
     from cectflow.tracking.runs import connect
+    from entrypoints.input_options import read_input_options
     from entrypoints.training_request import read_request
 
     request = read_request(given)
     recipe, folder = request.prepare("student", tell, with_students=False)
     connect()
     teacher = given["teacher"] or "cectflow-teacher@production"
+    unlabelled = None
+    if given["unlabelled"]:
+        unlabelled = Unlabelled(InputFiles(given["unlabelled"]), read_input_options(given), tell)
     registered = distill(
         recipe, folder, request.hardware, teacher=teacher, student=given["student"] or None,
-        method=given["method"] or None, dataset=request.dataset,
+        method=given["method"] or None, unlabelled=unlabelled, dataset=request.dataset,
     )  # fmt: skip
     print(f"{registered.version.label}: {registered.version.uri}")
 
 
 if __name__ == "__main__":
-    walk("distill", ("teacher", "student", "method", *TRAINING_PARAMETERS), story)
+    walk("distill", PARAMETERS, story)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from cectflow.exit_codes import BAD_INPUT, INTERRUPTED, is_foreseen
 
-__all__ = ["TRAINING_PARAMETERS", "Parameters", "chosen", "integer", "tell", "walk"]
+__all__ = ["TRAINING_PARAMETERS", "Parameters", "chosen", "integer", "number", "tell", "walk"]
 
 Parameters = Mapping[str, str | None]
+Value = TypeVar("Value")
 
 TRAINING_PARAMETERS = (
     "recipe",
@@ -69,13 +71,30 @@ def integer(parameters: Parameters, name: str) -> int | None:
     ValueError
         If it is something else.
     """
+    return _read(parameters, name, int, "a whole number")
+
+
+def number(parameters: Parameters, name: str) -> float | None:
+    """Number of a parameter, None when it was not given.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    return _read(parameters, name, float, "a number")
+
+
+def _read(
+    parameters: Parameters, name: str, read: Callable[[str], Value], what: str
+) -> Value | None:
     text = parameters[name]
     if text is None:
         return None
     try:
-        return int(text)
+        return read(text)
     except ValueError:
-        msg = f"{name} is {text!r}: expected a whole number"
+        msg = f"{name} is {text!r}: expected {what}"
         raise ValueError(msg) from None
 
 

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 from cectflow.flows.prediction import predict_classes, predict_segments
 from cectflow.flows.simulation import new_folder
-from cectflow.model_card import Contrast
-from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.source import InputFiles
 from cectflow.tracking.runs import connect, start_run
 from entrypoints.door import Parameters, chosen, walk
+from entrypoints.input_options import INPUT_PARAMETERS, read_input_options
 
 PARAMETERS = (
-    "task", "model", "subtomograms", "tomogram", "particles", "out", "contrast", "voxel_size",
-    "rescale", "device", "mask_with",
+    "task", "model", "subtomograms", "tomogram", "particles", "out", *INPUT_PARAMETERS, "device",
+    "mask_with",
 )  # fmt: skip
 
 
 def story(given: Parameters) -> None:
     """Predict, and log what came out."""
     task = chosen(given, "task", ("classify", "segment"))
-    options = InputOptions(
-        voxel_size=float(given["voxel_size"]) if given["voxel_size"] else None,
-        contrast=cast("Contrast", chosen(given, "contrast", ("dark", "light"))),
-        rescale=chosen(given, "rescale", ("false", "true")) == "true",
-        device=chosen(given, "device", ("auto", "cpu", "cuda")),
-    )
+    options = read_input_options(given)
     files = InputFiles(
         given["subtomograms"],
         Path(given["tomogram"]) if given["tomogram"] else None,

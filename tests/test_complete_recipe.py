@@ -57,7 +57,7 @@ def test_losses_are_declared_with_their_weights(tmp_path: Path) -> None:
         ({"student": "ssn3d_ed"}, "expected one that can classify"),
         ({"student": "student_1"}, r"16³; student_1 needs at least 27³"),
         ({"student": "resnet"}, "unknown network 'resnet'"),
-        ({"method": "l2"}, "method is 'l2': expected one of mse, kl, dkd"),
+        ({"method": "l2"}, "method is 'l2': expected one of mse, kl, dkd, hint, or"),
     ],
 )
 def test_a_student_that_does_not_suit_is_refused_before_any_work(

@@ -7,14 +7,17 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cectflow.cli.options import (
+    ContrastOption,
     DatasetOption,
     DeviceOption,
     OutFolderOption,
     PrecisionOption,
     RecipeOption,
+    RescaleOption,
     SeedOption,
     StructuresOption,
     TrackingOption,
+    VoxelSizeOption,
     WorkersOption,
 )
 
@@ -54,14 +57,30 @@ def train(
 
 def distill(
     teacher: Annotated[
-        str, typer.Option("--teacher", help="Registered teacher, or a model folder.")
+        str,
+        typer.Option(
+            "--teacher",
+            help="Registered teacher, or a model folder; of an ensemble several, comma-separated.",
+        ),
     ] = "cectflow-teacher@production",
     student: Annotated[
         str | None, typer.Option("--student", help="Network; default: the recipe's.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="mse, kl or dkd; default: the recipe's.")
+        str | None,
+        typer.Option(
+            "--method", help="mse, kl, dkd, hint, or several joined by +; default: the recipe's."
+        ),
     ] = None,
+    unlabelled: Annotated[
+        str | None,
+        typer.Option(
+            "--unlabelled", help="Real cubes to be shown beside: MRC stack, folder or glob."
+        ),
+    ] = None,
+    voxel_size: VoxelSizeOption = None,
+    contrast: ContrastOption = "dark",
+    rescale: RescaleOption = False,
     recipe: RecipeOption = "demo",
     structures: StructuresOption = None,
     dataset: DatasetOption = None,
@@ -74,15 +93,23 @@ def distill(
 ) -> None:
     """Distil and register a student of a teacher, beside the same student from labels alone."""
     from cectflow.flows import training
+    from cectflow.flows.unlabelled import Unlabelled
+    from cectflow.prediction.contract import InputOptions
+    from cectflow.prediction.source import InputFiles
     from cectflow.tracking.runs import connect
 
     hardware = training.Hardware(device, precision, workers)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare("student", typer.echo, with_students=False)
     connect(tracking_uri)
+    beside = None
+    if unlabelled is not None:
+        options = InputOptions(voxel_size, contrast, rescale)
+        beside = Unlabelled(InputFiles(unlabelled), options, typer.echo)
     registered = training.distill(
-        chosen, folder, hardware, teacher=teacher, student=student, method=method, dataset=dataset
-    )
+        chosen, folder, hardware, teacher=teacher, student=student, method=method,
+        unlabelled=beside, dataset=dataset,
+    )  # fmt: skip
     _tell_registered(registered)
 
 

@@ -11,6 +11,7 @@ from cectflow.cost import measure_throughputs
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.export import measure_parity
 from cectflow.flows.evaluation import log_evaluation
+from cectflow.flows.teachers import resolve_teachers
 from cectflow.flows.training import DATASET_TAG
 from cectflow.learning.breakdown import Group
 from cectflow.learning.scores import Evaluation, baselines
@@ -211,11 +212,13 @@ def _measure_against_teacher(
 ) -> dict[str, float]:
     if card.teacher is None:
         return {}
-    teacher_folder, _ = resolve_model(card.teacher)
-    reference = evaluate_folder(teacher_folder, data)
+    teachers = resolve_teachers(card.teacher)
+    reference = teachers.evaluate(data)
     monitor = MONITORS[card.task]
     retention = evaluation.ratio(reference, monitor)
-    student_rate, teacher_rate = measure_throughputs([folder, teacher_folder])
+    student_rate, *teacher_rates = measure_throughputs([folder, *teachers.folders])
+    # An ensemble asks one member after the other.
+    teacher_rate = 1.0 / sum(1.0 / rate for rate in teacher_rates)
     taught = reference.interval(monitor)
     return {
         f"teacher_{monitor}": taught.value,

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cectflow.dataset import BatchSource, Dataset, open_dataset
 from cectflow.figures import draw_learning_curves
 from cectflow.flows.evaluation import log_evaluation
 from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
+from cectflow.flows.teachers import Teachers, resolve_teachers
 from cectflow.flows.tuning import tune_picking
+from cectflow.flows.unlabelled import Unlabelled
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
-from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
+from cectflow.learning.objective import Classify, Distill, Objective, Segment
 from cectflow.learning.task import SemanticLabels
+from cectflow.learning.teacher import KnownLogits, Teacher
 from cectflow.learning.training import (
     TrainedNetwork,
-    check_matches,
-    evaluate_folder,
     make_network,
     train_network,
 )
+from cectflow.learning.unlabelled import UnlabelledCubes
 from cectflow.model_card import ModelCard, Picking, Role
 from cectflow.recipe import Recipe, StudentRecipe, TomogramSegmenterRecipe
-from cectflow.runtime import load_program
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
-from cectflow.tracking.registry import find_registered, register_model, resolve_model
+from cectflow.tracking.registry import find_registered, register_model
 from cectflow.tracking.runs import Run, cectflow_commit, start_run
 from cectflow.tracking.versions import RegisteredVersion, registered_name, role_name
 from cectflow.turns import allowed_turns
@@ -168,9 +169,9 @@ def train_teacher(
 def distill(
     recipe: Recipe, folder: Path, hardware: Hardware, *,
     teacher: str, student: str | None = None, method: str | None = None,
-    dataset: Path | None = None, nested: bool = False,
+    unlabelled: Unlabelled | None = None, dataset: Path | None = None, nested: bool = False,
 ) -> Registered:  # fmt: skip
-    """Registered student, distilled from a registered teacher or segmenter.
+    """Registered student, distilled from registered teachers or segmenters.
 
     The run also trains the same student from labels alone (``labels_only_accuracy``, or of a
     segmenter its IoU), unless the recipe says otherwise, and logs the student's retention of the
@@ -182,42 +183,47 @@ def distill(
         As for the other trainings. A classifier is the teacher of the recipe's ``student``, a
         segmenter of either task that of its ``student_segmenter``.
     teacher
-        NAME, NAME@stage, NAME/VERSION, a ``models:/`` URI or a model folder.
+        NAME, NAME@stage, NAME/VERSION, a ``models:/`` URI or a model folder; of an ensemble
+        several, joined by commas.
     student
         Network to train in place of the recipe's.
     method
-        ``mse``, ``kl`` or ``dkd`` alone, in place of the recipe's ``soft``.
+        Terms of the recipe's ``soft`` to take, the others left out, such as ``kl+hint``.
+    unlabelled
+        Real cubes that the student is shown beside the labelled ones.
 
     Raises
     ------
     ValueError
         If the recipe lacks the section, the student does not suit the teacher's task or box, the
-        method is unknown, or the dataset is not what the teacher expects.
+        method is unknown, or dataset or unlabelled cubes are not what the teacher expects.
     """
-    teacher_folder, teacher_version = resolve_model(teacher)
-    teacher_card = ModelCard.from_folder(teacher_folder)
-    recipe, section = _choose_student(recipe, teacher_card, student, method)
-    teacher_uri = str(teacher_folder.resolve()) if teacher_version is None else teacher_version.uri
+    teachers = resolve_teachers(teacher)
+    recipe, section = _choose_student(recipe, teachers.card, student, method)
+    extra = None if unlabelled is None else unlabelled.read(teachers.card)
     with start_run("distill", tags={"role": "student"}, nested=nested) as run:
-        if teacher_version is not None:
-            run.log_input_model(teacher_version)
+        for version in teachers.versions:
+            run.log_input_model(version)
         data = _open_or_simulate(recipe, folder, hardware, dataset)
-        check_matches(teacher_card, data)
-        labels = _objective_of(recipe, teacher_card, data)
+        teachers.check(data)
+        labels = _objective_of(recipe, teachers.card, data)
+        beside = None
+        if extra is not None:
+            beside = UnlabelledCubes(extra, data.manifest, section.unlabelled_share)
         device = open_fabric(hardware.device, hardware.precision).device
-        program = load_program(teacher_folder, device.type)
+        asked = teachers.load(device.type)
         objective = Distill(
             labels,
-            program,
-            known=_known_logits(program, recipe, section.fit, labels, data, device),
+            asked,
+            known=_known_logits(teachers, asked, recipe, section, labels, data, beside, device),
             soft=section.soft,
             weight=section.weight,
         )
         registered = _train(
             run, "student", objective, data, section.fit, recipe, folder, hardware,
-            teacher=teacher_uri,
+            teacher=teachers.uri, unlabelled=beside,
         )  # fmt: skip
-        reference = evaluate_folder(teacher_folder, data)
+        reference = teachers.evaluate(data)
         monitor = labels.monitor
         retention = registered.trained.evaluation.ratio(reference, monitor)
         metrics = {
@@ -236,6 +242,7 @@ def distill(
 def _train(
     run: Run, role: Role, objective: Objective, data: Dataset, fit_recipe: FitRecipe,
     recipe: Recipe, folder: Path, hardware: Hardware, *, teacher: str | None = None,
+    unlabelled: UnlabelledCubes | None = None,
 ) -> Registered:  # fmt: skip
     """Fit, judge, log and register one network."""
     manifest = data.manifest
@@ -259,6 +266,7 @@ def _train(
             folder=folder / part,
             log=run.log,
             live=live,
+            unlabelled=unlabelled,
             commit=cectflow_commit(),
             teacher=teacher,
             measure=measure if objective.task == "semantic" else None,
@@ -344,20 +352,33 @@ def _objective_of(recipe: Recipe, teacher: ModelCard, data: Dataset) -> Objectiv
 
 
 def _known_logits(
-    program: Callable[[Tensor], Tensor], recipe: Recipe, student: FitRecipe, labels: Objective,
-    data: Dataset, device: torch.device,
+    teachers: Teachers, asked: Teacher, recipe: Recipe, section: StudentRecipe, labels: Objective,
+    data: Dataset, unlabelled: UnlabelledCubes | None, device: torch.device,
 ) -> KnownLogits | None:  # fmt: skip
-    """A classifier's logits of all views; those of a segmenter, one per voxel, are too many."""
-    if labels.task != "classify":
+    """Classifiers' logits of all views, kept beside the dataset.
+
+    None of segmenters, whose logits, one per voxel, are too many, and where hints are wanted as
+    well: these are asked for with every batch.
+    """
+    if labels.task != "classify" or section.soft.hint:
         return None
-    turns = allowed_turns(data.manifest.tilt_range) if student.augment else ("identity",)
-    # Of live data no view comes twice: there the teacher is asked with every batch.
-    trained_on = () if recipe.live else ((data.split("train"), turns),)
+    turns = allowed_turns(data.manifest.tilt_range) if section.fit.augment else ("identity",)
+    sources: list[tuple[BatchSource, tuple[str, ...]]] = [(data.split("validation"), ("identity",))]
+    if not recipe.live:  # no view of live data comes twice: of those the teacher is asked anew
+        sources.append((data.split("train"), turns))
+        if unlabelled is not None:
+            sources.append((unlabelled, turns))
+    identity = f"{teachers.digest()} {data.manifest.content_digest()}"
+    if unlabelled is not None:
+        identity += f" {unlabelled.digest()}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return KnownLogits(
-        program,
-        (*trained_on, (data.split("validation"), ("identity",))),
-        batch_size=student.batch_size,
+        asked,
+        sources,
+        batch_size=section.fit.batch_size,
         device=device,
+        store=data.folder / "logits" / f"{name}.npz",
+        identity=identity,
     )
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "SegmentationLoss",
     "decoupled_kl",
     "focal_loss",
+    "similarity_difference",
     "soft_tversky_loss",
     "softened_kl",
     "voxel_cross_entropy",
@@ -120,6 +121,8 @@ class DistillationLoss(Config):
     """Weight; :func:`softened_kl`."""
     dkd: float = Field(0.0, ge=0)
     """Weight; :func:`decoupled_kl`."""
+    hint: float = Field(0.0, ge=0)
+    """Weight; :func:`similarity_difference`, of classifiers. Tung and Mori took 3000."""
     temperature: float = Field(2.0, gt=0)
     """Of ``kl`` and ``dkd``."""
     non_target: float = Field(1.0, ge=0)
@@ -127,24 +130,35 @@ class DistillationLoss(Config):
 
     @model_validator(mode="after")
     def _check(self) -> DistillationLoss:
-        if not any((self.mse, self.kl, self.dkd)):
-            msg = "distillation needs a weight above 0 for mse, kl or dkd"
+        if not any((self.mse, self.kl, self.dkd, self.hint)):
+            msg = "distillation needs a weight above 0 for mse, kl, dkd or hint"
             raise ValueError(msg)
         return self
 
     def only(self, method: str) -> DistillationLoss:
-        """One of ``mse``, ``kl`` and ``dkd`` with weight 1, the rest of the loss as it is.
+        """The loss with some of its terms, the others without weight.
+
+        Parameters
+        ----------
+        method
+            One of ``mse``, ``kl``, ``dkd`` and ``hint``, or several joined by ``+``, such as
+            ``kl+hint``. A term keeps the weight it has; one that has none gets its usual one.
 
         Raises
         ------
         ValueError
-            If it is none of them.
+            If it names another term.
         """
-        methods = ("mse", "kl", "dkd")
-        if method not in methods:
-            msg = f"method is {method!r}: expected one of {', '.join(methods)}"
+        chosen = method.split("+")
+        if not set(chosen) <= USUAL_WEIGHTS.keys():
+            known = ", ".join(USUAL_WEIGHTS)
+            msg = f"method is {method!r}: expected one of {known}, or several joined by +"
             raise ValueError(msg)
-        return self.model_copy(update={name: float(name == method) for name in methods})
+        weights = {
+            name: (getattr(self, name) or usual) if name in chosen else 0.0
+            for name, usual in USUAL_WEIGHTS.items()
+        }
+        return self.model_copy(update=weights)
 
     def measure(
         self,
@@ -152,15 +166,17 @@ class DistillationLoss(Config):
         teacher_logits: Float[Tensor, "n c *voxels"],
         truth: Int[Tensor, "n *voxels"],
     ) -> Float[Tensor, ""]:
-        """Weighted sum.
+        """Weighted sum of all but ``hint``, which is of embeddings.
 
         Parameters
         ----------
         logits, teacher_logits
             Of student and teacher, of cubes or of their voxels.
         truth
-            True classes, counted like the logits.
+            True classes, counted like the logits; where it is negative nobody knows it, and the
+            teacher's class takes its place.
         """
+        truth = torch.where(truth < 0, teacher_logits.argmax(dim=1), truth)
         total = logits.new_zeros(())
         if self.mse:
             total = total + self.mse * F.mse_loss(logits, teacher_logits)
@@ -171,6 +187,10 @@ class DistillationLoss(Config):
             total = total + self.dkd * apart
         return total
 
+
+USUAL_WEIGHTS = {"mse": 1.0, "kl": 1.0, "dkd": 1.0, "hint": 3000.0}
+"""Of the terms of :class:`DistillationLoss` where nobody says another; of hints it is Tung and
+Mori's."""
 
 LOGITS_APART = DistillationLoss(mse=1.0)
 """Paper (b)'s."""
@@ -324,3 +344,24 @@ def decoupled_kl(
     others = (teacher.exp() * difference).sum(dim=1, keepdim=True)
     divergence = target + non_target * others
     return divergence.mean() * temperature**2
+
+
+def similarity_difference(
+    embedding: Float[Tensor, "n features"], teacher_embedding: Float[Tensor, "n others"]
+) -> Float[Tensor, ""]:
+    """How differently student and teacher find the cubes of a batch alike.
+
+    Tung and Mori 2019 (arXiv 1907.09682), equation 4: the mean squared difference of the two
+    matrices of inner products between the embeddings of a batch, their rows scaled to length 1.
+    Here the embeddings are of length 1 too, so that every cube, and in an ensemble every teacher,
+    counts alike. Student and teacher need not have as many features, so nothing has to be learned
+    that maps one to the other, as in FitNets (Romero et al. 2015, arXiv 1412.6550).
+
+    Parameters
+    ----------
+    embedding, teacher_embedding
+        Of the same cubes.
+    """
+    units = (F.normalize(e.float(), dim=1) for e in (embedding, teacher_embedding))
+    alike, teacher_alike = (F.normalize(unit @ unit.T, dim=1) for unit in units)
+    return F.mse_loss(alike, teacher_alike)

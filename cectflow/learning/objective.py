@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
-import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from cectflow.dataset import Batch, BatchSource
-from cectflow.execution import track
-from cectflow.learning.augmentation import turned_batch
-from cectflow.learning.losses import CROSS_ENTROPY, LOGITS_APART, DistillationLoss, SegmentationLoss
+from cectflow.dataset import Batch
+from cectflow.learning.losses import (
+    CROSS_ENTROPY,
+    LOGITS_APART,
+    DistillationLoss,
+    SegmentationLoss,
+    similarity_difference,
+)
 from cectflow.learning.scores import LabelIou, SubtomogramIou
 from cectflow.learning.task import MONITORS, SemanticLabels, network_input, segmentation_truth
+from cectflow.learning.teacher import KnownLogits, Teacher
 from cectflow.model_card import Task
+from cectflow.networks.embedding import tapped_embedding
 
-__all__ = ["Classify", "Distill", "KnownLogits", "Objective", "Segment"]
+__all__ = ["NO_LABEL", "Classify", "Distill", "Objective", "Segment"]
+
+NO_LABEL = -1
+"""Truth of a cube that nobody labelled: soft labels need none."""
 
 
 @runtime_checkable
@@ -77,12 +82,13 @@ class Classify:
         return self.num_classes
 
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Loss and logits ``(n, class)``."""
-        logits = network(batch.subtomograms)
-        return {"loss": F.cross_entropy(logits, self.truth(batch)), "output": logits}
+        """Loss, the mean over the cubes that have a label, and logits ``(n, class)``."""
+        logits, truth = network(batch.subtomograms), self.truth(batch)
+        total = F.cross_entropy(logits, truth, ignore_index=NO_LABEL, reduction="sum")
+        return {"loss": total / (truth != NO_LABEL).sum().clamp(min=1), "output": logits}
 
     def truth(self, batch: Batch) -> Tensor:
-        """Class index from 0, as logits are counted."""
+        """Class index from 0, as logits are counted; :data:`NO_LABEL` of a cube without one."""
         return batch.class_ids - 1
 
     def make_scores(self) -> MetricCollection:
@@ -141,49 +147,6 @@ class Segment:
         return MetricCollection(dict(scores), compute_groups=False)
 
 
-@dataclass(frozen=True, eq=False)
-class KnownLogits:
-    """A teacher's logits of every view of a few sources, computed at the first question.
-
-    A turned cube is one of at most four views, so a training of many epochs would ask the teacher
-    the same questions over and over.
-
-    Attributes
-    ----------
-    teacher
-        Cubes → logits ``(n, class)``.
-    sources
-        Each with the turns in which its cubes will be shown.
-    batch_size, device
-        How the teacher is asked; always in the same order, so that the answers are the same.
-    """
-
-    teacher: Callable[[Tensor], Tensor]
-    sources: Sequence[tuple[BatchSource, tuple[str, ...]]]
-    batch_size: int
-    device: torch.device
-
-    def __call__(self, views: Int[Tensor, " n"]) -> Float[Tensor, "n class"]:
-        """Logits of these views, on the CPU."""
-        known, logits = self._answers
-        return logits[torch.searchsorted(known, views)]
-
-    @cached_property
-    def _answers(self) -> tuple[Int[Tensor, " view"], Float[Tensor, "view class"]]:
-        """All views in ascending order, and the logits of each."""
-        views, logits = [], []
-        passes = [(source, axis) for source, turns in self.sources for axis in turns]
-        for source, axis in track(passes, total=len(passes), title="asking the teacher"):
-            for batch in source.batches(self.batch_size):
-                shown = turned_batch(batch, axis)
-                assert shown.views is not None
-                with torch.no_grad():
-                    logits.append(self.teacher(shown.subtomograms.to(self.device)).float().cpu())
-                views.append(shown.views)
-        known, order = torch.cat(views).sort()
-        return known, torch.cat(logits)[order]
-
-
 class Distill:
     """Another objective, learned from a teacher's logits as well.
 
@@ -194,19 +157,25 @@ class Distill:
     objective
         What the student learns from labels; gives task, truth and scores.
     teacher
-        Cubes → logits, in evaluation mode; not part of the student's weights.
+        Whose logits, and of a ``soft`` with hints whose embeddings, the student is to have.
     soft
-        How the logits are compared.
+        What the two are to have in common.
     weight
         Of the soft term, 0 to 1.
     known
-        The teacher's logits of views that come again and again, instead of asking it anew.
+        The teacher's logits of views that come again and again, instead of asking it anew; hints
+        are asked for anew all the same.
+
+    Raises
+    ------
+    ValueError
+        If hints are asked for of another task than ``classify``.
     """
 
     def __init__(
         self,
         objective: Objective,
-        teacher: Callable[[Tensor], Tensor],
+        teacher: Teacher,
         *,
         known: KnownLogits | None = None,
         soft: DistillationLoss = LOGITS_APART,
@@ -217,6 +186,12 @@ class Distill:
         self.known = known
         self.soft = soft
         self.weight = weight
+        if soft.hint and objective.task != "classify":
+            msg = (
+                f"soft.hint compares embeddings of cubes, and networks of the task "
+                f"{objective.task!r} have none: use mse, kl or dkd"
+            )
+            raise ValueError(msg)
 
     def __repr__(self) -> str:
         return f"Distill({self.objective!r}, {self.soft!r}, weight={self.weight:g})"
@@ -243,16 +218,25 @@ class Distill:
 
     def __call__(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss, logits, and the two terms ``soft`` and ``hard``."""
-        hard = self.objective(network, batch)
-        if self.known is not None and batch.views is not None:
-            teacher_logits = self.known(batch.views).to(batch.subtomograms.device)
+        if self.soft.hint:
+            with tapped_embedding(network) as seen:
+                hard = self.objective(network, batch)
+            teacher_logits, features = self.teacher.embed(batch.subtomograms)
         else:
-            with torch.no_grad():
-                teacher_logits = self.teacher(network_input(batch, self.task))
+            hard = self.objective(network, batch)
+            teacher_logits = self._answers(batch)
         logits = hard["output"]
         soft = self.soft.measure(logits, teacher_logits.to(logits.dtype), self.truth(batch))
+        if self.soft.hint:
+            soft = soft + self.soft.hint * similarity_difference(seen[-1], features)
         loss = self.weight * soft + (1.0 - self.weight) * hard["loss"]
         return {"loss": loss, "output": logits, "soft": soft, "hard": hard["loss"]}
+
+    def _answers(self, batch: Batch) -> Tensor:
+        """The teacher's logits."""
+        if self.known is not None and batch.views is not None:
+            return self.known(batch.views).to(batch.subtomograms.device)
+        return self.teacher(network_input(batch, self.task))
 
     def truth(self, batch: Batch) -> Tensor:
         """Of the wrapped objective."""

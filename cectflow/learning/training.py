@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from cectflow.learning.scores import (
     evaluate,
 )
 from cectflow.learning.task import SemanticLabels, check_statistics
+from cectflow.learning.unlabelled import UnlabelledCubes, WithUnlabelled
 from cectflow.model_card import CARD_FILE, Masking, ModelCard, Role, Task
 from cectflow.networks import create_network, list_networks, network_info
 from cectflow.networks.normalisation import NormalisePerCube
@@ -36,6 +37,7 @@ from cectflow.runtime import load_runtime
 __all__ = [
     "TrainedNetwork",
     "check_matches",
+    "evaluate_ensemble",
     "evaluate_folder",
     "fit_and_judge",
     "make_network",
@@ -79,6 +81,7 @@ def train_network(
     folder: Path,
     log: Log,
     live: BatchSource | None = None,
+    unlabelled: UnlabelledCubes | None = None,
     commit: str = "unknown",
     teacher: str | None = None,
     measure: Callable[[Path], Mapping[str, Any]] | None = None,
@@ -106,6 +109,8 @@ def train_network(
         Receives metrics per epoch.
     live
         What to train on instead of the dataset's train split.
+    unlabelled
+        Cubes that are shown beside those; the objective must do without their truth.
     commit, teacher
         For the card.
     measure
@@ -120,14 +125,17 @@ def train_network(
     """
     manifest = dataset.manifest
     live_digest = None if live is None else live.manifest.content_digest()
+    unlabelled_digest = None if unlabelled is None else unlabelled.digest()
     model_folder = folder / "model"
     if model_folder.exists():
         _refuse_other(
             model_folder, role=role, network=recipe.network, teacher=teacher,
             recipe_digest=recipe_digest, dataset_digest=manifest.content_digest(),
-            live_digest=live_digest,
+            live_digest=live_digest, unlabelled_digest=unlabelled_digest,
         )  # fmt: skip
     train = dataset.split("train") if live is None else live
+    if unlabelled is not None:
+        train = WithUnlabelled(train, unlabelled)
     validation, test = dataset.split("validation"), dataset.split("test")
     if objective.task != "classify" and manifest.masking is not None:
         msg = (
@@ -141,7 +149,7 @@ def train_network(
     result = fit(
         network, objective, train, validation, recipe,
         fabric=fabric, folder=folder / "checkpoints", log=log,
-        provenance={"teacher": teacher or "none"},
+        provenance={"teacher": teacher or "none", "unlabelled": unlabelled_digest or "none"},
     )  # fmt: skip
     if model_folder.exists():  # finished by an earlier call
         card = ModelCard.from_folder(model_folder)
@@ -152,7 +160,8 @@ def train_network(
     shutil.rmtree(unfinished, ignore_errors=True)
     card = _describe(
         role, objective, recipe, manifest,
-        recipe_digest=recipe_digest, live_digest=live_digest, commit=commit,
+        recipe_digest=recipe_digest, live_digest=live_digest,
+        unlabelled_digest=unlabelled_digest, commit=commit,
         epochs=result.best_epoch, teacher=teacher,
     )  # fmt: skip
     info = network_info(recipe.network)
@@ -227,12 +236,28 @@ def evaluate_folder(folder: Path, dataset: Dataset, split: SplitName = "test") -
     ValueError
         If the dataset is not of the card's classes, box or voxel size.
     """
-    card = ModelCard.from_folder(folder)
-    check_matches(card, dataset)
-    infer = load_runtime(folder, "onnxruntime")
+    return evaluate_ensemble((folder,), dataset, split)
+
+
+def evaluate_ensemble(
+    folders: Sequence[Path], dataset: Dataset, split: SplitName = "test"
+) -> Evaluation:
+    """Scores of the mean logits of several model folders of one task and the same classes.
+
+    Raises
+    ------
+    ValueError
+        If the dataset is not of their classes, box or voxel size.
+    """
+    cards = [ModelCard.from_folder(folder) for folder in folders]
+    for card in cards:
+        check_matches(card, dataset)
+    members = [load_runtime(folder, "onnxruntime") for folder in folders]
+    card = cards[0]
 
     def logits(cubes: Tensor) -> Tensor:
-        return torch.from_numpy(infer(cubes.numpy()))
+        answers = [torch.from_numpy(infer(cubes.numpy())) for infer in members]
+        return torch.stack(answers).mean(dim=0)
 
     labels = None
     if card.task == "semantic":
@@ -324,7 +349,8 @@ def make_network(recipe: FitRecipe, task: Task, num_outputs: int, box: int) -> n
 
 def _describe(
     role: Role, objective: Objective, recipe: FitRecipe, manifest: Manifest, *,
-    recipe_digest: str, live_digest: str | None, commit: str, epochs: int, teacher: str | None,
+    recipe_digest: str, live_digest: str | None, unlabelled_digest: str | None, commit: str,
+    epochs: int, teacher: str | None,
 ) -> ModelCard:  # fmt: skip
     """Card of what is known before anything is measured: network, data and descent."""
     labels = objective.labels
@@ -351,6 +377,7 @@ def _describe(
         masking=manifest.masking,
         dataset_digest=manifest.content_digest(),
         live_digest=live_digest,
+        unlabelled_digest=unlabelled_digest,
         recipe_digest=recipe_digest,
         commit=commit,
         epochs=epochs,

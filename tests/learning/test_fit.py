@@ -18,6 +18,7 @@ from cectflow.dataset import Batch
 from cectflow.learning.fit import FitRecipe, FitResult, fit, open_fabric
 from cectflow.learning.losses import SegmentationLoss
 from cectflow.learning.objective import Classify, Distill, Objective, Segment
+from cectflow.learning.teacher import Teacher
 from cectflow.networks.normalisation import NormalisePerCube
 
 Weights = dict[str, Tensor]
@@ -105,7 +106,7 @@ def test_a_student_learns_its_teachers_logits_on_eight_cubes(
     eight: MemorySource, tmp_path: Path
 ) -> None:
     teacher = make_classifier(seed=1).eval()
-    objective = Distill(Classify(2), teacher)
+    objective = Distill(Classify(2), Teacher(teacher))
     _, result = run(
         eight, tmp_path, objective=objective, epochs=60, learning_rate=0.01, augment=False
     )
@@ -279,10 +280,10 @@ def test_a_checkpoint_of_another_objective_or_teacher_is_refused(
     eight: MemorySource, tmp_path: Path
 ) -> None:
     teacher = make_classifier(seed=1).eval()
-    run(eight, tmp_path, epochs=1, objective=Distill(Classify(2), teacher),
+    run(eight, tmp_path, epochs=1, objective=Distill(Classify(2), Teacher(teacher)),
         provenance={"teacher": "models:/t/1"})  # fmt: skip
     with pytest.raises(ValueError, match=r"of another teacher: "):
-        run(eight, tmp_path, epochs=1, objective=Distill(Classify(2), teacher),
+        run(eight, tmp_path, epochs=1, objective=Distill(Classify(2), Teacher(teacher)),
             provenance={"teacher": "models:/t/2"})  # fmt: skip
     with pytest.raises(ValueError, match=r"of another objective and teacher: "):
         run(eight, tmp_path, epochs=1)

@@ -14,6 +14,7 @@ from cectflow.learning.losses import (
     SegmentationLoss,
     decoupled_kl,
     focal_loss,
+    similarity_difference,
     soft_tversky_loss,
     softened_kl,
     voxel_cross_entropy,
@@ -266,15 +267,43 @@ def test_decoupling_serves_voxels_and_two_classes() -> None:
 
 
 def test_a_distillation_that_weighs_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="a weight above 0 for mse, kl or dkd"):
+    with pytest.raises(ValueError, match="a weight above 0 for mse, kl, dkd or hint"):
         DistillationLoss(temperature=4.0)
 
 
-def test_one_method_is_chosen_by_name() -> None:
-    chosen = DistillationLoss(mse=0.5, kl=2.0, temperature=4.0).only("dkd")
-    assert chosen == DistillationLoss(dkd=1.0, temperature=4.0)
-    with pytest.raises(ValueError, match="method is 'l2': expected one of mse, kl, dkd"):
-        chosen.only("l2")
+def test_terms_are_chosen_by_name() -> None:
+    given = DistillationLoss(mse=0.5, kl=2.0, temperature=4.0)
+    assert given.only("dkd") == DistillationLoss(dkd=1.0, temperature=4.0)
+    assert given.only("kl") == DistillationLoss(kl=2.0, temperature=4.0)
+    assert given.only("kl+hint") == DistillationLoss(kl=2.0, hint=3000.0, temperature=4.0)
+    for other in ("l2", "kl+", "kl,mse", ""):
+        with pytest.raises(ValueError, match="expected one of mse, kl, dkd, hint, or several"):
+            given.only(other)
+
+
+def test_without_truth_the_teachers_class_is_the_target() -> None:
+    student, truth = draw(5)
+    teacher, _ = draw(5, seed=4)
+    loss = DistillationLoss(dkd=1.0, non_target=4.0)
+    unknown = loss.measure(student, teacher, torch.full_like(truth, -1))
+    torch.testing.assert_close(unknown, loss.measure(student, teacher, teacher.argmax(dim=1)))
+
+
+def test_similarities_are_compared_and_not_features() -> None:
+    """Neither turns of the features, nor their size or number, make a difference."""
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(6, 4, generator=generator)
+    turn, _ = torch.linalg.qr(torch.randn(9, 9, generator=generator))
+    turned = 3.0 * torch.nn.functional.pad(features, (0, 5)) @ turn
+    assert similarity_difference(features, turned).item() == pytest.approx(0.0, abs=1e-12)
+    assert similarity_difference(features, features.flip(0)).item() > 1e-3
+
+
+def test_the_difference_of_similarities_by_hand() -> None:
+    # Two cubes: alike to the student, orthogonal to the teacher.
+    alike = similarity_difference(torch.tensor([[2.0], [2.0]]), torch.eye(2))
+    each = 0.5**0.5
+    assert alike.item() == pytest.approx((2 * (each - 1) ** 2 + 2 * each**2) / 4)
 
 
 def test_the_size_of_the_gradient_does_not_hang_on_the_temperature() -> None:

@@ -20,8 +20,9 @@ from cectflow.learning.losses import (
     softened_kl,
     voxel_cross_entropy,
 )
-from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
+from cectflow.learning.objective import Classify, Distill, Objective, Segment
 from cectflow.learning.task import SemanticLabels, target_mask
+from cectflow.learning.teacher import KnownLogits, Teacher
 from cectflow.turns import HALF_TURNS
 
 MERGED = SemanticLabels.choose(CLASSES, None, merged=True)
@@ -51,12 +52,12 @@ def teacher() -> nn.Module:
         (Segment(labels=MERGED), TinySegmenter()),
         (Segment(SegmentationLoss(tversky=1.0, focal=1.0), EACH), TinySegmenter(3)),
         (
-            Distill(Segment(labels=EACH), TinySegmenter(3).eval(), soft=BY_KL),
+            Distill(Segment(labels=EACH), Teacher(TinySegmenter(3).eval()), soft=BY_KL),
             TinySegmenter(3),
         ),
-        (Distill(Classify(2), TinyClassifier().eval()), TinyClassifier()),
+        (Distill(Classify(2), Teacher(TinyClassifier().eval())), TinyClassifier()),
         (
-            Distill(Segment(), TinySegmenter().eval(), soft=BY_KL, weight=0.5),
+            Distill(Segment(), Teacher(TinySegmenter().eval()), soft=BY_KL, weight=0.5),
             TinySegmenter(),
         ),
     ],
@@ -131,7 +132,7 @@ def test_a_semantic_network_is_shown_cubes_in_units_of_their_field(eight: Memory
     torch.testing.assert_close(shown[0], (batch.subtomograms - 3.0) / 2.0)
     assert shown[1] is batch.subtomograms
     # Its teacher sees the same.
-    Distill(Segment(labels=MERGED), Recording())(TinySegmenter(), batch)
+    Distill(Segment(labels=MERGED), Teacher(Recording()))(TinySegmenter(), batch)
     torch.testing.assert_close(shown[2], shown[0])
 
 
@@ -151,7 +152,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
     kind: str, student: nn.Module, eight: MemorySource
 ) -> None:
     soft = DistillationLoss(**{kind: 1.0})
-    terms = Distill(Classify(2), student, soft=soft, weight=1.0)(student, eight.content)
+    terms = Distill(Classify(2), Teacher(student), soft=soft, weight=1.0)(student, eight.content)
     assert terms["loss"].item() == pytest.approx(0.0, abs=1e-7)
     assert terms["hard"].item() > 0
 
@@ -160,7 +161,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
 def test_soft_and_hard_terms_are_weighed(
     weight: float, student: nn.Module, teacher: nn.Module, eight: MemorySource
 ) -> None:
-    terms = Distill(Classify(2), teacher, weight=weight)(student, eight.content)
+    terms = Distill(Classify(2), Teacher(teacher), weight=weight)(student, eight.content)
     soft, hard, loss = (terms[name].item() for name in ("soft", "hard", "loss"))
     assert loss == pytest.approx(weight * soft + (1 - weight) * hard)
     assert hard == pytest.approx(Classify(2)(student, eight.content)["loss"].item())
@@ -170,15 +171,15 @@ def test_the_soft_term_is_what_its_method_says(
     student: nn.Module, teacher: nn.Module, eight: MemorySource
 ) -> None:
     ours, theirs = (network(eight.content.subtomograms) for network in (student, teacher))
-    by_mse = Distill(Classify(2), teacher)(student, eight.content)
-    by_kl = Distill(Classify(2), teacher, soft=DistillationLoss(kl=1.0, temperature=3.0))(
+    by_mse = Distill(Classify(2), Teacher(teacher))(student, eight.content)
+    by_kl = Distill(Classify(2), Teacher(teacher), soft=DistillationLoss(kl=1.0, temperature=3.0))(
         student, eight.content
     )
     assert by_mse["soft"].item() == pytest.approx((ours - theirs).square().mean().item())
     assert by_kl["soft"].item() == pytest.approx(softened_kl(ours, theirs, 3.0).item())
     mixed = DistillationLoss(mse=0.25, dkd=2.0, temperature=3.0, non_target=4.0)
     apart = decoupled_kl(ours, theirs, eight.content.class_ids - 1, 3.0, 4.0)
-    by_both = Distill(Classify(2), teacher, soft=mixed)(student, eight.content)
+    by_both = Distill(Classify(2), Teacher(teacher), soft=mixed)(student, eight.content)
     expected = 0.25 * by_mse["soft"].item() + 2.0 * apart.item()
     assert by_both["soft"].item() == pytest.approx(expected)
 
@@ -186,7 +187,7 @@ def test_the_soft_term_is_what_its_method_says(
 def test_the_teacher_learns_nothing(
     student: nn.Module, teacher: nn.Module, eight: MemorySource
 ) -> None:
-    Distill(Classify(2), teacher, weight=0.5)(student, eight.content)["loss"].backward()
+    Distill(Classify(2), Teacher(teacher), weight=0.5)(student, eight.content)["loss"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -200,7 +201,7 @@ def test_the_student_is_run_once_and_judged_like_the_wrapped_objective(
             calls.append(len(cubes))
             return super().forward(cubes)
 
-    objective = Distill(Classify(2), teacher)
+    objective = Distill(Classify(2), Teacher(teacher))
     objective(Counting(), eight.content)
     assert calls == [8]
     assert (objective.task, objective.monitor) == ("classify", "accuracy")
@@ -209,9 +210,11 @@ def test_the_student_is_run_once_and_judged_like_the_wrapped_objective(
 def test_an_objective_is_named_by_what_it_learns_and_not_by_where_it_lies(
     teacher: nn.Module,
 ) -> None:
-    first, again = (Distill(Classify(2), teacher, soft=BY_KL) for _ in range(2))
+    first, again = (Distill(Classify(2), Teacher(teacher), soft=BY_KL) for _ in range(2))
     assert repr(first) == repr(again)
-    assert repr(first) != repr(Distill(Classify(2), teacher, soft=DistillationLoss(mse=1.0)))
+    assert repr(first) != repr(
+        Distill(Classify(2), Teacher(teacher), soft=DistillationLoss(mse=1.0))
+    )
 
 
 def test_known_logits_are_what_the_teacher_says_of_each_turned_cube(
@@ -220,7 +223,7 @@ def test_known_logits_are_what_the_teacher_says_of_each_turned_cube(
     dataset = write_dataset(tmp_path / "data")
     turns = tuple(HALF_TURNS)
     sources = [(dataset.split("train"), turns), (dataset.split("validation"), ("identity",))]
-    known = KnownLogits(teacher, sources, batch_size=5, device=torch.device("cpu"))
+    known = KnownLogits(Teacher(teacher), sources, batch_size=5, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     for source, allowed in sources:
         for batch in source.batches(4, generator):
@@ -233,8 +236,10 @@ def test_distillation_with_known_logits_has_the_same_loss(
     student: nn.Module, teacher: nn.Module, tmp_path: Path
 ) -> None:
     split = write_dataset(tmp_path / "data").split("train")
-    known = KnownLogits(teacher, [(split, ("identity",))], batch_size=5, device=torch.device("cpu"))
+    known = KnownLogits(
+        Teacher(teacher), [(split, ("identity",))], batch_size=5, device=torch.device("cpu")
+    )
     batch = next(split.batches(6))
-    asked = Distill(Classify(2), teacher)(student, batch)
-    looked_up = Distill(Classify(2), teacher, known=known)(student, batch)
+    asked = Distill(Classify(2), Teacher(teacher))(student, batch)
+    looked_up = Distill(Classify(2), Teacher(teacher), known=known)(student, batch)
     torch.testing.assert_close(looked_up["loss"], asked["loss"])

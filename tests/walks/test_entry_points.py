@@ -137,7 +137,12 @@ def test_simulate_alone(road: Road) -> None:
     [("train_segmenter", "short.yaml"), ("train_teacher", "tiny"), ("distill", "short.yaml")],
 )
 def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) -> None:
-    chosen = {"student": "strided_nano", "method": "dkd"} if entry_point == "distill" else {}
+    chosen = {}
+    if entry_point == "distill":
+        manifest = open_dataset(road.folder / "tour/dataset").manifest
+        stack = road.folder / f"tour/dataset/{manifest.shards['test'][0].name}.mrcs"
+        chosen = {"student": "strided_nano", "method": "dkd+hint", "unlabelled": str(stack),
+                  "teacher": "cectflow-teacher/1,cectflow-student/1"}  # fmt: skip
     output = road.mlflow_run(
         entry_point,
         recipe=str(road.folder / recipe) if recipe == "short.yaml" else recipe,
@@ -150,10 +155,12 @@ def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) ->
     if chosen:
         card = ModelCard.from_folder(road.folder / "alone-distill/student/model")
         assert card.network == "strided_nano"
+        assert card.teacher == "models:/cectflow-teacher/1,models:/cectflow-student/1"
+        assert card.unlabelled_digest is not None
         params = [run.data.params for run in find_runs(road)]
         nano = next(p for p in params if p.get("cfg.student.fit.network") == "strided_nano")
-        losses = {name: nano[f"cfg.student.soft.{name}"] for name in ("mse", "kl", "dkd")}
-        assert losses == {"mse": "0.0", "kl": "0.0", "dkd": "1.0"}
+        losses = {name: nano[f"cfg.student.soft.{name}"] for name in ("mse", "kl", "dkd", "hint")}
+        assert losses == {"mse": "0.0", "kl": "0.0", "dkd": "1.0", "hint": "3000.0"}
 
 
 def test_evaluate_promote_and_predict_alone(road: Road) -> None:

@@ -1,0 +1,62 @@
+"""Real cubes without labels, brought to what a student and its teacher expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cectflow.model_card import ModelCard
+from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.source import InputFiles
+
+__all__ = ["Unlabelled"]
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Where cubes without labels lie, and what the user says of them.
+
+    Attributes
+    ----------
+    files
+        Stacks, or a tomogram with picks.
+    options
+        Voxel size, contrast, rescaling.
+    report
+        Told what is done to them.
+    """
+
+    files: InputFiles
+    options: InputOptions
+    report: Callable[[str], None]
+
+    def read(self, card: ModelCard) -> Float[Tensor, "n 1 z y x"]:
+        """All cubes, as the networks of this card expect them.
+
+        Raises
+        ------
+        ValueError
+            If the card is not a classifier's or was trained on masked cubes, or the cubes cannot
+            be brought to it.
+        """
+        if card.task != "classify":
+            msg = (
+                f"--unlabelled goes with a teacher that classifies: this one is a {card.role} for "
+                f"the task {card.task!r}; leave --unlabelled out"
+            )
+            raise ValueError(msg)
+        if card.masking is not None:
+            msg = (
+                f"the teacher knows cubes masked with {card.masking.segmenter}: expected one of "
+                "cubes as they are; leave --unlabelled out, or train a teacher on unmasked cubes"
+            )
+            raise ValueError(msg)
+        source = self.files.open(card, self.options, self.report)
+        cubes = np.concatenate(list(source.batches()))
+        self.report(f"{len(cubes)} cubes without labels")
+        return torch.from_numpy(cubes)
