@@ -9,6 +9,7 @@ addition, mean and nearest upsampling, so ONNX runtimes take them whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -80,11 +81,21 @@ class StridedClassifier(nn.Module):
     widths
         Channels of the stem and of each level below it; each halves the size.
     depth
-        Residual blocks of each level.
+        Blocks of each level.
+    block
+        ``(inputs, outputs, stride=…)`` → block. Which stem, widths, depth and blocks pay is
+        measured by ``benchmarks/student_search.py``.
     """
 
     def __init__(
-        self, num_outputs: int, box: int, *, widths: tuple[int, ...], stem: int = 2, depth: int = 1
+        self,
+        num_outputs: int,
+        box: int,
+        *,
+        widths: tuple[int, ...],
+        stem: int = 2,
+        depth: int = 1,
+        block: Callable[..., nn.Module] = ResidualBlock,
     ) -> None:
         super().__init__()
         self.box = box
@@ -94,8 +105,8 @@ class StridedClassifier(nn.Module):
         )
         blocks: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
-            blocks.append(ResidualBlock(inputs, outputs, stride=2))
-            blocks += [ResidualBlock(outputs, outputs) for _ in range(depth - 1)]
+            blocks.append(block(inputs, outputs, stride=2))
+            blocks += [block(outputs, outputs, stride=1) for _ in range(depth - 1)]
         self.blocks = nn.Sequential(*blocks)
         self.score = nn.Linear(widths[-1], num_outputs)
         initialise_weights(self)

@@ -1,0 +1,458 @@
+"""Distillation: the papers' classifiers and ours, what soft labels give, and what each costs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benchmarks.report import parse_options, write_report
+from benchmarks.segmentation import BUILTIN, DATA, REAL
+from cectflow.config import Config
+from cectflow.cost import count_macs, count_parameters, measure_throughputs
+from cectflow.dataset import BatchSource, Dataset, Manifest, Selection
+from cectflow.export import export_network
+from cectflow.files import replacing, sha256_of
+from cectflow.flows.simulation import load_structures
+from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
+from cectflow.learning.losses import DistillationLoss
+from cectflow.learning.objective import Classify, Distill, Objective
+from cectflow.learning.scores import bootstrap_score
+from cectflow.learning.teacher import KnownLogits, Teacher
+from cectflow.learning.training import fit_and_judge, make_network
+from cectflow.model_card import ModelCard
+from cectflow.recipe import load_recipe
+from cectflow.simulation.delivery import simulate_dataset
+from cectflow.simulation.field import prepare_specimen
+from cectflow.simulation.live import open_live
+from cectflow.simulation.microscope import Microscope
+from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.turns import allowed_turns
+
+PUBLISHED_TEACHER = FitRecipe(
+    network="dsrf3d_v2", arguments={"dropout": 0.3}, epochs=1, batch_size=16, learning_rate=0.0005
+)
+NORMED_TEACHER = FitRecipe(
+    network="dsrf3d_v2_bn", arguments={"dropout": 0.3}, epochs=1, batch_size=16, learning_rate=0.002
+)
+PUBLISHED_STUDENT = FitRecipe(
+    network="student_1", epochs=1, batch_size=16, learning_rate=0.005, optimiser="sgd",
+)  # fmt: skip
+OURS = FitRecipe(network="strided_micro", epochs=1, batch_size=32, learning_rate=0.004)
+"""All `epochs` are the plan's."""
+MSE = DistillationLoss(mse=1.0)
+SOFT = DistillationLoss(kl=1.0, temperature=2.0)
+TEACHER = "dsrf3d_v2_bn"
+STUDENT = "strided_micro"
+HEADLINE = "snr_0.01_to_0.1"
+SNRS = (0.1, 0.03, 0.01)
+BOX_OF_COST = 40
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training: a network, what it sees, and what it learns.
+
+    Attributes
+    ----------
+    fit
+        But for epochs and seed.
+    cubes
+        ``1k`` or ``10k`` labelled cubes that come again and again, or ``live`` ones that do not.
+    budget
+        Cubes shown in all: ``heavy`` for networks of gigabytes of features, ``light`` for ours.
+    soft
+        How it is distilled from :data:`TEACHER`; None: from labels alone.
+    weight
+        Of the soft term.
+    seeds
+        How many of the plan's.
+    """
+
+    fit: FitRecipe
+    cubes: str = "10k"
+    budget: str = "light"
+    soft: DistillationLoss | None = None
+    weight: float = 0.5
+    seeds: int = 1
+
+
+def _ours(network: str, cubes: str, *, soft: bool, seeds: int = 1, budget: str = "light") -> Arm:
+    fit = OURS.model_copy(update={"network": network})
+    return Arm(fit, cubes, budget, SOFT if soft else None, seeds=seeds)
+
+
+ARMS: dict[str, Arm] = {
+    TEACHER: Arm(NORMED_TEACHER, budget="heavy"),
+    "micro_10k_labels": _ours(STUDENT, "10k", soft=False, seeds=3),
+    "micro_1k_labels": _ours(STUDENT, "1k", soft=False, seeds=3),
+    "micro_10k_distilled": _ours(STUDENT, "10k", soft=True, seeds=3),
+    "micro_1k_distilled": _ours(STUDENT, "1k", soft=True, seeds=3),
+    "micro_equal_labels": _ours(STUDENT, "10k", soft=False, budget="heavy"),
+    "micro_equal_distilled": _ours(STUDENT, "10k", soft=True, budget="heavy"),
+    "nano_10k_distilled": _ours("strided_nano", "10k", soft=True),
+    "small_10k_distilled": _ours("strided_small", "10k", soft=True),
+    "student_1": Arm(PUBLISHED_STUDENT, budget="heavy", soft=MSE, weight=1.0),
+    "micro_live_labels": _ours(STUDENT, "live", soft=False),
+    "micro_live_distilled": _ours(STUDENT, "live", soft=True),
+    "dsrf3d_v2": Arm(PUBLISHED_TEACHER, budget="heavy"),
+}
+"""In the order in which they are trained: a run that is broken off has the figures that count."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and budgets of one run of the benchmark.
+
+    Attributes
+    ----------
+    box, voxel_size, field_shape
+        Of all subtomograms.
+    fields
+        Of the splits; about 60 subtomograms each.
+    few
+        Fields of the train split that are the thousand labelled cubes.
+    snr_fields
+        Of each further test set.
+    heavy, light
+        Cubes shown in all, of networks that are slow to train and of ours.
+    epoch
+        Live cubes of an epoch.
+    """
+
+    box: int = 32
+    voxel_size: float = 12.0
+    field_shape: tuple[int, int, int] = (48, 80, 80)
+    fields: tuple[int, int, int] = (170, 10, 54)
+    few: int = 17
+    snr_fields: int = 12
+    heavy: int = 60_000
+    light: int = 60_000
+    epoch: int = 10_000
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+CPU = Plan()
+GPU = Plan(
+    box=40, voxel_size=10.0, field_shape=(64, 112, 112), fields=(120, 10, 54), few=12,
+    heavy=200_000, light=200_000,
+)  # fmt: skip
+QUICK = Plan(fields=(12, 3, 4), few=4, snr_fields=2, heavy=700, light=1400, epoch=700, seeds=(0,))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a run of the benchmark works, and with what."""
+
+    plan: Plan
+    folder: Path
+    device: Device
+    precision: Precision
+    workers: int
+
+    def simulation(self, **changes: object) -> SimulationRecipe:
+        """The common recipe, with changes."""
+        plan, real = self.plan, DATA.is_dir()
+        sources = (str(DATA / "structures"), str(DATA / "maps" / "4v4r.mrc.gz"))
+        train, validation, test = plan.fields
+        recipe = SimulationRecipe(
+            structures=sources if real else ("builtin",),
+            include=REAL if real else BUILTIN,
+            box=plan.box,
+            voxel_size=plan.voxel_size,
+            field_shape=plan.field_shape,
+            fields={"train": train, "validation": validation, "test": test},
+            occupancy=0.1,
+            blur=0.69 * plan.voxel_size,
+            jitter=plan.voxel_size,
+            snr=(0.01, 0.1),
+            microscope=Microscope(defocus_um=(3.0, 6.0)),
+        )
+        return recipe.model_copy(update=changes)
+
+    def data(self) -> Dataset:
+        """The dataset of all trainings; its test split is the headline's."""
+        recipe = self.simulation()
+        return simulate_dataset(
+            recipe, load_structures(recipe), self.folder / "data", workers=self.workers
+        )
+
+    def tests(self) -> dict[str, Dataset]:
+        """Name → each test set, the headline's first."""
+        fields = {"test": self.plan.snr_fields}
+        sets = {f"snr_{snr:g}": self.simulation(snr=(snr, snr), fields=fields) for snr in SNRS}
+        real = load_recipe("real").simulation
+        names = ("snr", "snr_stage", "ctf_correction", "microscope", "tilts")
+        imaged = {name: getattr(real, name) for name in names}
+        sets["calibrated"] = self.simulation(**imaged, fields=fields)
+        return {HEADLINE: self.data()} | {
+            name: simulate_dataset(
+                recipe, load_structures(recipe), self.folder / "tests" / name, splits=["test"],
+                workers=self.workers,
+            )
+            for name, recipe in sets.items()
+        }  # fmt: skip
+
+
+# --- trainings ------------------------------------------------------------------------------------
+
+
+class Scored(Config):
+    """What a training's network said of every test cube, and how it learned."""
+
+    predicted: dict[str, tuple[int, ...]]
+    """Name of the test set → class id of each cube."""
+    curve: tuple[float, ...]
+    """Validation accuracy after each epoch."""
+    seconds: float
+    """Of all epochs."""
+    epochs: int
+
+
+def _train(bench: Bench, name: str, seed: int) -> Scored:
+    """What one arm and seed gives; of a finished training where there is one."""
+    arm, plan = ARMS[name], bench.plan
+    data, tests = bench.data(), bench.tests()
+    with _source(bench, data, arm) as train:
+        epochs = max(1, round(getattr(plan, arm.budget) / len(train)))
+        fit = arm.fit.model_copy(update={"epochs": epochs, "patience": epochs, "seed": seed})
+        digests = [test.manifest.content_digest() for test in tests.values()]
+        content = f"{fit.digest()} {arm} {len(train)} {digests} {bench.device} {bench.precision}"
+        folder = bench.folder / "trainings" / f"{name}-{seed}"
+        identity = hashlib.sha256(content.encode()).hexdigest()
+        finished = folder / f"scores-{identity[:16]}.json"
+        if not finished.is_file():
+            print(f"training {name}, seed {seed}", flush=True)
+            result, judged = fit_and_judge(
+                _objective(bench, arm, data, train), train, data.split("validation"),
+                {test: dataset.split("test") for test, dataset in tests.items()}, fit,
+                fabric=open_fabric(bench.device, bench.precision), folder=folder,
+                log=lambda metrics, step: print(step, metrics, flush=True),
+            )  # fmt: skip
+            scored = Scored(
+                predicted={
+                    test: tuple(evaluation.predicted.tolist())
+                    for test, evaluation in judged.items()
+                    if evaluation.predicted is not None
+                },
+                curve=tuple(row["validation_accuracy"] for row in result.history),
+                seconds=sum(row["epoch_seconds"] for row in result.history),
+                epochs=epochs,
+            )
+            with replacing(finished) as temporary:
+                temporary.write_text(scored.to_json(), encoding="utf-8")
+    return Scored.from_json(finished.read_text(encoding="utf-8"), source=str(finished))
+
+
+@contextmanager
+def _source(bench: Bench, data: Dataset, arm: Arm) -> Iterator[BatchSource]:
+    """What an arm is trained on."""
+    train = data.split("train")
+    if arm.cubes == "live":
+        simulation = bench.simulation()
+        specimen = prepare_specimen(simulation, load_structures(simulation))
+        epoch = min(bench.plan.epoch, getattr(bench.plan, arm.budget))
+        with open_live(specimen, data.manifest, epoch, workers=bench.workers) as live:
+            yield live
+    elif arm.cubes == "1k":
+        yield Selection(train, np.flatnonzero(train.fields < bench.plan.few))
+    else:
+        yield train
+
+
+def _objective(bench: Bench, arm: Arm, data: Dataset, train: BatchSource) -> Objective:
+    labels = Classify(len(data.manifest.classes))
+    if arm.soft is None:
+        return labels
+    best = bench.folder / "trainings" / f"{TEACHER}-0" / "best.pt"
+    state = torch.load(best, weights_only=True)["network"]
+    network = make_network(ARMS[TEACHER].fit, "classify", labels.num_outputs, bench.plan.box)
+    network.load_state_dict(state)
+    fabric = open_fabric(bench.device, bench.precision)
+    network.to(fabric.device).eval()
+
+    teacher = Teacher(_InPrecision(network, fabric))
+    turns = allowed_turns(data.manifest.tilt_range)
+    known = KnownLogits(
+        teacher,
+        (*(() if arm.cubes == "live" else ((train, turns),)),
+         (data.split("validation"), ("identity",))),
+        batch_size=32,
+        device=fabric.device,
+        store=bench.folder / "logits.npz",
+        identity=f"{sha256_of(best)} {data.manifest.content_digest()}",
+    )  # fmt: skip
+    return Distill(labels, teacher, known=known, soft=arm.soft, weight=arm.weight)
+
+
+class _InPrecision(nn.Module):
+    """A network that computes as fast as trainings do."""
+
+    def __init__(self, network: nn.Module, fabric: Fabric) -> None:
+        super().__init__()
+        self.network = network
+        self.fabric = fabric
+
+    def forward(self, cubes: Tensor) -> Tensor:
+        with self.fabric.autocast():
+            logits: Tensor = self.network(cubes)
+        return logits.float()
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure the parts asked for, and write all that the working folder has.
+
+    Each training is a folder below ``--work``: a rerun goes on from its last epoch, and takes
+    finished ones as they are. ``cubes_heavy`` and ``cubes_light`` are the budgets: cubes shown in
+    all to the papers' networks, and to ours.
+
+    - ``accuracy_NAME``: on the test split, SNR 0.01 to 0.1, with its 95 % interval over fields
+      (mean over seeds where there are several); ``…_snr_0.1`` …, ``…_calibrated``: of further
+      test sets, the last imaged as the recipe ``real``, which no network was trained on.
+      ``accuracy_teacher`` is the better of ``dsrf3d_v2`` and ``dsrf3d_v2_bn``,
+      ``accuracy_student`` ``strided_micro`` distilled on 10 k labelled cubes,
+      ``accuracy_labels_only`` the same without the teacher, ``accuracy_student_1`` the papers'.
+    - ``student_minus_teacher``: paired over fields.
+    - ``distillation_gain`` (10 k labels), ``distillation_gain_1k``, ``distillation_gain_live``:
+      distilled minus from labels alone, paired over fields, seeds averaged.
+    - ``speedup_cpu``, ``speedup_NAME``: over ``dsrf3d_v2`` at 40³, onnxruntime, batches of 16, by
+      turns; ``parameters_ratio``, ``parameters_NAME``, ``mmac_NAME``.
+    - ``seconds_NAME``: of a training, on this machine.
+    """
+    options = parse_options(main.__doc__ or "", _add_options)
+    bench = choose_bench(options)
+    parts: dict[str, Callable[[Bench], dict[str, float]]] = {
+        "costs": _costs, "trainings": _accuracies,
+    }  # fmt: skip
+    for name in (options.only,) if options.only else parts:
+        figures = parts[name](bench)
+        with replacing(bench.folder / f"{name}.json", overwrite=True) as temporary:
+            temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    plan = bench.plan
+    found: dict[str, float | str] = {
+        "structures": "real" if DATA.is_dir() else "builtin phantoms",
+        "recipe": f"{plan.box}³ at {plan.voxel_size:g} Å, ±60°, occupancy 10 %, SNR 0.01 to 0.1",
+        "precision": bench.precision,
+    }
+    for name in parts:
+        if (bench.folder / f"{name}.json").is_file():
+            found |= json.loads((bench.folder / f"{name}.json").read_text(encoding="utf-8"))
+    write_report(options.json, found, quick=options.quick)
+
+
+def choose_bench(options: argparse.Namespace) -> Bench:
+    """Plan and folder of the options that this and ``student_search`` share."""
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    plan = QUICK if options.quick else GPU if cuda else CPU
+    work = options.work / ("quick" if options.quick else f"box-{plan.box}")
+    work.mkdir(parents=True, exist_ok=True)
+    return Bench(plan, work, "cuda" if cuda else "cpu", options.precision, options.workers)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--work", type=Path, required=True, help="folder to work in and go on in")
+    parser.add_argument("--only", choices=("costs", "trainings"))
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the trainings; bfloat16 halves their time on CPUs that multiply in it",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=1, help="processes that simulate")
+
+
+def _accuracies(bench: Bench) -> dict[str, float]:
+    """Of every arm on every test set, and the differences between arms."""
+    plan, splits = bench.plan, {name: data.split("test") for name, data in bench.tests().items()}
+    right: dict[str, dict[str, NDArray[np.float64]]] = {}
+    figures = {
+        "cubes_heavy": float(plan.heavy),
+        "cubes_light": float(plan.light),
+        "labels_10k": float(len(bench.data().split("train"))),
+        "test_cubes": float(len(splits[HEADLINE])),
+        "test_fields": float(len(np.unique(splits[HEADLINE].fields))),
+    }
+    for name, arm in ARMS.items():
+        runs = [_train(bench, name, seed) for seed in plan.seeds[: arm.seeds]]
+        figures |= {f"seeds_{name}": float(len(runs)), f"seconds_{name}": runs[0].seconds}
+        right[name] = {
+            test: np.mean([np.array(r.predicted[test]) == split.class_ids for r in runs], axis=0)
+            for test, split in splits.items()
+        }
+        for test, split in splits.items():
+            suffix = "" if test == HEADLINE else f"_{test}"
+            figures |= _interval(f"accuracy_{name}{suffix}", right[name][test], split.fields)
+
+    def difference(key: str, one: str, other: str) -> dict[str, float]:
+        values = right[one][HEADLINE] - right[other][HEADLINE]
+        return _interval(key, values, splits[HEADLINE].fields)
+
+    teacher = max((TEACHER, "dsrf3d_v2"), key=lambda name: figures[f"accuracy_{name}"])
+    student, labels = "micro_10k_distilled", "micro_10k_labels"
+    for role, name in (("teacher", teacher), ("student", student), ("labels_only", labels)):
+        for end in ("", "_low", "_high"):
+            figures[f"accuracy_{role}{end}"] = figures[f"accuracy_{name}{end}"]
+    figures |= difference("student_minus_teacher", student, teacher)
+    figures |= difference("distillation_gain", student, labels)
+    for cubes in ("1k", "live"):
+        figures |= difference(
+            f"distillation_gain_{cubes}", f"micro_{cubes}_distilled", f"micro_{cubes}_labels"
+        )
+    return figures
+
+
+def _interval(key: str, values: NDArray[np.float64], fields: NDArray[np.int64]) -> dict[str, float]:
+    score = bootstrap_score(values, fields)
+    return {key: score.value, f"{key}_low": score.low, f"{key}_high": score.high}
+
+
+def _costs(bench: Bench) -> dict[str, float]:
+    """Sizes and rates at 40³; weights make no difference to them."""
+    networks = ("dsrf3d_v2", "student_1", "student_2", "student_3", "residual_teacher",
+                "strided_small", STUDENT, "strided_nano")  # fmt: skip
+    figures, folders = {}, []
+    manifest = bench.data().manifest
+    for name in networks:
+        recipe = OURS.model_copy(update={"network": name})
+        network = make_network(recipe, "classify", len(manifest.classes), BOX_OF_COST)
+        folder = bench.folder / "costs" / name
+        if not folder.is_dir():
+            export_network(network, untrained_card(name, manifest), folder)
+        folders.append(folder)
+        figures[f"parameters_{name}"] = float(count_parameters(network))
+        figures[f"mmac_{name}"] = count_macs(network, BOX_OF_COST) / 1e6
+    rates = dict(zip(networks, measure_throughputs(folders), strict=True))
+    figures |= {f"per_s_{name}": rate for name, rate in rates.items()}
+    figures |= {f"speedup_{n}": rate / rates["dsrf3d_v2"] for n, rate in rates.items()}
+    figures["speedup_cpu"] = figures[f"speedup_{STUDENT}"]
+    figures["parameters_ratio"] = figures["parameters_dsrf3d_v2"] / figures[f"parameters_{STUDENT}"]
+    return figures
+
+
+def untrained_card(network: str, manifest: Manifest) -> ModelCard:
+    """Card of a network at 40³ that is only there to be timed."""
+    return ModelCard(
+        role="student", task="classify", network=network, num_outputs=len(manifest.classes),
+        classes=manifest.classes, box=BOX_OF_COST, voxel_size=manifest.voxel_size,
+        ctf_correction=manifest.ctf_correction, tilt_range=manifest.tilt_range,
+        snr_stage=manifest.snr_stage, snr=manifest.snr, noise_spectrum=manifest.noise_spectrum,
+        occupancy=manifest.occupancy, jitter=manifest.jitter,
+        dataset_digest=manifest.content_digest(), recipe_digest=manifest.recipe_digest,
+        commit="none",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

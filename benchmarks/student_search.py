@@ -1,0 +1,167 @@
+"""Which stem, width, depth and block of our students pay: accuracy against measured time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from benchmarks.distillation import BOX_OF_COST, Bench, choose_bench, untrained_card
+from benchmarks.report import parse_options, write_report
+from cectflow.cost import count_macs, count_parameters, measure_throughputs
+from cectflow.dataset import Dataset
+from cectflow.export import export_network
+from cectflow.files import replacing
+from cectflow.learning.fit import FitRecipe, fit, open_fabric
+from cectflow.learning.objective import Classify
+from cectflow.learning.scores import evaluate
+from cectflow.networks.blocks import normed_convolution
+from cectflow.networks.normalisation import NormalisePerCube
+from cectflow.networks.ours import StridedClassifier
+
+
+def plain(inputs: int, outputs: int, *, stride: int) -> nn.Module:
+    """One 3³ convolution with batch norm and ReLU: half the depth, nothing to go round it."""
+    return nn.Sequential(normed_convolution(inputs, outputs, stride=stride), nn.ReLU(inplace=True))
+
+
+def separable(inputs: int, outputs: int, *, stride: int) -> nn.Module:
+    """A 3³ convolution within each channel, then 1³ across them: a twentieth of the weights."""
+    depthwise = nn.Conv3d(inputs, inputs, 3, stride, padding=1, groups=inputs, bias=False)
+    return nn.Sequential(
+        depthwise, nn.BatchNorm3d(inputs), nn.ReLU(inplace=True),
+        normed_convolution(inputs, outputs, kernel=1), nn.ReLU(inplace=True),
+    )  # fmt: skip
+
+
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "nano": {"widths": (8, 16, 24)},
+    "micro": {"widths": (16, 32, 40)},
+    "small": {"widths": (24, 64, 96)},
+    # The stem's stride.
+    "stem_3": {"stem": 3, "widths": (16, 32, 40)},
+    "stem_4": {"stem": 4, "widths": (16, 40)},
+    "stem_4_wide": {"stem": 4, "widths": (32, 48)},
+    # Width: at the stem, where the grid is finest, or below.
+    "narrow_stem": {"widths": (8, 32, 48)},
+    "wide_stem": {"widths": (24, 32, 32)},
+    # Depth: levels, blocks of a level.
+    "shallow": {"widths": (16, 48)},
+    "four_levels": {"widths": (8, 16, 32, 40)},
+    "two_blocks": {"widths": (12, 24, 32), "depth": 2},
+    "small_two_blocks": {"widths": (16, 48, 64), "depth": 2},
+    # Blocks.
+    "plain": {"widths": (16, 32, 56), "block": plain},
+    "plain_deep": {"widths": (16, 32, 40), "block": plain, "depth": 2},
+    "separable": {"widths": (16, 64, 160), "block": separable, "depth": 2},
+}
+"""Those of a name are the catalogue's; the others have as many weights as ``micro`` allows, but for
+``small_two_blocks``."""
+
+
+def main() -> None:
+    """Train every candidate from labels on the same cubes, in the same order.
+
+    The dataset, its folder ``--work`` and ``--quick`` are those of ``benchmarks.distillation``.
+    For each candidate
+
+    - ``accuracy_…``: on the test split, SNR 0.01 to 0.1, with its 95 % interval over fields;
+    - ``ms_…``: of one cube of 40³, onnxruntime, batches of 16, all by turns in one run;
+    - ``mmac_…``, ``parameters_…``: of the same cube.
+
+    ``cubes`` is the number of cubes shown to each, in one seed. The figure beside the table shows
+    accuracy against time; its line joins those that no other beats in both.
+    """
+    options = parse_options(main.__doc__ or "", _add_options)
+    bench = choose_bench(options)
+    data = bench.data()
+    epochs = 1 if options.quick else 2
+    figures = {"cubes": float(epochs * len(data.split("train")))}
+    for name in CANDIDATES:
+        figures |= _accuracy(bench, name, data, epochs)
+        print(name, round(figures[f"accuracy_{name}"], 4), flush=True)
+    figures |= _costs(bench, data)
+    write_report(options.json, figures, quick=options.quick)
+    _draw(figures).savefig(options.json.with_suffix(".png"), dpi=130)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--work", type=Path, required=True, help="folder to work in and go on in")
+    parser.set_defaults(device="cpu", precision="bfloat16", workers=2)
+
+
+def _network(name: str, data: Dataset, box: int) -> nn.Module:
+    torch.manual_seed(0)
+    classes = len(data.manifest.classes)
+    return NormalisePerCube(StridedClassifier(classes, box, **CANDIDATES[name]))
+
+
+def _accuracy(bench: Bench, name: str, data: Dataset, epochs: int) -> dict[str, float]:
+    """Of a training that an earlier run finished, where there is one."""
+    folder = bench.folder / "search" / name
+    recipe = FitRecipe(network=name, epochs=epochs, batch_size=32, learning_rate=0.004)
+    finished = folder / f"scores-{recipe.digest()[:16]}.json"
+    if not finished.is_file():
+        network = _network(name, data, bench.plan.box)
+        fit(
+            network, Classify(len(data.manifest.classes)), data.split("train"),
+            data.split("validation"), recipe,
+            fabric=open_fabric("cpu", bench.precision), folder=folder,
+            log=lambda metrics, step: None,
+        )  # fmt: skip
+        found = evaluate(network.eval(), data.split("test"), "classify").interval("accuracy")
+        with replacing(finished) as temporary:
+            temporary.write_text(found.to_json(), encoding="utf-8")
+    score = json.loads(finished.read_text(encoding="utf-8"))
+    return {
+        f"accuracy_{name}": score["value"],
+        f"accuracy_{name}_low": score["low"],
+        f"accuracy_{name}_high": score["high"],
+    }
+
+
+def _costs(bench: Bench, data: Dataset) -> dict[str, float]:
+    """Time and size at 40³; weights make no difference to either."""
+    figures, folders = {}, []
+    for name in CANDIDATES:
+        network = _network(name, data, BOX_OF_COST)
+        folder = bench.folder / "search" / f"{name}-{BOX_OF_COST}"
+        if not folder.is_dir():
+            export_network(network, untrained_card(name, data.manifest), folder)
+        folders.append(folder)
+        figures[f"mmac_{name}"] = count_macs(network, BOX_OF_COST) / 1e6
+        figures[f"parameters_{name}"] = float(count_parameters(network))
+    rates = measure_throughputs(folders)
+    return figures | {f"ms_{n}": 1e3 / rate for n, rate in zip(CANDIDATES, rates, strict=True)}
+
+
+def _draw(figures: Mapping[str, float]) -> Figure:
+    """Accuracy against time, with the front of those that none beats in both."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    points = sorted((figures[f"ms_{n}"], figures[f"accuracy_{n}"], n) for n in CANDIDATES)
+    best, front = -np.inf, []
+    for time, accuracy, _ in points:
+        if accuracy > best:
+            best = accuracy
+            front.append((time, accuracy))
+    axes.plot(*zip(*front, strict=True), "-", color="0.7", zorder=0)
+    for time, accuracy, name in points:
+        ends = [[accuracy - figures[f"accuracy_{name}_low"]],
+                [figures[f"accuracy_{name}_high"] - accuracy]]  # fmt: skip
+        axes.errorbar(time, accuracy, ends, fmt="o", capsize=2, ms=4)
+        axes.annotate(name, (time, accuracy), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="ms a cube of 40³", ylabel="accuracy, test", xscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
