@@ -12,7 +12,7 @@ PARAMETERS = (
 
 def story(given: Parameters) -> None:
     """Distil and register a student of a teacher."""
-    from cectflow.flows.training import distill
+    from cectflow.flows.distillation import distill
     from cectflow.flows.unlabelled import Unlabelled
     from cectflow.prediction.source import InputFiles
     from cectflow.tracking.runs import connect

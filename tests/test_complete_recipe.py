@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from builders import make_card
 
-from cectflow.flows.training import Hardware, TrainingRequest, distill, train_tomogram_segmenter
+from cectflow.flows.distillation import distill
+from cectflow.flows.training import Hardware, TrainingRequest, train_tomogram_segmenter
 from cectflow.learning.fit import FitRecipe
 from cectflow.model_card import CARD_FILE
 from cectflow.recipe import Recipe, TomogramSegmenterRecipe, load_recipe

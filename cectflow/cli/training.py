@@ -92,7 +92,7 @@ def distill(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Distil and register a student of a teacher, beside the same student from labels alone."""
-    from cectflow.flows import training
+    from cectflow.flows import distillation, training
     from cectflow.flows.unlabelled import Unlabelled
     from cectflow.prediction.contract import InputOptions
     from cectflow.prediction.source import InputFiles
@@ -106,7 +106,7 @@ def distill(
     if unlabelled is not None:
         options = InputOptions(voxel_size, contrast, rescale)
         beside = Unlabelled(InputFiles(unlabelled), options, typer.echo)
-    registered = training.distill(
+    registered = distillation.distill(
         chosen, folder, hardware, teacher=teacher, student=student, method=method,
         unlabelled=beside, dataset=dataset,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 
 from cectflow.dataset import Dataset
 from cectflow.figures import draw_field, write_figure
+from cectflow.flows.distillation import distill
 from cectflow.flows.picks import evaluate_picks
 from cectflow.flows.prediction import predict_classes, predict_segments
 from cectflow.flows.promotion import Promotion, Target, promote
@@ -22,7 +23,6 @@ from cectflow.flows.simulation import (
 from cectflow.flows.training import (
     Hardware,
     Registered,
-    distill,
     train_segmenter,
     train_teacher,
     train_tomogram_segmenter,

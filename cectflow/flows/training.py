@@ -1,11 +1,10 @@
-"""From a dataset to registered networks: segmenter, teacher, and a student distilled from it."""
+"""From a dataset to registered networks: segmenters and teachers, and what all trainings share."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,13 +13,9 @@ from cectflow.dataset import BatchSource, Dataset, open_dataset
 from cectflow.figures import draw_learning_curves
 from cectflow.flows.evaluation import log_evaluation
 from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
-from cectflow.flows.teachers import Teachers, resolve_teachers
 from cectflow.flows.tuning import tune_picking
-from cectflow.flows.unlabelled import Unlabelled
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
-from cectflow.learning.objective import Classify, Distill, Objective, Segment
-from cectflow.learning.task import SemanticLabels
-from cectflow.learning.teacher import KnownLogits, Teacher
+from cectflow.learning.objective import Classify, Objective, Segment
 from cectflow.learning.training import (
     TrainedNetwork,
     make_network,
@@ -28,20 +23,21 @@ from cectflow.learning.training import (
 )
 from cectflow.learning.unlabelled import UnlabelledCubes
 from cectflow.model_card import ModelCard, Picking, Role
-from cectflow.recipe import Recipe, StudentRecipe, TomogramSegmenterRecipe
+from cectflow.recipe import Recipe, TomogramSegmenterRecipe
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.tracking.registry import find_registered, register_model
 from cectflow.tracking.runs import Run, cectflow_commit, start_run
 from cectflow.tracking.versions import RegisteredVersion, registered_name, role_name
-from cectflow.turns import allowed_turns
 
 __all__ = [
     "DATASET_TAG",
     "Hardware",
     "Registered",
     "TrainingRequest",
-    "distill",
+    "open_live_data",
+    "open_or_simulate",
+    "train_and_register",
     "train_segmenter",
     "train_teacher",
     "train_tomogram_segmenter",
@@ -130,9 +126,9 @@ def train_segmenter(
 ) -> Registered:  # fmt: skip
     """Registered segmenter of the task ``target``; without a dataset the recipe's is simulated."""
     with start_run("train_segmenter", tags={"role": "segmenter"}, nested=nested) as run:
-        data = _open_or_simulate(recipe, folder, hardware, dataset)
+        data = open_or_simulate(recipe, folder, hardware, dataset)
         objective = Segment(recipe.segmenter.loss)
-        return _train(
+        return train_and_register(
             run, "segmenter", objective, data, recipe.segmenter.fit, recipe, folder, hardware
         )
 
@@ -150,9 +146,11 @@ def train_tomogram_segmenter(
     """
     section = _tomogram_segmenter(recipe)
     with start_run("train_tomogram_segmenter", tags={"role": "segmenter"}, nested=nested) as run:
-        data = _open_or_simulate(recipe, folder, hardware, dataset)
+        data = open_or_simulate(recipe, folder, hardware, dataset)
         objective = Segment(section.loss, section.labels(data.manifest.classes))
-        return _train(run, "segmenter", objective, data, section.fit, recipe, folder, hardware)
+        return train_and_register(
+            run, "segmenter", objective, data, section.fit, recipe, folder, hardware
+        )
 
 
 def train_teacher(
@@ -161,85 +159,14 @@ def train_teacher(
 ) -> Registered:  # fmt: skip
     """Registered teacher; without a dataset the recipe's is simulated."""
     with start_run("train_teacher", tags={"role": "teacher"}, nested=nested) as run:
-        data = _open_or_simulate(recipe, folder, hardware, dataset)
+        data = open_or_simulate(recipe, folder, hardware, dataset)
         objective = Classify(len(data.manifest.classes))
-        return _train(run, "teacher", objective, data, recipe.teacher, recipe, folder, hardware)
-
-
-def distill(
-    recipe: Recipe, folder: Path, hardware: Hardware, *,
-    teacher: str, student: str | None = None, method: str | None = None,
-    unlabelled: Unlabelled | None = None, dataset: Path | None = None, nested: bool = False,
-) -> Registered:  # fmt: skip
-    """Registered student, distilled from registered teachers or segmenters.
-
-    The run also trains the same student from labels alone (``labels_only_accuracy``, or of a
-    segmenter its IoU), unless the recipe says otherwise, and logs the student's retention of the
-    teacher's score.
-
-    Parameters
-    ----------
-    recipe, folder, hardware, dataset, nested
-        As for the other trainings. A classifier is the teacher of the recipe's ``student``, a
-        segmenter of either task that of its ``student_segmenter``.
-    teacher
-        NAME, NAME@stage, NAME/VERSION, a ``models:/`` URI or a model folder; of an ensemble
-        several, joined by commas.
-    student
-        Network to train in place of the recipe's.
-    method
-        Terms of the recipe's ``soft`` to take, the others left out, such as ``kl+hint``.
-    unlabelled
-        Real cubes that the student is shown beside the labelled ones.
-
-    Raises
-    ------
-    ValueError
-        If the recipe lacks the section, the student does not suit the teacher's task or box, the
-        method is unknown, or dataset or unlabelled cubes are not what the teacher expects.
-    """
-    teachers = resolve_teachers(teacher)
-    recipe, section = _choose_student(recipe, teachers.card, student, method)
-    extra = None if unlabelled is None else unlabelled.read(teachers.card)
-    with start_run("distill", tags={"role": "student"}, nested=nested) as run:
-        for version in teachers.versions:
-            run.log_input_model(version)
-        data = _open_or_simulate(recipe, folder, hardware, dataset)
-        teachers.check(data)
-        labels = _objective_of(recipe, teachers.card, data)
-        beside = None
-        if extra is not None:
-            beside = UnlabelledCubes(extra, data.manifest, section.unlabelled_share)
-        device = open_fabric(hardware.device, hardware.precision).device
-        asked = teachers.load(device.type)
-        objective = Distill(
-            labels,
-            asked,
-            known=_known_logits(teachers, asked, recipe, section, labels, data, beside, device),
-            soft=section.soft,
-            weight=section.weight,
+        return train_and_register(
+            run, "teacher", objective, data, recipe.teacher, recipe, folder, hardware
         )
-        registered = _train(
-            run, "student", objective, data, section.fit, recipe, folder, hardware,
-            teacher=teachers.uri, unlabelled=beside,
-        )  # fmt: skip
-        reference = teachers.evaluate(data)
-        monitor = labels.monitor
-        retention = registered.trained.evaluation.ratio(reference, monitor)
-        metrics = {
-            f"teacher_{monitor}": reference.interval(monitor).value,
-            "retention": retention.value,
-            "retention_low": retention.low,
-            "retention_high": retention.high,
-        }
-        if section.control:
-            control = _train_control(recipe, section.fit, labels, data, folder, hardware)
-            metrics[f"labels_only_{monitor}"] = control
-        run.log(metrics)
-    return replace(registered, figures=metrics)
 
 
-def _train(
+def train_and_register(
     run: Run, role: Role, objective: Objective, data: Dataset, fit_recipe: FitRecipe,
     recipe: Recipe, folder: Path, hardware: Hardware, *, teacher: str | None = None,
     unlabelled: UnlabelledCubes | None = None,
@@ -255,7 +182,7 @@ def _train(
     def measure(model: Path) -> Mapping[str, Picking | None]:
         return {"picking": tune_picking(model, manifest, recipe.simulation.structures)}
 
-    with _live(recipe, data, hardware, part) as live:
+    with open_live_data(recipe, data, hardware, part) as live:
         if live is not None:
             digest = live.manifest.content_digest()
             run.log_dataset("live", digest, str(data.folder.resolve()), "live")
@@ -286,29 +213,6 @@ def _train(
     return Registered(trained, version)
 
 
-def _train_control(
-    recipe: Recipe, fit_recipe: FitRecipe, labels: Objective, data: Dataset, folder: Path,
-    hardware: Hardware,
-) -> float:  # fmt: skip
-    """Test score of the student trained from labels alone: same data, seed and budget."""
-    part = role_name("student", labels.task)
-    with (
-        start_run("labels_only", tags={"role": "control"}, nested=True) as run,
-        _live(recipe, data, hardware, part) as live,
-    ):
-        trained = train_network(
-            "student", labels, data, fit_recipe,
-            recipe_digest=recipe.digest(),
-            fabric=open_fabric(hardware.device, hardware.precision),
-            folder=folder / part.replace("student", "labels_only"),
-            log=run.log,
-            live=live,
-        )  # fmt: skip
-        score = trained.card.scores[labels.monitor].value
-        run.log({f"test_{labels.monitor}": score})
-        return score
-
-
 def _tomogram_segmenter(recipe: Recipe) -> TomogramSegmenterRecipe:
     if recipe.tomogram_segmenter is None:
         msg = (
@@ -319,82 +223,20 @@ def _tomogram_segmenter(recipe: Recipe) -> TomogramSegmenterRecipe:
     return recipe.tomogram_segmenter
 
 
-def _choose_student(
-    recipe: Recipe, teacher: ModelCard, student: str | None, method: str | None
-) -> tuple[Recipe, StudentRecipe]:
-    """The recipe with its student changed as asked for, and the section of that student."""
-    name = "student" if teacher.task == "classify" else "student_segmenter"
-    section: StudentRecipe | None = getattr(recipe, name)
-    if section is None:
-        msg = (
-            "the teacher is a segmenter, and the recipe has no section student_segmenter: add "
-            "one, such as `student_segmenter: {fit: {network: strided_ed_small, ...}}`"
-        )
-        raise ValueError(msg)
-    if student is not None and student != section.fit.network:
-        fit = section.fit.model_copy(update={"network": student, "arguments": {}})
-        section = section.model_copy(update={"fit": fit})
-    if method is not None:
-        section = section.model_copy(update={"soft": section.soft.only(method)})
-    with torch.device("meta"):
-        make_network(section.fit, teacher.task, teacher.num_outputs, teacher.box)
-    return recipe.model_copy(update={name: section}), section
-
-
-def _objective_of(recipe: Recipe, teacher: ModelCard, data: Dataset) -> Objective:
-    """What a student learns from labels: the task and the labels of its teacher."""
-    if teacher.task == "classify":
-        return Classify(len(data.manifest.classes))
-    if teacher.task == "target":
-        return Segment(recipe.segmenter.loss)
-    labels = SemanticLabels.of_card(teacher, data.manifest.classes)
-    return Segment((recipe.tomogram_segmenter or recipe.segmenter).loss, labels)
-
-
-def _known_logits(
-    teachers: Teachers, asked: Teacher, recipe: Recipe, section: StudentRecipe, labels: Objective,
-    data: Dataset, unlabelled: UnlabelledCubes | None, device: torch.device,
-) -> KnownLogits | None:  # fmt: skip
-    """Classifiers' logits of all views, kept beside the dataset.
-
-    None of segmenters, whose logits, one per voxel, are too many, and where hints are wanted as
-    well: these are asked for with every batch.
-    """
-    if labels.task != "classify" or section.soft.hint:
-        return None
-    turns = allowed_turns(data.manifest.tilt_range) if section.fit.augment else ("identity",)
-    sources: list[tuple[BatchSource, tuple[str, ...]]] = [(data.split("validation"), ("identity",))]
-    if not recipe.live:  # no view of live data comes twice: of those the teacher is asked anew
-        sources.append((data.split("train"), turns))
-        if unlabelled is not None:
-            sources.append((unlabelled, turns))
-    identity = f"{teachers.digest()} {data.manifest.content_digest()}"
-    if unlabelled is not None:
-        identity += f" {unlabelled.digest()}"
-    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return KnownLogits(
-        asked,
-        sources,
-        batch_size=section.fit.batch_size,
-        device=device,
-        store=data.folder / "logits" / f"{name}.npz",
-        identity=identity,
-    )
-
-
-def _open_or_simulate(
+def open_or_simulate(
     recipe: Recipe, folder: Path, hardware: Hardware, dataset: Path | None
 ) -> Dataset:
+    """The dataset of a folder; without one the recipe's, simulated or completed."""
     if dataset is not None:
         return open_dataset(dataset)
     return simulate(recipe, folder / "dataset", workers=hardware.workers, nested=True)
 
 
 @contextmanager
-def _live(
+def open_live_data(
     recipe: Recipe, data: Dataset, hardware: Hardware, name: str
 ) -> Iterator[BatchSource | None]:
-    """Live data of a recipe that asks for them; each name sees fields of its own."""
+    """Live data of a recipe that asks for them, else None; each name sees fields of its own."""
     if recipe.live is None:
         yield None
         return
