@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from entrypoints.door import TRAINING_PARAMETERS, Parameters, tell, walk
+from entrypoints.door import TRAINING_PARAMETERS, Parameters, chosen, tell, walk
 
 
 def story(given: Parameters) -> None:
@@ -18,9 +18,14 @@ def story(given: Parameters) -> None:
     registered = distill(
         recipe, folder, request.hardware, teacher=teacher, student=given["student"] or None,
         method=given["method"] or None, dataset=request.dataset,
+        allow_weak_teacher=chosen(given, "allow_weak_teacher", ("false", "true")) == "true",
     )  # fmt: skip
     print(f"{registered.version.label}: {registered.version.uri}")
 
 
 if __name__ == "__main__":
-    walk("distill", ("teacher", "student", "method", *TRAINING_PARAMETERS), story)
+    walk(
+        "distill",
+        ("teacher", "student", "method", "allow_weak_teacher", *TRAINING_PARAMETERS),
+        story,
+    )

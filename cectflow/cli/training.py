@@ -62,6 +62,9 @@ def distill(
     method: Annotated[
         str | None, typer.Option("--method", help="mse, kl or dkd; default: the recipe's.")
     ] = None,
+    allow_weak_teacher: Annotated[
+        bool, typer.Option("--allow-weak-teacher", help="Even if it is no better than chance.")
+    ] = False,
     recipe: RecipeOption = "demo",
     structures: StructuresOption = None,
     dataset: DatasetOption = None,
@@ -81,8 +84,9 @@ def distill(
     chosen, folder = request.prepare("student", typer.echo, with_students=False)
     connect(tracking_uri)
     registered = training.distill(
-        chosen, folder, hardware, teacher=teacher, student=student, method=method, dataset=dataset
-    )
+        chosen, folder, hardware, teacher=teacher, student=student, method=method, dataset=dataset,
+        allow_weak_teacher=allow_weak_teacher,
+    )  # fmt: skip
     _tell_registered(registered)
 
 

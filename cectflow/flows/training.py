@@ -14,6 +14,7 @@ from cectflow.dataset import BatchSource, Dataset, open_dataset
 from cectflow.figures import draw_learning_curves
 from cectflow.flows.evaluation import log_evaluation
 from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
+from cectflow.flows.teacher import compare_with_teacher, refuse_weak_teacher
 from cectflow.flows.tuning import tune_picking
 from cectflow.learning.fit import Device, FitRecipe, Precision, open_fabric
 from cectflow.learning.objective import Classify, Distill, KnownLogits, Objective, Segment
@@ -168,13 +169,13 @@ def train_teacher(
 def distill(
     recipe: Recipe, folder: Path, hardware: Hardware, *,
     teacher: str, student: str | None = None, method: str | None = None,
-    dataset: Path | None = None, nested: bool = False,
+    dataset: Path | None = None, allow_weak_teacher: bool = False, nested: bool = False,
 ) -> Registered:  # fmt: skip
     """Registered student, distilled from a registered teacher or segmenter.
 
     The run also trains the same student from labels alone (``labels_only_accuracy``, or of a
     segmenter its IoU), unless the recipe says otherwise, and logs the student's retention of the
-    teacher's score.
+    teacher's score and, of classifiers, how often the two say the same.
 
     Parameters
     ----------
@@ -187,15 +188,22 @@ def distill(
         Network to train in place of the recipe's.
     method
         ``mse``, ``kl`` or ``dkd`` alone, in place of the recipe's ``soft``.
+    allow_weak_teacher
+        Distil from a teacher that is no better than chance, too.
 
     Raises
     ------
     ValueError
         If the recipe lacks the section, the student does not suit the teacher's task or box, the
-        method is unknown, or the dataset is not what the teacher expects.
+        method is unknown, the dataset is not what the teacher expects, or the teacher is no better
+        than chance.
     """
     teacher_folder, teacher_version = resolve_model(teacher)
     teacher_card = ModelCard.from_folder(teacher_folder)
+    if not allow_weak_teacher:
+        refuse_weak_teacher(
+            teacher, teacher_card, None if dataset is None else open_dataset(dataset)
+        )
     recipe, section = _choose_student(recipe, teacher_card, student, method)
     teacher_uri = str(teacher_folder.resolve()) if teacher_version is None else teacher_version.uri
     with start_run("distill", tags={"role": "student"}, nested=nested) as run:
@@ -217,18 +225,13 @@ def distill(
             run, "student", objective, data, section.fit, recipe, folder, hardware,
             teacher=teacher_uri,
         )  # fmt: skip
-        reference = evaluate_folder(teacher_folder, data)
-        monitor = labels.monitor
-        retention = registered.trained.evaluation.ratio(reference, monitor)
-        metrics = {
-            f"teacher_{monitor}": reference.interval(monitor).value,
-            "retention": retention.value,
-            "retention_low": retention.low,
-            "retention_high": retention.high,
-        }
+        metrics = compare_with_teacher(
+            run, registered.trained.card, registered.trained.evaluation,
+            teacher_card, evaluate_folder(teacher_folder, data),
+        )  # fmt: skip
         if section.control:
             control = _train_control(recipe, section.fit, labels, data, folder, hardware)
-            metrics[f"labels_only_{monitor}"] = control
+            metrics[f"labels_only_{labels.monitor}"] = control
         run.log(metrics)
     return replace(registered, figures=metrics)
 
@@ -394,6 +397,12 @@ def _card_metrics(card: ModelCard) -> Mapping[str, float]:
     if card.picking is not None:
         metrics["validation_picks_precision"] = card.picking.precision
         metrics["validation_picks_recall"] = card.picking.recall
+    if card.trust is not None:
+        metrics["temperature"] = card.trust.temperature
+        metrics["test_ece_before"] = card.trust.ece_before
+        metrics["test_ece_after"] = card.trust.ece_after
+        metrics["unknown_threshold"] = card.trust.unknown_threshold
+        metrics["test_true_positive_rate"] = card.trust.true_positive_rate.value
     if card.cost is not None:
         metrics["parameters"] = card.cost.parameters
         metrics["macs"] = card.cost.macs
