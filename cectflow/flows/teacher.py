@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Int
+from numpy.typing import NDArray
 
-from cectflow.dataset import Dataset
 from cectflow.learning.figures import draw_confusion
 from cectflow.learning.scores import Evaluation
 from cectflow.learning.task import MONITORS
@@ -14,7 +15,9 @@ from cectflow.tracking.runs import Run
 __all__ = ["compare_with_teacher", "refuse_weak_teacher"]
 
 
-def refuse_weak_teacher(teacher: str, card: ModelCard, data: Dataset | None) -> None:
+def refuse_weak_teacher(
+    teacher: str, card: ModelCard, class_ids: Int[NDArray[np.int64], " n"] | None
+) -> None:
     """Refuse a teacher whose test score is not above that of knowing nothing.
 
     Parameters
@@ -25,8 +28,8 @@ def refuse_weak_teacher(teacher: str, card: ModelCard, data: Dataset | None) -> 
         Its own: the lower end of the score's 95 % interval must be above chance. Chance is, of a
         classifier, one over the number of classes, or the share of the most frequent one in the
         test split; of a segmenter the best trivial method of the card.
-    data
-        That the student will learn from; None: not simulated yet.
+    class_ids
+        Of the test split; None: it is not simulated yet.
 
     Raises
     ------
@@ -42,7 +45,7 @@ def refuse_weak_teacher(teacher: str, card: ModelCard, data: Dataset | None) -> 
     if score is None:
         msg = f"the card of {teacher} states no {name}, which has to be above chance: {remedy}"
         raise ValueError(msg)
-    chance, what = _chance_of(card, data)
+    chance, what = _chance_of(card, class_ids)
     if score.low <= chance:
         msg = (
             f"{teacher} is no better than chance: its {name} on the test split is "
@@ -52,16 +55,15 @@ def refuse_weak_teacher(teacher: str, card: ModelCard, data: Dataset | None) -> 
         raise ValueError(msg)
 
 
-def _chance_of(card: ModelCard, data: Dataset | None) -> tuple[float, str]:
+def _chance_of(card: ModelCard, class_ids: NDArray[np.int64] | None) -> tuple[float, str]:
     """Score of whoever knows nothing, and who that is."""
     if card.task != "classify":
         best = max(card.baselines, key=lambda name: card.baselines[name], default=None)
         return (0.0, "nothing") if best is None else (card.baselines[best], f"the best {best}")
     guess, what = 1.0 / len(card.classes), f"guessing one of {len(card.classes)} classes"
-    if data is not None:
-        most = float(np.bincount(data.split("test").class_ids).max() / data.manifest.count("test"))
-        if most > guess:
-            return most, "always saying the most frequent class"
+    most = 0.0 if class_ids is None else float(np.bincount(class_ids).max() / len(class_ids))
+    if most > guess:
+        return most, "always saying the most frequent class"
     return guess, what
 
 

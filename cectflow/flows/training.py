@@ -201,9 +201,8 @@ def distill(
     teacher_folder, teacher_version = resolve_model(teacher)
     teacher_card = ModelCard.from_folder(teacher_folder)
     if not allow_weak_teacher:
-        refuse_weak_teacher(
-            teacher, teacher_card, None if dataset is None else open_dataset(dataset)
-        )
+        class_ids = None if dataset is None else open_dataset(dataset).split("test").class_ids
+        refuse_weak_teacher(teacher, teacher_card, class_ids)
     recipe, section = _choose_student(recipe, teacher_card, student, method)
     teacher_uri = str(teacher_folder.resolve()) if teacher_version is None else teacher_version.uri
     with start_run("distill", tags={"role": "student"}, nested=nested) as run:

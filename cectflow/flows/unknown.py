@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ Report = Callable[[str], None]
 JUNK_SHARE = 0.5
 """Cubes of junk for one of a particle; there may be fewer places."""
 JUNK_MAKERS = {
-    "membrane": Distractors(sheets=2.0),
+    # Small ones, for which there is room among the particles of a crowded field.
+    "membrane": Distractors(vesicles=1.0, vesicle_radius=(100.0, 200.0)),
     "gold": Distractors(gold=8.0),
     "empty": Distractors(),
 }
@@ -227,18 +228,22 @@ def _simulate(
         shares = dict.fromkeys(JUNK_MAKERS, 0.0) | {kind: JUNK_SHARE}
         present = recipe.distractors
         update = {"junk": Junk(**shares), "distractors": _at_least(present, distractors)}
-        found.append(deliver(kind, recipe.model_copy(update=update), structures))
+        data = deliver(kind, recipe.model_copy(update=update), structures)
+        if (data.split("test").class_ids > len(own)).any():
+            found.append(data)
+        else:
+            report(f"{kind}: no place for it in {recipe.fields['test']} fields")
     return found
 
 
 def _at_least(present: Distractors, wanted: Distractors) -> Distractors:
     """A recipe's own distractors, with those wanted where it has none of the kind."""
-    numbers = {}
-    if wanted.sheets and not (present.sheets or present.vesicles):
-        numbers["sheets"] = wanted.sheets
+    changes: dict[str, Any] = {}
+    if wanted.vesicles and not (present.sheets or present.vesicles):
+        changes |= {"vesicles": wanted.vesicles, "vesicle_radius": wanted.vesicle_radius}
     if wanted.gold and not present.gold:
-        numbers["gold"] = wanted.gold
-    return present.model_copy(update=numbers)
+        changes |= {"gold": wanted.gold}
+    return present.model_copy(update=changes)
 
 
 def _other_structures(recipe: SimulationRecipe, own: Sequence[str]) -> tuple[Structure, ...]:

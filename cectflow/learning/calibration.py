@@ -35,7 +35,7 @@ NUM_BINS = 15
 REFUSED_OF_KNOWN = 20
 """One in so many validation cubes is refused: a true-positive rate of 95 %."""
 SCORE: UnknownScore = "distance"
-"""Of the three in :func:`~cectflow.trust.score_known`: docs/training.md has the comparison."""
+"""Of the three in :func:`~cectflow.trust.score_known`: docs/prediction.md has the comparison."""
 LEAST_SPREAD = 1e-6
 """Of a logit, in its units, where all validation cubes of a class have the same."""
 
