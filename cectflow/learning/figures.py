@@ -95,7 +95,7 @@ def draw_known_scores(
     Parameters
     ----------
     scores
-        Kind → score of each of its cubes.
+        Kind → score of each of its cubes; the first kind is the known one.
     threshold
         Below it a cube is ``unknown``.
     title
@@ -106,6 +106,9 @@ def draw_known_scores(
     for kind, values in scores.items():
         axes.ecdf(values, label=f"{kind} ({len(values)})")
     axes.axvline(threshold, color="grey", ls="--", lw=1, label="unknown below")
+    # A gold bead may be a hundred times as far away as all that is of interest.
+    highest = float(next(iter(scores.values())).max())
+    axes.set_xlim(left=threshold - 3.0 * (highest - threshold))
     axes.set(xlabel="score", ylabel="share of cubes below", ylim=(0, 1))
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)

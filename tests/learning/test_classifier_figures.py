@@ -51,10 +51,12 @@ def test_a_reliability_diagram_shows_bins_and_error() -> None:
 
 
 def test_known_scores_are_cumulative_and_the_threshold_is_a_line() -> None:
-    figure = draw_known_scores({"known": np.arange(4.0), "gold": -np.ones(2)}, 0.5, "tiny")
+    scores = {"known": np.arange(4.0), "gold": np.array([-1.0, -1000.0])}
+    figure = draw_known_scores(scores, 0.5, "tiny")
     (axes,) = figure.axes
     known, gold, threshold = axes.lines
     assert [known.get_label(), gold.get_label()] == ["known (4)", "gold (2)"]
     np.testing.assert_allclose(known.get_ydata(), [0, 0.25, 0.5, 0.75, 1])
     assert set(np.asarray(threshold.get_xdata())) == {0.5}
+    assert axes.get_xlim()[0] == -7.0  # what lies far away is not drawn
     save(figure)
