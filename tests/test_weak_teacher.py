@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from builders import make_card
 
+from cectflow.cli import main
 from cectflow.flows.teacher import refuse_weak_teacher
-from cectflow.model_card import ModelCard, Score
+from cectflow.model_card import CARD_FILE, ModelCard, Score
 
 
 def classifier(low: float) -> ModelCard:
@@ -48,3 +51,17 @@ def test_chance_is_the_share_of_the_most_frequent_class() -> None:
     refuse_weak_teacher("t", classifier(0.7), np.array([1, 2, 1, 2]))
     with pytest.raises(ValueError, match=r"most frequent class has 0\.750"):
         refuse_weak_teacher("t", classifier(0.7), np.array([1, 1, 1, 2]))
+
+
+def test_distill_refuses_before_anything_is_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    (tmp_path / "weak").mkdir()
+    (tmp_path / "weak" / CARD_FILE).write_text(classifier(0.4).to_json())
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--teacher", "weak", "--recipe", "tiny", "--out", "out"])
+    assert stop.value.code == 2
+    assert "weak is no better than chance: its accuracy" in capsys.readouterr().err
+    assert not Path("out").exists()

@@ -84,8 +84,8 @@ def compare_with_teacher(
     Returns
     -------
     dict of str to float
-        The teacher's score, ``retention`` (student over teacher), and of classifiers ``agreement``
-        with that of each class; with the ends of their 95 % intervals.
+        The teacher's score, ``retention`` (student over teacher), and of classifiers ``agreement``,
+        with the ends of their 95 % intervals; ``agreement_<class>`` of each true class.
     """
     monitor = MONITORS[card.task]
     taught, retention = teacher.interval(monitor), student.ratio(teacher, monitor)
@@ -98,8 +98,10 @@ def compare_with_teacher(
     }
     if student.predicted is None or teacher.predicted is None:
         return figures
-    for name, score in student.agreement(teacher, card.classes).items():
-        figures |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+    agreement = student.agreement(teacher, card.classes)
+    figures |= {name: score.value for name, score in agreement.items()}
+    figures["agreement_low"] = agreement["agreement"].low
+    figures["agreement_high"] = agreement["agreement"].high
     panels = {
         f"teacher {teacher_card.network}": teacher.predicted,
         f"student {card.network}": student.predicted,

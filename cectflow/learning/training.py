@@ -246,7 +246,7 @@ def evaluate_folder(folder: Path, dataset: Dataset, split: SplitName = "test") -
 def evaluate_strangers(folder: Path, dataset: Dataset, split: SplitName = "test") -> Evaluation:
     """What a classifier makes of the subtomograms whose classes it does not have.
 
-    Its accuracy is 0 and says nothing: the logits do.
+    There is no accuracy: the class ids are the dataset's, not the network's.
 
     Raises
     ------
@@ -265,7 +265,7 @@ def evaluate_strangers(folder: Path, dataset: Dataset, split: SplitName = "test"
         )
         raise ValueError(msg)
     found = evaluate(logits_of(folder), Selection(cubes, rows), card.task)
-    return replace(found, scores={"accuracy": np.zeros(len(rows))})
+    return replace(found, scores={})
 
 
 def logits_of(folder: Path) -> Callable[[Tensor], Tensor]:
