@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from cectflow.files import replacing
 
 __all__ = [
-    "draw_confusion",
     "draw_field",
     "draw_generalisation",
     "draw_groups",
@@ -101,45 +100,6 @@ def draw_learning_curves(history: Sequence[Mapping[str, float]], title: str) -> 
             axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
-    return figure
-
-
-def draw_confusion(
-    truth: Int[NDArray[np.int64], " n"],
-    predicted: Int[NDArray[np.int64], " n"],
-    classes: Sequence[str],
-    title: str,
-) -> Figure:
-    """Confusion matrix in percent of each true class (rows).
-
-    Parameters
-    ----------
-    truth, predicted
-        Class ids from 1.
-    classes
-        Names in the order of the ids.
-    title
-        Over the matrix.
-    """
-    number = len(classes)
-    counts = np.zeros((number, number))
-    np.add.at(counts, (truth - 1, predicted - 1), 1.0)
-    shares = 100.0 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
-    edge = 2.2 + 0.5 * number
-    figure = Figure(figsize=(edge + 0.6, edge), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for row in range(number):
-        for column in range(number):
-            share = shares[row, column]
-            if share >= 0.5:
-                colour = "white" if share > 55 else "black"
-                axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
-    names = [f"{name} ({int(n)})" for name, n in zip(classes, counts.sum(axis=1), strict=True)]
-    axes.set_xticks(range(number), classes, rotation=45, ha="right")
-    axes.set_yticks(range(number), names)
-    axes.set(xlabel="predicted", ylabel="true (number)")
-    axes.set_title(f"{title}\n% of each true class", fontsize=10)
     return figure
 
 

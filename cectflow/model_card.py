@@ -19,12 +19,16 @@ __all__ = [
     "Role",
     "Score",
     "Task",
+    "Trust",
+    "TypicalLogits",
+    "UnknownScore",
 ]
 
 Role = Literal["segmenter", "teacher", "student"]
 Task = Literal["classify", "target", "semantic"]
 Contrast = Literal["dark", "light"]
 CtfCorrection = Literal["none", "phase_flip", "premultiplied", "wiener"]
+UnknownScore = Literal["distance", "energy", "max_logit"]
 
 CARD_FILE = "card.json"
 
@@ -69,6 +73,34 @@ class Picking(Config):
     """True ones in those fields, but for those that a face may cut."""
     precision: float
     recall: float
+
+
+class TypicalLogits(Config):
+    """Where the logits of a classifier's validation cubes lie."""
+
+    centres: tuple[tuple[float, ...], ...]
+    """Mean logits over the cubes of each class that has some."""
+    spread: tuple[float, ...]
+    """Standard deviation of each logit about them."""
+
+
+class Trust(Config):
+    """How sure a classifier may be of its classes: from its validation cubes, judged on test."""
+
+    temperature: float = Field(gt=0)
+    """Of the softmax that gives calibrated probabilities."""
+    ece_before: float = Field(ge=0, le=1)
+    """Expected calibration error on the test split without the temperature."""
+    ece_after: float = Field(ge=0, le=1)
+    """And with it."""
+    typical: TypicalLogits
+    unknown_score: UnknownScore
+    """What of the logits is compared with the threshold: :func:`cectflow.trust.score_known`."""
+    unknown_threshold: float
+    """Below it a cube is ``unknown``: 95 % of the validation cubes are not."""
+    true_positive_rate: Score
+    """Share of the test cubes, all of them of known classes, that are not ``unknown``."""
+    validation_cubes: int = Field(ge=1)
 
 
 class ModelCard(Config):
@@ -129,6 +161,8 @@ class ModelCard(Config):
     """Scores of trivial methods on the same test split."""
     picking: Picking | None = None
     """Of a semantic segmenter; None: not measured."""
+    trust: Trust | None = None
+    """Of a classifier; None: its probabilities are not calibrated, and nothing is ``unknown``."""
     cost: Cost | None = None
     parity: float | None = None
     """Largest absolute difference between the logits of model.pt2 and of model.onnx."""

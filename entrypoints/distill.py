@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from entrypoints.door import TRAINING_PARAMETERS, Parameters, tell, walk
+from entrypoints.door import TRAINING_PARAMETERS, Parameters, chosen, tell, walk
 
 PARAMETERS = (
     "teacher", "student", "method", "unlabelled", "contrast", "voxel_size", "rescale",
-    *TRAINING_PARAMETERS,
+    "allow_weak_teacher", *TRAINING_PARAMETERS,
 )  # fmt: skip
 
 
@@ -29,6 +29,7 @@ def story(given: Parameters) -> None:
     registered = distill(
         recipe, folder, request.hardware, teacher=teacher, student=given["student"] or None,
         method=given["method"] or None, unlabelled=unlabelled, dataset=request.dataset,
+        allow_weak_teacher=chosen(given, "allow_weak_teacher", ("false", "true")) == "true",
     )  # fmt: skip
     print(f"{registered.version.label}: {registered.version.uri}")
 

@@ -22,7 +22,7 @@ from cectflow.dataset import (
     open_dataset,
     write_shard,
 )
-from cectflow.model_card import ModelCard
+from cectflow.model_card import ModelCard, Score, Trust, TypicalLogits
 from cectflow.particles import make_particle_rows
 
 BOX = 12
@@ -130,6 +130,21 @@ def make_card(**changes: Any) -> ModelCard:
         "commit": "unknown",
     }
     return ModelCard(**content | changes)
+
+
+def make_trust(**changes: Any) -> Trust:
+    """Of a classifier of two classes whose logits are 4 and 0, give or take 1."""
+    content: dict[str, Any] = {
+        "temperature": 2.0,
+        "ece_before": 0.1,
+        "ece_after": 0.02,
+        "typical": TypicalLogits(centres=((4.0, 0.0), (0.0, 4.0)), spread=(1.0, 1.0)),
+        "unknown_score": "distance",
+        "unknown_threshold": -4.0,
+        "true_positive_rate": Score(value=0.95, low=0.93, high=0.97),
+        "validation_cubes": 100,
+    }
+    return Trust(**content | changes)
 
 
 @dataclass

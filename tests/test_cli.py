@@ -24,7 +24,7 @@ COMMANDS = (
     ("simulate", "tomograms"),
     ("dataset", "info"), ("dataset", "check"), ("dataset", "import"), ("dataset", "export"),
     ("train",), ("distill",), ("evaluate", "model"), ("evaluate", "picks"),
-    ("evaluate", "generalisation"), ("models", "list"), ("models", "show"),
+    ("evaluate", "generalisation"), ("evaluate", "unknown"), ("models", "list"), ("models", "show"),
     ("models", "promote"), ("models", "rollback"), ("predict", "classify"),
     ("predict", "segment"), ("doctor",),
 )  # fmt: skip

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from cectflow.figures import (
-    draw_confusion,
     draw_field,
     draw_groups,
     draw_learning_curves,
@@ -69,25 +68,6 @@ def test_a_single_epoch_is_seen() -> None:
 def test_no_epoch_is_an_empty_figure_and_no_error() -> None:
     figure = draw_learning_curves([], "nothing yet")
     assert len(figure.axes) == 2
-    saved(figure)
-
-
-def test_the_confusion_matrix_is_in_percent_of_each_true_class() -> None:
-    truth = np.array([1, 1, 1, 1, 2, 2, 3])
-    predicted = np.array([1, 1, 1, 2, 2, 2, 1])
-    figure = draw_confusion(truth, predicted, ("a", "b", "c"), "tiny on test")
-    (axes,) = figure.axes
-    shares = np.asarray(axes.images[0].get_array())
-    np.testing.assert_allclose(shares, [[75, 25, 0], [0, 100, 0], [100, 0, 0]])
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (4)", "b (2)", "c (1)"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
-    assert texts(figure) == ["75", "25", "100", "100"]
-    saved(figure)
-
-
-def test_a_class_without_subtomograms_has_an_empty_row() -> None:
-    figure = draw_confusion(np.array([1, 1]), np.array([1, 2]), ("a", "b"), "tiny")
-    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[50, 50], [0, 0]])
     saved(figure)
 
 

@@ -176,3 +176,41 @@ def evaluate_generalisation(
         return
     print_table(*generalisation.tabulate_generalisation(result))
     typer.echo(f"{folder}: generalisation.json, generalisation.png")
+
+
+@app.command("unknown")
+def evaluate_unknown(
+    model: ModelOption,
+    dataset: Annotated[
+        Path | None,
+        typer.Option("--dataset", help="Of the known; default: the one it was trained on."),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option("--against", help="Dataset of the unknown, may be repeated; else simulated."),
+    ] = None,
+    structures: StructuresOption = None,
+    out: OutFolderOption = None,
+    workers: WorkersOption = 1,
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show a classifier other structures, membranes, gold, empty places and noise.
+
+    How many of them does it call unknown, and how many of the known?
+    """
+    from cectflow.flows import unknown
+    from cectflow.tracking.runs import connect
+
+    def report(line: str) -> None:
+        typer.echo(line, err=True)
+
+    request = unknown.StrangerRequest(tuple(against or ()), structures, out, workers)
+    connect(tracking_uri)
+    result = unknown.evaluate_unknown(model, request, dataset=dataset, report=report)
+    if json:
+        print_json(result.model_dump())
+        return
+    print_table(*unknown.tabulate_unknown(result))
+    accuracy, passed = result.accuracy.value, result.accuracy_of_passed.value
+    typer.echo(f"accuracy {accuracy:.3f}, of what is not called unknown {passed:.3f}")

@@ -81,6 +81,9 @@ def distill(
     voxel_size: VoxelSizeOption = None,
     contrast: ContrastOption = "dark",
     rescale: RescaleOption = False,
+    allow_weak_teacher: Annotated[
+        bool, typer.Option("--allow-weak-teacher", help="Even if it is no better than chance.")
+    ] = False,
     recipe: RecipeOption = "demo",
     structures: StructuresOption = None,
     dataset: DatasetOption = None,
@@ -108,7 +111,7 @@ def distill(
         beside = Unlabelled(InputFiles(unlabelled), options, typer.echo)
     registered = distillation.distill(
         chosen, folder, hardware, teacher=teacher, student=student, method=method,
-        unlabelled=beside, dataset=dataset,
+        unlabelled=beside, dataset=dataset, allow_weak_teacher=allow_weak_teacher,
     )  # fmt: skip
     _tell_registered(registered)
 

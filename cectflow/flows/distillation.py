@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cectflow.dataset import BatchSource, Dataset
-from cectflow.flows.teachers import Teachers, resolve_teachers
+from cectflow.flows.teachers import Teachers, compare_with_teachers, resolve_teachers
 from cectflow.flows.training import (
     Hardware,
     Registered,
@@ -70,13 +70,14 @@ class Lesson:
 def distill(
     recipe: Recipe, folder: Path, hardware: Hardware, *,
     teacher: str, student: str | None = None, method: str | None = None,
-    unlabelled: Unlabelled | None = None, dataset: Path | None = None, nested: bool = False,
+    unlabelled: Unlabelled | None = None, dataset: Path | None = None,
+    allow_weak_teacher: bool = False, nested: bool = False,
 ) -> Registered:  # fmt: skip
     """Registered student, distilled from registered teachers or segmenters.
 
     The run also trains the same student from labels alone (``labels_only_accuracy``, or of a
     segmenter its IoU), unless the recipe says otherwise, and logs the student's retention of the
-    teacher's score.
+    teacher's score and, of classifiers, how often the two say the same.
 
     Parameters
     ----------
@@ -92,15 +93,20 @@ def distill(
         Terms of the recipe's ``soft`` to take, the others left out, such as ``kl+hint``.
     unlabelled
         Real cubes that the student is shown beside the labelled ones.
+    allow_weak_teacher
+        Distil from a teacher that is no better than chance, too.
 
     Raises
     ------
     ValueError
         If the recipe lacks the section, the student does not suit the teacher's task or box, the
-        method is unknown, or dataset or unlabelled cubes are not what the teacher expects.
+        method is unknown, dataset or unlabelled cubes are not what the teacher expects, or the
+        teacher is no better than chance.
     """
     teachers = resolve_teachers(teacher)
     recipe, section = choose_student(recipe, teachers.card, student, method)
+    if not allow_weak_teacher:
+        teachers.refuse_weak(dataset)
     with start_run("distill", tags={"role": "student"}, nested=nested) as run:
         for version in teachers.versions:
             run.log_input_model(version)
@@ -111,18 +117,13 @@ def distill(
             run, "student", lesson.objective(section), lesson.data, section.fit, recipe, folder,
             hardware, teacher=teachers.uri, unlabelled=lesson.unlabelled,
         )  # fmt: skip
-        reference = teachers.evaluate(lesson.data)
-        monitor = lesson.labels.monitor
-        retention = registered.trained.evaluation.ratio(reference, monitor)
-        metrics = {
-            f"teacher_{monitor}": reference.interval(monitor).value,
-            "retention": retention.value,
-            "retention_low": retention.low,
-            "retention_high": retention.high,
-        }
+        metrics = compare_with_teachers(
+            run, registered.trained.card, registered.trained.evaluation, teachers,
+            teachers.evaluate(lesson.data),
+        )  # fmt: skip
         if section.control:
             control = _train_control(recipe, section.fit, lesson, folder, hardware)
-            metrics[f"labels_only_{monitor}"] = control
+            metrics[f"labels_only_{lesson.labels.monitor}"] = control
         run.log(metrics)
     return replace(registered, figures=metrics)
 

@@ -74,10 +74,16 @@ def predict_classes(
     outcome = classify_particles(network, files.open(network.card, options, report))
     outcome.table.write(out, overwrite=options.overwrite)
     counts = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
+    unknown = "" if outcome.num_unknown is None else f"; {outcome.num_unknown} of them unknown"
     report(
-        f"{len(outcome.table.rows)} particles by {network.label}: {counts}; "
+        f"{len(outcome.table.rows)} particles by {network.label}: {counts}{unknown}; "
         f"mean probability {outcome.mean_probability:.2f}; written to {out}"
     )
+    if outcome.num_unknown is None:
+        report(
+            f"warning: the card of {network.label} states neither a temperature nor a threshold: "
+            "probabilities are not calibrated, and no particle is called unknown; train it again"
+        )
     return outcome
 
 

@@ -11,11 +11,11 @@ from cectflow.cost import measure_throughputs
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.export import measure_parity
 from cectflow.flows.evaluation import log_evaluation
-from cectflow.flows.teachers import resolve_teachers
+from cectflow.flows.teachers import compare_with_teachers, resolve_teachers
 from cectflow.flows.training import DATASET_TAG
 from cectflow.learning.breakdown import Group
 from cectflow.learning.scores import Evaluation, baselines
-from cectflow.learning.task import MONITORS, SemanticLabels
+from cectflow.learning.task import SemanticLabels
 from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.model_card import ModelCard, Score
 from cectflow.tracking.policy import Policy, Verdict, judge, load_policy
@@ -32,7 +32,7 @@ from cectflow.tracking.versions import (
     stage_holder,
 )
 
-__all__ = ["Promotion", "Report", "evaluate_model", "newest_of_role", "promote"]
+__all__ = ["Promotion", "Report", "evaluate_model", "judged_dataset", "newest_of_role", "promote"]
 
 Target = Literal["staging", "production"]
 
@@ -84,7 +84,7 @@ class Report:
 def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) -> Report:
     """Scores of a registered version or model folder on a dataset's test split, logged as a run."""
     folder, version = resolve_model(model)
-    data = _frozen_dataset(version, dataset)
+    data = judged_dataset(version, dataset)
     card = ModelCard.from_folder(folder)
     check_matches(card, data)
     with start_run("evaluate", tags={"role": card.role}, nested=nested) as run:
@@ -141,12 +141,12 @@ def promote(
     version = find_version(model) if _names_a_version(model) else newest_version(model)
     folder, _ = resolve_model(version.uri)
     card = ModelCard.from_folder(folder)
-    data = _frozen_dataset(version, dataset)
+    data = judged_dataset(version, dataset)
     rules = load_policy(policy or role_name(card.role, card.task))
     promotions = []
     with start_run(f"promote_{card.role}", tags={"role": card.role}, nested=nested) as run:
         run.log_input_model(version)
-        figures = _measure(card, folder, data, evaluate_folder(folder, data))
+        figures = _measure(run, card, folder, data, evaluate_folder(folder, data))
         run.log(figures)
         for stage in stages:
             promotion = _decide(run, version, stage, rules, figures, data)
@@ -192,7 +192,7 @@ def newest_of_role(role: str) -> str:
 
 
 def _measure(
-    card: ModelCard, folder: Path, data: Dataset, evaluation: Evaluation
+    run: Run, card: ModelCard, folder: Path, data: Dataset, evaluation: Evaluation
 ) -> dict[str, float]:
     """Figures of the candidate that policies may judge."""
     figures = {"parity": measure_parity(folder)}
@@ -203,29 +203,21 @@ def _measure(
         figures |= {f"baseline_{name}_iou": value for name, value in trivial.items()}
         figures["iou_margin"] = figures["foreground_iou"] - max(trivial.values())
     if card.role == "student":
-        figures |= _measure_against_teacher(card, folder, data, evaluation)
+        figures |= _measure_against_teacher(run, card, folder, data, evaluation)
     return figures
 
 
 def _measure_against_teacher(
-    card: ModelCard, folder: Path, data: Dataset, evaluation: Evaluation
+    run: Run, card: ModelCard, folder: Path, data: Dataset, evaluation: Evaluation
 ) -> dict[str, float]:
     if card.teacher is None:
         return {}
     teachers = resolve_teachers(card.teacher)
-    reference = teachers.evaluate(data)
-    monitor = MONITORS[card.task]
-    retention = evaluation.ratio(reference, monitor)
+    compared = compare_with_teachers(run, card, evaluation, teachers, teachers.evaluate(data))
     student_rate, *teacher_rates = measure_throughputs([folder, *teachers.folders])
     # An ensemble asks one member after the other.
     teacher_rate = 1.0 / sum(1.0 / rate for rate in teacher_rates)
-    taught = reference.interval(monitor)
-    return {
-        f"teacher_{monitor}": taught.value,
-        f"teacher_{monitor}_low": taught.low,
-        "retention": retention.value,
-        "retention_low": retention.low,
-        "retention_high": retention.high,
+    return compared | {
         "speedup": student_rate / teacher_rate,
         "subtomograms_per_s": student_rate,
         "teacher_subtomograms_per_s": teacher_rate,
@@ -248,7 +240,7 @@ def _incumbent_figures(
     return {name: score.value for name, score in evaluation.summary().items()}, ""
 
 
-def _frozen_dataset(version: RegisteredVersion | None, dataset: Path | None) -> Dataset:
+def judged_dataset(version: RegisteredVersion | None, dataset: Path | None) -> Dataset:
     """The dataset given, or the one that the version was trained on, its digest verified."""
     if dataset is not None:
         return open_dataset(dataset)

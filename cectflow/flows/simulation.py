@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from cectflow.dataset import SPLITS, Dataset, SplitName
+from cectflow.dataset import SPLITS, Dataset, Manifest, SplitName
 from cectflow.execution import single_thread
 from cectflow.figures import draw_slices, write_figure
 from cectflow.recipe import Recipe, load_recipe
@@ -32,6 +33,7 @@ __all__ = [
     "choose_recipe",
     "load_structures",
     "new_folder",
+    "recipe_of",
     "simulate",
     "simulate_tomograms",
     "write_tomogram",
@@ -79,6 +81,20 @@ def choose_recipe(
         simulation = simulation.model_copy(update={"structures": paths})
     recipe = recipe.model_copy(update={"simulation": simulation})
     return recipe if seed is None else recipe.with_seed(seed)
+
+
+def recipe_of(manifest: Manifest) -> SimulationRecipe:
+    """The recipe that a dataset was simulated with.
+
+    Raises
+    ------
+    ValueError
+        If it was not simulated, or the recipe is of another cectflow.
+    """
+    if manifest.kind != "simulated":
+        msg = "the data were not simulated"
+        raise ValueError(msg)
+    return SimulationRecipe.from_json(json.dumps(manifest.recipe), source="the dataset's recipe")
 
 
 def load_structures(recipe: SimulationRecipe) -> tuple[Structure, ...]:

@@ -257,6 +257,12 @@ def _card_metrics(card: ModelCard) -> Mapping[str, float]:
     if card.picking is not None:
         metrics["validation_picks_precision"] = card.picking.precision
         metrics["validation_picks_recall"] = card.picking.recall
+    if card.trust is not None:
+        metrics["temperature"] = card.trust.temperature
+        metrics["test_ece_before"] = card.trust.ece_before
+        metrics["test_ece_after"] = card.trust.ece_after
+        metrics["unknown_threshold"] = card.trust.unknown_threshold
+        metrics["test_true_positive_rate"] = card.trust.true_positive_rate.value
     if card.cost is not None:
         metrics["parameters"] = card.cost.parameters
         metrics["macs"] = card.cost.macs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -12,14 +11,13 @@ import numpy as np
 
 from cectflow.dataset import Manifest
 from cectflow.execution import single_thread
-from cectflow.flows.simulation import load_structures
+from cectflow.flows.simulation import load_structures, recipe_of
 from cectflow.model_card import Picking
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
 from cectflow.prediction.detection import Found, best_threshold, near_faces
 from cectflow.prediction.picks import PickRules
 from cectflow.prediction.whole import WholeOptions, WholeOutputs, segment_whole
 from cectflow.simulation.field import Specimen, leave_out, prepare_specimen, simulate_field
-from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.volume import Volume, write_volume
 
 __all__ = ["tune_picking"]
@@ -70,10 +68,7 @@ def tune_picking(
 
 def _make_ready(manifest: Manifest, elsewhere: Sequence[str]) -> tuple[Specimen, list[float]]:
     """Specimen of the dataset's fields, and the largest extent in Å of each of its structures."""
-    if manifest.kind != "simulated":
-        msg = "the data were not simulated"
-        raise ValueError(msg)
-    recipe = SimulationRecipe.from_json(json.dumps(manifest.recipe), source="the dataset's recipe")
+    recipe = recipe_of(manifest)
     try:
         structures = load_structures(recipe)
     except (OSError, ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,8 @@ __all__ = [
     "evaluate",
     "intersection_over_union",
     "label_overlap",
+    "resample_fields",
+    "sum_over_fields",
 ]
 
 NUM_RESAMPLES = 2000
@@ -151,6 +153,8 @@ class Evaluation:
         Of a semantic segmenter: voxels of each subtomogram by true and predicted label.
     labels
         Of a semantic segmenter: names of the labels from 1 on.
+    logits
+        Of a classifier.
     """
 
     scores: dict[str, NDArray[np.float64]]
@@ -159,6 +163,7 @@ class Evaluation:
     fields: NDArray[np.int64]
     counts: Int[NDArray[np.int64], "n truth predicted"] | None = None
     labels: tuple[str, ...] = ()
+    logits: Float[NDArray[np.float32], "n class"] | None = None
 
     def interval(self, name: str) -> Score:
         """Score of that name with its 95 % interval over resampled fields.
@@ -195,6 +200,31 @@ class Evaluation:
         low, high = np.quantile(drawn[usable] / base_drawn[usable], [0.025, 0.975])
         return Score(value=value / base, low=float(low), high=float(high))
 
+    def agreement(self, other: Evaluation, classes: Sequence[str]) -> dict[str, Score]:
+        """Share of subtomograms of which two classifiers say the same, right or wrong.
+
+        Parameters
+        ----------
+        other
+            Of the same subtomograms.
+        classes
+            Names in the order of the ids.
+
+        Returns
+        -------
+        dict of str to Score
+            ``agreement``, and ``agreement_<class>`` of the subtomograms of each true class.
+        """
+        assert self.predicted is not None, "segmenters name no classes"
+        assert other.predicted is not None
+        same = np.equal(self.predicted, other.predicted).astype(np.float64)
+        found = {"agreement": bootstrap_score(same, self.fields)}
+        for number, name in enumerate(classes, start=1):
+            mine = self.class_ids == number
+            if mine.any():
+                found[f"agreement_{name}"] = bootstrap_score(same[mine], self.fields[mine])
+        return found
+
     def _overlap_names(self) -> tuple[str, ...]:
         if self.counts is None:
             return ()
@@ -218,8 +248,8 @@ class Evaluation:
         kind: Literal["iou", "dice"] = (
             "iou" if name == "mean_iou" or name.startswith("iou_") else "dice"
         )
-        sums = _field_sums(self.counts.reshape(len(self.counts), -1), self.fields)
-        drawn = _multiplicities(len(sums)) @ sums
+        sums = sum_over_fields(self.counts.reshape(len(self.counts), -1), self.fields)
+        drawn = resample_fields(len(sums)) @ sums
         totals = np.concatenate([sums.sum(axis=0, keepdims=True), drawn])
         shape = (len(totals), *self.counts.shape[1:])
         overlap = label_overlap(totals.reshape(shape), kind)
@@ -260,13 +290,13 @@ def evaluate(
         Cubes at a time.
     """
     collected: dict[str, list[Tensor]] = {}
-    predicted, class_ids, fields, counts = [], [], [], []
+    answers, class_ids, fields, counts = [], [], [], []
     for batch in source.batches(batch_size):
         with torch.inference_mode():
             logits = infer(network_input(batch, task)).float().cpu()
         guess = logits.argmax(dim=1)
         if task == "classify":
-            predicted.append(guess + 1)
+            answers.append(logits)
             found = {"accuracy": (guess + 1 == batch.class_ids).double()}
         else:
             truth = segmentation_truth(batch, labels)
@@ -284,13 +314,15 @@ def evaluate(
             collected.setdefault(name, []).append(values.double())
         class_ids.append(batch.class_ids)
         fields.append(batch.fields)
+    answered = torch.cat(answers).numpy() if answers else None
     return Evaluation(
         {name: torch.cat(values).numpy() for name, values in collected.items()},
         torch.cat(class_ids).numpy(),
-        torch.cat(predicted).numpy() if predicted else None,
+        None if answered is None else answered.argmax(axis=1) + 1,
         torch.cat(fields).numpy(),
         torch.cat(counts).numpy() if counts else None,
         () if labels is None else labels.names,
+        answered,
     )
 
 
@@ -312,7 +344,7 @@ def bootstrap_score(
     Subtomograms whose value is NaN are left out.
     """
     fields, values = fields[np.isfinite(values)], values[np.isfinite(values)]
-    sums, counts = _field_sums(values, fields), _field_sums(np.ones_like(values), fields)
+    sums, counts = sum_over_fields(values, fields), sum_over_fields(np.ones_like(values), fields)
     drawn = _resample(len(sums), seed)
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -337,7 +369,7 @@ def bootstrap_ratio(
     """
     if not reference.any():
         raise ValueError(_NOTHING_LEARNED)
-    sums, base = _field_sums(values, fields), _field_sums(reference, fields)
+    sums, base = sum_over_fields(values, fields), sum_over_fields(reference, fields)
     drawn = _resample(len(sums), seed)
     totals, references = sums[drawn].sum(axis=1), base[drawn].sum(axis=1)
     ratios = totals[references > 0] / references[references > 0]
@@ -420,10 +452,10 @@ def _best(
     return sums[setting] / len(source), setting
 
 
-def _field_sums(
+def sum_over_fields(
     values: NDArray[np.float64] | NDArray[np.int64], fields: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Sum over the subtomograms of each field, along the first axis."""
+    """Sum over the subtomograms of each field, along the first axis; fields in their order."""
     names, owner = np.unique(fields, return_inverse=True)
     sums = np.zeros((len(names), *values.shape[1:]))
     np.add.at(sums, owner, values)
@@ -434,8 +466,8 @@ def _resample(num_fields: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(num_fields, size=(NUM_RESAMPLES, num_fields))
 
 
-def _multiplicities(num_fields: int, seed: int = 0) -> NDArray[np.float64]:
-    """How often each resample has drawn each field."""
+def resample_fields(num_fields: int, seed: int = 0) -> NDArray[np.float64]:
+    """How often each resample of the bootstrap has drawn each field, ``(resample, field)``."""
     drawn = _resample(num_fields, seed)
     times = np.zeros((NUM_RESAMPLES, num_fields))
     np.add.at(times, (np.arange(NUM_RESAMPLES)[:, None], drawn), 1.0)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from cectflow.cost import measure_cost
-from cectflow.dataset import BatchSource, Dataset, Manifest, SplitName
+from cectflow.dataset import BatchSource, Dataset, Manifest, Selection, SplitName
 from cectflow.export import export_network
+from cectflow.learning.calibration import measure_trust
 from cectflow.learning.fit import FitRecipe, FitResult, Log, fit
 from cectflow.learning.objective import Objective
 from cectflow.learning.scores import (
@@ -39,7 +41,9 @@ __all__ = [
     "check_matches",
     "evaluate_ensemble",
     "evaluate_folder",
+    "evaluate_strangers",
     "fit_and_judge",
+    "logits_of",
     "make_network",
     "train_network",
 ]
@@ -168,10 +172,14 @@ def train_network(
     open_shape = info.task == "segment" and manifest.box % info.stride == 0
     card = export_network(network, card, unfinished, stride=info.stride if open_shape else None)
     evaluation = evaluate_folder(unfinished, dataset)
+    trust = None
+    if objective.task == "classify":
+        trust = measure_trust(evaluate_folder(unfinished, dataset, "validation"), evaluation)
     card = card.model_copy(
         update={
             "scores": evaluation.summary(),
             "baselines": baselines(test, objective.task, objective.labels),
+            "trust": trust,
             "cost": measure_cost(network, unfinished),
             **(measure(unfinished) if measure else {}),
         }
@@ -252,21 +260,57 @@ def evaluate_ensemble(
     cards = [ModelCard.from_folder(folder) for folder in folders]
     for card in cards:
         check_matches(card, dataset)
+    labels = None
+    if cards[0].task == "semantic":
+        labels = SemanticLabels.of_card(cards[0], dataset.manifest.classes)
+    return evaluate(logits_of(*folders), dataset.split(split), cards[0].task, labels=labels)
+
+
+def evaluate_strangers(folder: Path, dataset: Dataset, split: SplitName = "test") -> Evaluation:
+    """What a classifier makes of the subtomograms whose classes it does not have.
+
+    There is no accuracy: the class ids are the dataset's, not the network's.
+
+    Raises
+    ------
+    ValueError
+        If the dataset is not of the card's box or voxel size, or the split holds no such classes.
+    """
+    card = ModelCard.from_folder(folder)
+    check_matches(card, dataset, any_classes=True)
+    cubes, classes = dataset.split(split), dataset.manifest.classes
+    foreign = [number for number, name in enumerate(classes, 1) if name not in card.classes]
+    rows = np.flatnonzero(np.isin(cubes.class_ids, foreign))
+    if not rows.size:
+        msg = (
+            f"{dataset.folder}: the {split} split holds only {', '.join(classes)}, which this "
+            f"{card.role} knows: give one with other structures or junk"
+        )
+        raise ValueError(msg)
+    found = evaluate(logits_of(folder), Selection(cubes, rows), card.task)
+    return replace(found, scores={})
+
+
+def logits_of(*folders: Path) -> Callable[[Tensor], Tensor]:
+    """The mean logits of model folders' ONNX networks, as a function of tensors."""
     members = [load_runtime(folder, "onnxruntime") for folder in folders]
-    card = cards[0]
 
     def logits(cubes: Tensor) -> Tensor:
         answers = [torch.from_numpy(infer(cubes.numpy())) for infer in members]
         return torch.stack(answers).mean(dim=0)
 
-    labels = None
-    if card.task == "semantic":
-        labels = SemanticLabels.of_card(card, dataset.manifest.classes)
-    return evaluate(logits, dataset.split(split), card.task, labels=labels)
+    return logits
 
 
-def check_matches(card: ModelCard, dataset: Dataset) -> None:
+def check_matches(card: ModelCard, dataset: Dataset, *, any_classes: bool = False) -> None:
     """Refuse a dataset that is not what a card's network expects.
+
+    Parameters
+    ----------
+    card, dataset
+        To be compared.
+    any_classes
+        A classifier may be shown others than it knows.
 
     Raises
     ------
@@ -281,7 +325,7 @@ def check_matches(card: ModelCard, dataset: Dataset) -> None:
     }
     if not math.isclose(manifest.voxel_size, card.voxel_size, rel_tol=VOXEL_TOLERANCE):
         pairs["voxel size (Å)"] = (manifest.voxel_size, card.voxel_size)
-    if card.task == "classify":
+    if card.task == "classify" and not any_classes:
         pairs["classes"] = (manifest.classes, card.classes)
     if card.task == "semantic":
         check_statistics(manifest)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cectflow.execution import track
 from cectflow.particles import ParticleTable
 from cectflow.prediction.contract import LoadedNetwork
 from cectflow.prediction.source import CubeSource
+from cectflow.trust import find_unknown, probabilities_of
 
 __all__ = ["Classification", "classify_particles", "refuse_existing"]
 
@@ -25,16 +25,21 @@ class Classification:
     table
         The input's rows, columns and blocks, with ``cectflowClassName``,
         ``cectflowClassNumber`` (from 1), ``cectflowProbability`` and ``cectflowModel`` added,
-        and ``rlnClassNumber`` where the input had none.
+        and ``rlnClassNumber`` where the input had none. Where the card states how sure the network
+        may be, probabilities are calibrated, and ``cectflowUnknown`` is 1 where the particle looks
+        like none of the classes; its class is then the least unlikely one.
     counts
         Class name → number of particles, most frequent first.
     mean_probability
         Of the chosen classes.
+    num_unknown
+        Particles that look like none of the classes; None where the card has no threshold.
     """
 
     table: ParticleTable
     counts: dict[str, int]
     mean_probability: float
+    num_unknown: int | None = None
 
 
 def classify_particles(network: LoadedNetwork, source: CubeSource) -> Classification:
@@ -44,8 +49,9 @@ def classify_particles(network: LoadedNetwork, source: CubeSource) -> Classifica
         network.infer(cubes)
         for cubes in track(source.batches(), total=source.num_batches, title="classifying")
     ]
-    probabilities = _softmax(np.concatenate(logits))
-    assert len(probabilities) == rows
+    answers, trust = np.concatenate(logits), network.card.trust
+    assert len(answers) == rows
+    probabilities = probabilities_of(answers, 1.0 if trust is None else trust.temperature)
     chosen = probabilities.argmax(axis=1)
     names = [network.card.classes[index] for index in chosen]
     columns: dict[str, object] = {
@@ -54,6 +60,9 @@ def classify_particles(network: LoadedNetwork, source: CubeSource) -> Classifica
         "cectflowProbability": probabilities[np.arange(rows), chosen].round(6),
         "cectflowModel": [network.label] * rows,
     }
+    unknown = None if trust is None else find_unknown(answers, trust)
+    if unknown is not None:
+        columns["cectflowUnknown"] = unknown.astype(np.int64)
     if "rlnClassNumber" not in source.table.rows:
         columns["rlnClassNumber"] = chosen + 1
     tally = sorted(((names.count(name), name) for name in set(names)), reverse=True)
@@ -61,6 +70,7 @@ def classify_particles(network: LoadedNetwork, source: CubeSource) -> Classifica
         source.table.with_columns(**columns),
         {name: count for count, name in tally},
         float(probabilities.max(axis=1).mean()),
+        None if unknown is None else int(unknown.sum()),
     )
 
 
@@ -101,9 +111,3 @@ def refuse_existing(
         if not path.parent.is_dir():
             msg = f"folder {path.parent} of the output {path.name} does not exist: create it first"
             raise FileNotFoundError(msg)
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    probabilities: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
-    return probabilities

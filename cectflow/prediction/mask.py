@@ -10,7 +10,7 @@ from scipy.ndimage import distance_transform_edt
 from cectflow.model_card import Contrast
 from cectflow.prediction.contract import LoadedNetwork, same_voxel_size
 
-__all__ = ["mask_neighbours", "masked_with", "refuse_other_cubes"]
+__all__ = ["mask_neighbours", "masked_with", "noise_like", "refuse_other_cubes"]
 
 EDGE = 3.0
 """Voxels over which the mask falls from one to zero, outside the outline."""
@@ -45,7 +45,7 @@ def mask_neighbours(
             continue
         distance = distance_transform_edt(~outline)
         weight = 0.5 * (1.0 + np.cos(np.pi * np.clip(distance / EDGE, 0.0, 1.0)))
-        masked[index] = weight * cube + (1.0 - weight) * _noise_like(cube, seed)
+        masked[index] = weight * cube + (1.0 - weight) * noise_like(cube, seed)
     return masked
 
 
@@ -113,7 +113,7 @@ def refuse_other_cubes(
     raise ValueError(msg)
 
 
-def _noise_like(
+def noise_like(
     cube: Float[NDArray[np.float32], "z y x"], seed: int
 ) -> Float[NDArray[np.float64], "z y x"]:
     """Noise with a cube's amplitude in every Fourier coefficient, its mean included."""

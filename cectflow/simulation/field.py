@@ -129,14 +129,14 @@ def prepare_specimen(recipe: SimulationRecipe, structures: Sequence[Structure]) 
         abundances name no structure.
     """
     abundances = _abundances_of(recipe, structures)
-    room = recipe.box * recipe.voxel_size - 2.0 * recipe.jitter
     for structure in structures:
-        if structure.extent > room:
+        if structure.extent > recipe.room:
             needed = int(np.ceil((structure.extent + 2.0 * recipe.jitter) / recipe.voxel_size))
             msg = (
                 f"{structure.name} is {structure.extent:.0f} Å across; a box of {recipe.box} "
-                f"voxels of {recipe.voxel_size:g} Å less the jitter has room for {room:.0f} Å: "
-                f"use a box of {needed}, a larger voxel, or leave it out of `include`"
+                f"voxels of {recipe.voxel_size:g} Å less the jitter has room for "
+                f"{recipe.room:.0f} Å: use a box of {needed}, a larger voxel, or leave it out of "
+                "`include`"
             )
             raise ValueError(msg)
     digest = _digest_of(recipe, structures)

@@ -145,6 +145,11 @@ class SimulationRecipe(Config):
                 )
                 raise ValueError(msg)
 
+    @property
+    def room(self) -> float:
+        """Å that a structure may be across to fit the box wherever the jitter puts it."""
+        return self.box * self.voxel_size - 2.0 * self.jitter
+
     def shards_of(self, split: SplitName) -> int:
         """Number of shards of a split."""
         return -(-self.fields.get(split, 0) // self._fields_per_shard)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from builders import BOX, CLASSES, make_card, write_dataset
 
-from cectflow.dataset import Dataset, check_dataset
+from cectflow.dataset import Dataset, check_dataset, open_dataset
+from cectflow.learning.calibration import measure_trust
 from cectflow.learning.fit import FitRecipe, open_fabric
 from cectflow.learning.objective import Classify, Objective, Segment
 from cectflow.learning.task import SemanticLabels
@@ -18,11 +19,13 @@ from cectflow.learning.training import (
     TrainedNetwork,
     check_matches,
     evaluate_folder,
+    evaluate_strangers,
     make_network,
     train_network,
 )
 from cectflow.model_card import ModelCard
 from cectflow.runtime import RUNTIMES, RuntimeName, load_runtime
+from cectflow.trust import find_unknown
 
 LABELS = SemanticLabels.choose(CLASSES, None, merged=False)
 OVERLAP = {"foreground_iou", "iou", "missed"}
@@ -111,6 +114,39 @@ def test_a_segmenter_is_compared_with_trivial_methods(trained: TrainedNetwork) -
     else:
         assert set(trained.card.scores) == {"accuracy"}
         assert trained.card.baselines == {}
+
+
+def test_the_card_of_a_classifier_says_how_sure_it_may_be(
+    trained: TrainedNetwork, dataset: Dataset
+) -> None:
+    if trained.card.task != "classify":
+        assert trained.card.trust is None
+        return
+    trust = trained.card.trust
+    validation = evaluate_folder(trained.folder, dataset, "validation")
+    assert trust == measure_trust(validation, trained.evaluation)
+    assert validation.logits is not None
+    assert find_unknown(validation.logits, trust).sum() == 0  # one in twenty of twelve
+    assert trust.validation_cubes == 12
+    assert np.shape(trust.typical.centres) == (2, 2)
+
+
+def test_strangers_are_the_cubes_of_classes_that_the_card_lacks(
+    trained: TrainedNetwork, tmp_path: Path
+) -> None:
+    if trained.card.task != "classify":
+        return
+    other = write_dataset(tmp_path / "other", classes=("small", "ring"))
+    found = evaluate_strangers(trained.folder, other)
+    assert found.class_ids.tolist() == [2] * 6
+    everything = evaluate_folder(trained.folder, write_dataset(tmp_path / "same"))
+    assert found.logits is not None
+    assert everything.logits is not None
+    # The same seeds, and every second cube is of the second class.
+    np.testing.assert_allclose(found.logits, everything.logits[1::2], atol=1e-5)
+    np.testing.assert_array_equal(found.fields, everything.fields[1::2])
+    with pytest.raises(ValueError, match=r"test split holds only small, large, which this teacher"):
+        evaluate_strangers(trained.folder, open_dataset(tmp_path / "same"))
 
 
 def test_the_model_folder_gives_the_cards_scores_again(

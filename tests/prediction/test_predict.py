@@ -14,10 +14,12 @@ import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
+from builders import make_trust
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cectflow.flows.prediction import predict_classes, predict_segments
+from cectflow.model_card import CARD_FILE, ModelCard
 from cectflow.particles import read_particles
 from cectflow.prediction.classify import Classification
 from cectflow.prediction.contract import InputOptions
@@ -66,6 +68,39 @@ def test_classes_of_a_stack_are_the_networks_own(
     assert rows["cectflowProbability"].between(1 / 3, 1).all()
     assert set(rows["cectflowModel"]) == {"classifier"}
     assert sum(outcome.counts.values()) == len(cubes)
+
+
+def test_a_card_without_a_threshold_calls_nothing_unknown_and_says_so(
+    classifier: Path, stack: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    out = tmp_path / "out.star"
+    outcome = classify(classifier, out, OPTIONS, told.append, subtomograms=str(stack))
+    assert outcome.num_unknown is None
+    assert "cectflowUnknown" not in read_particles(out).rows
+    assert "states neither a temperature nor a threshold" in told[-1]
+
+
+def test_probabilities_are_calibrated_and_the_unknown_marked(
+    classifier: Path, stack: Path, cubes: np.ndarray, tmp_path: Path
+) -> None:
+    logits = load_runtime(classifier)(cubes[:, None])
+    middle = float(np.sort(logits.max(axis=1))[2:4].mean())
+    trust = make_trust(temperature=0.5, unknown_score="max_logit", unknown_threshold=middle)
+    model = tmp_path / "trusted"
+    shutil.copytree(classifier, model)
+    card = ModelCard.from_folder(model).model_copy(update={"trust": trust})
+    (model / CARD_FILE).write_text(card.to_json())
+    told: list[str] = []
+    outcome = classify(model, tmp_path / "o.star", OPTIONS, told.append, subtomograms=str(stack))
+    rows = read_particles(tmp_path / "o.star").rows
+    sharp = np.exp(2.0 * (logits - logits.max(axis=1, keepdims=True)))
+    np.testing.assert_allclose(rows["cectflowProbability"], 1 / sharp.sum(axis=1), atol=1e-5)
+    assert rows["cectflowUnknown"].tolist() == (logits.max(axis=1) < middle).astype(int).tolist()
+    # The class is still there for whoever wants it.
+    assert rows["cectflowClassNumber"].tolist() == (logits.argmax(axis=1) + 1).tolist()
+    assert outcome.num_unknown == 3
+    assert "; 3 of them unknown; mean probability" in told[-1]
 
 
 def test_batches_do_not_change_the_answer(classifier: Path, stack: Path, tmp_path: Path) -> None:

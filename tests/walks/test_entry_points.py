@@ -90,9 +90,21 @@ def test_the_run_holds_recipe_pictures_and_lineage(road: Road) -> None:
     assert distilled.inputs.model_inputs, "no lineage from student to teacher"
     assert distilled.outputs.model_outputs, "the student is not an output of its run"
     assert distilled.data.metrics["labels_only_accuracy"] > 0
+    assert distilled.data.metrics["temperature"] > 0
+    assert {"agreement_low", "agreement_rod", "test_ece_after"} <= set(distilled.data.metrics)
     segmented = next(run for run in reversed(found) if run.info.run_name == "train_segmenter")
     for run, drawn in (
-        (distilled, {"learning_curves", "confusion", "slices", "groups"}),
+        (
+            distilled,
+            {
+                "learning_curves",
+                "confusion",
+                "reliability",
+                "slices",
+                "groups",
+                "teacher_and_student",
+            },
+        ),
         (segmented, {"learning_curves", "gallery", "slices", "groups"}),
     ):
         figures = {file.path for file in client.list_artifacts(run.info.run_id, "figures")}

@@ -1,0 +1,116 @@
+"""Pictures of what classifiers make of a test split; see :mod:`cectflow.figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from cectflow.learning.calibration import NUM_BINS, Reliability
+
+__all__ = ["draw_confusion", "draw_known_scores", "draw_reliability"]
+
+
+def draw_confusion(
+    truth: Int[NDArray[np.int64], " n"],
+    predicted: Mapping[str, Int[NDArray[np.int64], " n"]],
+    classes: Sequence[str],
+) -> Figure:
+    """Confusion matrices in percent of each true class (rows), side by side.
+
+    Parameters
+    ----------
+    truth
+        Class ids from 1.
+    predicted
+        Title of a matrix → class ids that a network gave.
+    classes
+        Names in the order of the ids.
+    """
+    edge = 2.2 + 0.5 * len(classes)
+    figure = Figure(figsize=((edge + 0.6) * len(predicted), edge), layout="constrained")
+    panels = figure.subplots(1, len(predicted), squeeze=False)[0]
+    for axes, (title, answers) in zip(panels, predicted.items(), strict=True):
+        _draw_matrix(axes, truth, answers, classes)
+        axes.set_title(f"{title}\n% of each true class", fontsize=10)
+    return figure
+
+
+def _draw_matrix(
+    axes: Axes, truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: Sequence[str]
+) -> None:
+    number = len(classes)
+    counts = np.zeros((number, number))
+    np.add.at(counts, (truth - 1, predicted - 1), 1.0)
+    shares = 100.0 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for row in range(number):
+        for column in range(number):
+            share = shares[row, column]
+            if share >= 0.5:
+                colour = "white" if share > 55 else "black"
+                axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
+    names = [f"{name} ({int(n)})" for name, n in zip(classes, counts.sum(axis=1), strict=True)]
+    axes.set_xticks(range(number), classes, rotation=45, ha="right")
+    axes.set_yticks(range(number), names)
+    axes.set(xlabel="predicted", ylabel="true (number)")
+
+
+def draw_reliability(panels: Mapping[str, Reliability], title: str) -> Figure:
+    """Reliability diagrams: accuracy against confidence, with the share of cubes in each bin.
+
+    Parameters
+    ----------
+    panels
+        Title of a diagram → what it shows, such as before and after calibration.
+    title
+        Over all of them.
+    """
+    figure = Figure(figsize=(3.6 * len(panels), 4.0), layout="constrained")
+    columns = figure.subplots(2, len(panels), squeeze=False, sharex=True, height_ratios=[3, 1]).T
+    edges = np.arange(NUM_BINS + 1) / NUM_BINS
+    for (top, bottom), (name, found) in zip(columns, panels.items(), strict=True):
+        top.plot([0, 1], [0, 1], color="grey", ls="--", lw=1, label="calibrated")
+        top.plot(found.confidence, found.accuracy, ".-", label="measured")
+        top.set_title(f"{name}: error {found.error:.3f}", fontsize=10)
+        top.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+        top.legend(frameon=False, fontsize=8, loc="upper left")
+        bottom.stairs(found.counts / found.counts.sum(), edges, fill=True, color="0.7")
+        bottom.set(xlabel="confidence", ylabel="share", ylim=(0, 1.02))
+        for axes in (top, bottom):
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def draw_known_scores(
+    scores: Mapping[str, Float[NDArray[np.float64], " n"]], threshold: float, title: str
+) -> Figure:
+    """Cumulative distribution, for each kind of cubes, of the score that tells the unknown.
+
+    Parameters
+    ----------
+    scores
+        Kind → score of each of its cubes; the first kind is the known one.
+    threshold
+        Below it a cube is ``unknown``.
+    title
+        Over the picture.
+    """
+    figure = Figure(figsize=(6.5, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for kind, values in scores.items():
+        axes.ecdf(values, label=f"{kind} ({len(values)})")
+    axes.axvline(threshold, color="grey", ls="--", lw=1, label="unknown below")
+    # A gold bead may be a hundred times as far away as all that is of interest.
+    highest = float(next(iter(scores.values())).max())
+    axes.set_xlim(left=threshold - 3.0 * (highest - threshold))
+    axes.set(xlabel="score", ylabel="share of cubes below", ylim=(0, 1))
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    return figure

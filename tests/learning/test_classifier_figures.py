@@ -1,0 +1,62 @@
+"""Pictures of classifiers show the numbers that they are drawn from."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cectflow.learning.calibration import NUM_BINS, Reliability
+from cectflow.learning.figures import draw_confusion, draw_known_scores, draw_reliability
+
+
+def save(figure: Figure) -> None:
+    figure.savefig(BytesIO(), format="png", dpi=50)
+
+
+def test_confusion_matrices_side_by_side_are_in_percent_of_each_true_class() -> None:
+    truth = np.array([1, 1, 1, 1, 2, 2, 3])
+    said = {"teacher": np.array([1, 1, 1, 2, 2, 2, 1]), "student": truth}
+    figure = draw_confusion(truth, said, ("a", "b", "c"))
+    teacher, student = figure.axes
+    shares = np.asarray(teacher.images[0].get_array())
+    np.testing.assert_allclose(shares, [[75, 25, 0], [0, 100, 0], [100, 0, 0]])
+    np.testing.assert_allclose(np.asarray(student.images[0].get_array()), 100 * np.eye(3))
+    assert [label.get_text() for label in teacher.get_yticklabels()] == ["a (4)", "b (2)", "c (1)"]
+    assert [label.get_text() for label in teacher.get_xticklabels()] == ["a", "b", "c"]
+    assert [text.get_text() for text in teacher.texts] == ["75", "25", "100", "100"]
+    assert student.get_title().startswith("student")
+    save(figure)
+
+
+def test_a_class_without_subtomograms_has_an_empty_row() -> None:
+    figure = draw_confusion(np.array([1, 1]), {"tiny": np.array([1, 2])}, ("a", "b"))
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[50, 50], [0, 0]])
+    save(figure)
+
+
+def test_a_reliability_diagram_shows_bins_and_error() -> None:
+    counts = np.zeros(NUM_BINS, np.int64)
+    confidence, accuracy = np.full((2, NUM_BINS), np.nan)
+    counts[[9, 14]], confidence[[9, 14]], accuracy[[9, 14]] = (1, 3), (0.64, 0.98), (1.0, 2 / 3)
+    found = Reliability(counts, confidence, accuracy)
+    figure = draw_reliability({"before": found, "after": found}, "tiny")
+    top, _, bottom, _ = figure.axes
+    assert top.get_title() == f"before: error {(0.36 + 3 * (0.98 - 2 / 3)) / 4:.3f}"
+    drawn = np.asarray(top.lines[1].get_xydata())
+    np.testing.assert_allclose(drawn[[9, 14]], [[0.64, 1.0], [0.98, 2 / 3]])
+    assert bottom.patches[0].get_data().values.tolist() == [0.0] * 9 + [0.25, 0, 0, 0, 0, 0.75]
+    save(figure)
+
+
+def test_known_scores_are_cumulative_and_the_threshold_is_a_line() -> None:
+    scores = {"known": np.arange(4.0), "gold": np.array([-1.0, -1000.0])}
+    figure = draw_known_scores(scores, 0.5, "tiny")
+    (axes,) = figure.axes
+    known, gold, threshold = axes.lines
+    assert [known.get_label(), gold.get_label()] == ["known (4)", "gold (2)"]
+    np.testing.assert_allclose(known.get_ydata(), [0, 0.25, 0.5, 0.75, 1])
+    assert set(np.asarray(threshold.get_xdata())) == {0.5}
+    assert axes.get_xlim()[0] == -7.0  # what lies far away is not drawn
+    save(figure)
