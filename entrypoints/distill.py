@@ -13,8 +13,7 @@ PARAMETERS = (
 def story(given: Parameters) -> None:
     """Distil and register a student of a teacher."""
     from cectflow.flows.distillation import distill
-    from cectflow.flows.unlabelled import Unlabelled
-    from cectflow.prediction.source import InputFiles
+    from cectflow.flows.unlabelled import find_unlabelled
     from cectflow.tracking.runs import connect
     from entrypoints.input_options import read_input_options
     from entrypoints.training_request import read_request
@@ -23,12 +22,10 @@ def story(given: Parameters) -> None:
     recipe, folder = request.prepare("student", tell, with_students=False)
     connect()
     teacher = given["teacher"] or "cectflow-teacher@production"
-    unlabelled = None
-    if given["unlabelled"]:
-        unlabelled = Unlabelled(InputFiles(given["unlabelled"]), read_input_options(given), tell)
     registered = distill(
         recipe, folder, request.hardware, teacher=teacher, student=given["student"] or None,
-        method=given["method"] or None, unlabelled=unlabelled, dataset=request.dataset,
+        method=given["method"] or None, dataset=request.dataset,
+        unlabelled=find_unlabelled(given["unlabelled"], read_input_options(given), tell),
         allow_weak_teacher=chosen(given, "allow_weak_teacher", ("false", "true")) == "true",
     )  # fmt: skip
     print(f"{registered.version.label}: {registered.version.uri}")

@@ -12,7 +12,7 @@ from cectflow import __version__
 from cectflow.cli import dataset, evaluate, models, predict, simulate, structures
 from cectflow.cli.options import JsonOption, TrackingOption
 from cectflow.cli.output import print_json, print_table
-from cectflow.cli.training import distill, train
+from cectflow.cli.training import distill, sweep, train
 from cectflow.exit_codes import BAD_INPUT, INTERRUPTED, REFUSED, is_foreseen
 
 __all__ = ["app", "main"]
@@ -32,6 +32,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(predict.app, name="predict")
 app.command("train")(train)
 app.command("distill")(distill)
+app.command("sweep")(sweep)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

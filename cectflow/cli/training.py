@@ -1,4 +1,4 @@
-"""``cectflow train`` and ``cectflow distill``."""
+"""``cectflow train``, ``cectflow distill`` and ``cectflow sweep``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from cectflow.cli.options import (
     VoxelSizeOption,
     WorkersOption,
 )
+from cectflow.cli.output import print_table
 
-__all__ = ["distill", "train"]
+__all__ = ["distill", "sweep", "train"]
 
 
 def train(
@@ -55,35 +56,40 @@ def train(
     _tell_registered(flow(chosen, folder, hardware, dataset=dataset))
 
 
+TeacherOption = Annotated[
+    str,
+    typer.Option(
+        "--teacher",
+        help="Registered teacher, or a model folder; of an ensemble several, comma-separated.",
+    ),
+]
+StudentOption = Annotated[
+    str | None, typer.Option("--student", help="Network; default: the recipe's.")
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method", help="mse, kl, dkd, hint, or several joined by +; default: the recipe's."
+    ),
+]
+UnlabelledOption = Annotated[
+    str | None,
+    typer.Option("--unlabelled", help="Real cubes to be shown beside: MRC stack, folder or glob."),
+]
+AllowWeakOption = Annotated[
+    bool, typer.Option("--allow-weak-teacher", help="Even if it is no better than chance.")
+]
+
+
 def distill(
-    teacher: Annotated[
-        str,
-        typer.Option(
-            "--teacher",
-            help="Registered teacher, or a model folder; of an ensemble several, comma-separated.",
-        ),
-    ] = "cectflow-teacher@production",
-    student: Annotated[
-        str | None, typer.Option("--student", help="Network; default: the recipe's.")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method", help="mse, kl, dkd, hint, or several joined by +; default: the recipe's."
-        ),
-    ] = None,
-    unlabelled: Annotated[
-        str | None,
-        typer.Option(
-            "--unlabelled", help="Real cubes to be shown beside: MRC stack, folder or glob."
-        ),
-    ] = None,
+    teacher: TeacherOption = "cectflow-teacher@production",
+    student: StudentOption = None,
+    method: MethodOption = None,
+    unlabelled: UnlabelledOption = None,
     voxel_size: VoxelSizeOption = None,
     contrast: ContrastOption = "dark",
     rescale: RescaleOption = False,
-    allow_weak_teacher: Annotated[
-        bool, typer.Option("--allow-weak-teacher", help="Even if it is no better than chance.")
-    ] = False,
+    allow_weak_teacher: AllowWeakOption = False,
     recipe: RecipeOption = "demo",
     structures: StructuresOption = None,
     dataset: DatasetOption = None,
@@ -96,24 +102,63 @@ def distill(
 ) -> None:
     """Distil and register a student of a teacher, beside the same student from labels alone."""
     from cectflow.flows import distillation, training
-    from cectflow.flows.unlabelled import Unlabelled
+    from cectflow.flows.unlabelled import find_unlabelled
     from cectflow.prediction.contract import InputOptions
-    from cectflow.prediction.source import InputFiles
     from cectflow.tracking.runs import connect
 
     hardware = training.Hardware(device, precision, workers)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare("student", typer.echo, with_students=False)
     connect(tracking_uri)
-    beside = None
-    if unlabelled is not None:
-        options = InputOptions(voxel_size, contrast, rescale)
-        beside = Unlabelled(InputFiles(unlabelled), options, typer.echo)
+    options = InputOptions(voxel_size, contrast, rescale)
     registered = distillation.distill(
         chosen, folder, hardware, teacher=teacher, student=student, method=method,
-        unlabelled=beside, dataset=dataset, allow_weak_teacher=allow_weak_teacher,
+        unlabelled=find_unlabelled(unlabelled, options, typer.echo), dataset=dataset,
+        allow_weak_teacher=allow_weak_teacher,
     )  # fmt: skip
     _tell_registered(registered)
+
+
+def sweep(
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Students in all.")] = 20,
+    teacher: TeacherOption = "cectflow-teacher@production",
+    student: StudentOption = None,
+    method: MethodOption = None,
+    unlabelled: UnlabelledOption = None,
+    voxel_size: VoxelSizeOption = None,
+    contrast: ContrastOption = "dark",
+    rescale: RescaleOption = False,
+    allow_weak_teacher: AllowWeakOption = False,
+    recipe: RecipeOption = "demo",
+    structures: StructuresOption = None,
+    dataset: DatasetOption = None,
+    out: OutFolderOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    seed: SeedOption = None,
+    workers: WorkersOption = 1,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Search a student's temperature, weight and learning rate, judged on validation cubes."""
+    from cectflow.flows import training
+    from cectflow.flows.sweep import sweep as search
+    from cectflow.flows.sweep import tabulate_sweep
+    from cectflow.flows.unlabelled import find_unlabelled
+    from cectflow.prediction.contract import InputOptions
+    from cectflow.tracking.runs import connect
+
+    hardware = training.Hardware(device, precision, workers)
+    request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
+    chosen, folder = request.prepare("sweep", typer.echo, with_students=False)
+    connect(tracking_uri)
+    options = InputOptions(voxel_size, contrast, rescale)
+    outcome = search(
+        chosen, folder, hardware, teacher=teacher, trials=trials, student=student, method=method,
+        unlabelled=find_unlabelled(unlabelled, options, typer.echo), dataset=dataset,
+        allow_weak_teacher=allow_weak_teacher, report=typer.echo,
+    )  # fmt: skip
+    print_table(*tabulate_sweep(outcome))
+    typer.echo(f"distil with the best: cectflow distill --recipe {outcome.recipe}")
 
 
 def _tell_registered(registered: Any) -> None:

@@ -14,7 +14,7 @@ from cectflow.model_card import ModelCard
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.source import InputFiles
 
-__all__ = ["Unlabelled"]
+__all__ = ["Unlabelled", "find_unlabelled"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,10 @@ class Unlabelled:
         cubes = np.concatenate(list(source.batches()))
         self.report(f"{len(cubes)} cubes without labels")
         return torch.from_numpy(cubes)
+
+
+def find_unlabelled(
+    pattern: str | None, options: InputOptions, report: Callable[[str], None]
+) -> Unlabelled | None:
+    """Stack, folder or glob that a user gave, or None if none was given."""
+    return None if pattern is None else Unlabelled(InputFiles(pattern), options, report)

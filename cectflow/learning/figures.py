@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cectflow.learning.calibration import NUM_BINS, Reliability
 
-__all__ = ["draw_confusion", "draw_known_scores", "draw_reliability"]
+__all__ = ["draw_confusion", "draw_known_scores", "draw_reliability", "draw_sweep"]
 
 
 def draw_confusion(
@@ -113,4 +113,37 @@ def draw_known_scores(
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10)
+    return figure
+
+
+def draw_sweep(
+    settings: Sequence[Mapping[str, float]], scores: Sequence[float], monitor: str
+) -> Figure:
+    """Validation score against each setting, one dot a trial, the best one marked.
+
+    Parameters
+    ----------
+    settings
+        Name → value of each trial.
+    scores
+        Of the best epoch of each.
+    monitor
+        Name of the score.
+    """
+    names = list(settings[0])
+    figure = Figure(figsize=(3.4 * len(names), 3.2), layout="constrained")
+    best = int(np.argmax(scores))
+    for axes, name in zip(
+        figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True
+    ):
+        values = [trial[name] for trial in settings]
+        axes.plot(values, scores, "o", color="C0", ms=5, alpha=0.6)
+        axes.plot(values[best], scores[best], "o", color="C1", ms=8, label="best")
+        axes.set_xlabel(name.replace("_", " "))
+        if name != "weight":
+            axes.set_xscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+    first = figure.axes[0]
+    first.set_ylabel(f"{monitor}, validation")
+    first.legend(frameon=False)
     return figure
