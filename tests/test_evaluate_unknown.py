@@ -138,6 +138,8 @@ def test_a_dataset_of_known_classes_or_another_box_is_refused(
     command = ("evaluate", "unknown", "--model", model, "--dataset", data.folder, "--against")
     assert call(*command, data.folder) == 2
     assert "holds only barrel, bowl, rod, which this teacher knows" in capsys.readouterr().err
+    assert call(*command, data.folder, "--against", data.folder) == 2
+    assert "there is another 'data', rename the folder" in capsys.readouterr().err
     small = write_dataset(tmp_path / "small")
     assert call(*command, small.folder) == 2
     assert "box is 12, this teacher expects 16" in capsys.readouterr().err

@@ -16,7 +16,12 @@ from cectflow.flows.promotion import judged_dataset
 from cectflow.flows.simulation import load_structures, new_folder, recipe_of
 from cectflow.learning.figures import draw_known_scores
 from cectflow.learning.scores import Evaluation, evaluate
-from cectflow.learning.training import evaluate_folder, evaluate_strangers, logits_of
+from cectflow.learning.training import (
+    check_matches,
+    evaluate_folder,
+    evaluate_strangers,
+    logits_of,
+)
 from cectflow.learning.unknown import StrangerKind, UnknownReport, judge_kind, judge_known
 from cectflow.model_card import ModelCard, Score, Trust, UnknownScore
 from cectflow.prediction.mask import noise_like
@@ -41,7 +46,7 @@ JUNK_MAKERS = {
     "empty": Distractors(),
 }
 """Kind of junk → what a field holds for it, if its recipe has no distractors."""
-NOISE = "noise"
+KNOWN, NOISE = "known", "noise"
 
 
 @dataclass(frozen=True)
@@ -120,15 +125,15 @@ def evaluate_unknown(
     card = ModelCard.from_folder(folder)
     trust = _trust_of(model, card)
     data = judged_dataset(version, dataset)
-    given = [open_dataset(path) for path in request.against]
+    given = _open_strangers(card, request.against)
     with start_run("unknown", tags={"role": card.role}) as run:
         if version is not None:
             run.log_input_model(version)
-        known = evaluate_folder(folder, data)
         strangers = given or _simulate(card, data.manifest, request, report)
+        known = evaluate_folder(folder, data)
         result = judge_known(trust, known)
         kinds: list[StrangerKind] = []
-        scores = {"known": _scores(trust, known)}
+        scores = {KNOWN: _scores(trust, known)}
         for other in strangers:
             manifest, name = other.manifest, other.folder.resolve().name
             digest = manifest.content_digest()
@@ -158,7 +163,7 @@ def tabulate_unknown(
     passed = result.true_positive_rate
     refused = Score(value=1 - passed.value, low=1 - passed.high, high=1 - passed.low)
     rows: list[tuple[str, ...]] = [
-        ("known", str(result.known_cubes), _in_words(refused), *("" for _ in kinds))
+        (KNOWN, str(result.known_cubes), _in_words(refused), *("" for _ in kinds))
     ]
     rows += [
         (
@@ -181,6 +186,20 @@ def _trust_of(model: str, card: ModelCard) -> Trust:
         msg = f"the card of {model} states no threshold for unknown: train it again"
         raise ValueError(msg)
     return card.trust
+
+
+def _open_strangers(card: ModelCard, folders: Sequence[Path]) -> list[Dataset]:
+    """Datasets of a user's own, each a kind of its own name."""
+    opened = [open_dataset(folder) for folder in folders]
+    names = [KNOWN, NOISE]
+    for dataset in opened:
+        check_matches(card, dataset, any_classes=True)
+        name = dataset.folder.resolve().name
+        if name in names:
+            msg = f"--against {dataset.folder}: there is another {name!r}, rename the folder"
+            raise ValueError(msg)
+        names.append(name)
+    return opened
 
 
 def _simulate(
