@@ -142,11 +142,32 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
+class LogitTable:
+    """Logits of known views.
+
+    Attributes
+    ----------
+    views
+        In ascending order.
+    logits
+        Of each.
+    """
+
+    views: Int[Tensor, " view"]
+    logits: Float[Tensor, "view class"]
+
+    def __call__(self, views: Int[Tensor, " n"]) -> Float[Tensor, "n class"]:
+        """Logits of these views."""
+        return self.logits[torch.searchsorted(self.views, views)]
+
+
+@dataclass(frozen=True, eq=False)
 class KnownLogits:
     """A teacher's logits of every view of a few sources, computed at the first question.
 
     A turned cube is one of at most four views, so a training of many epochs would ask the teacher
-    the same questions over and over.
+    the same questions over and over. To another process it passes as the table of its answers, so
+    that several ask but once.
 
     Attributes
     ----------
@@ -165,12 +186,13 @@ class KnownLogits:
 
     def __call__(self, views: Int[Tensor, " n"]) -> Float[Tensor, "n class"]:
         """Logits of these views, on the CPU."""
-        known, logits = self._answers
-        return logits[torch.searchsorted(known, views)]
+        return self._table(views)
+
+    def __reduce__(self) -> tuple[type[LogitTable], tuple[Tensor, Tensor]]:
+        return LogitTable, (self._table.views, self._table.logits)
 
     @cached_property
-    def _answers(self) -> tuple[Int[Tensor, " view"], Float[Tensor, "view class"]]:
-        """All views in ascending order, and the logits of each."""
+    def _table(self) -> LogitTable:
         views, logits = [], []
         passes = [(source, axis) for source, turns in self.sources for axis in turns]
         for source, axis in track(passes, total=len(passes), title="asking the teacher"):
@@ -181,7 +203,7 @@ class KnownLogits:
                     logits.append(self.teacher(shown.subtomograms.to(self.device)).float().cpu())
                 views.append(shown.views)
         known, order = torch.cat(views).sort()
-        return known, torch.cat(logits)[order]
+        return LogitTable(known, torch.cat(logits)[order])
 
 
 class Distill:
@@ -208,7 +230,7 @@ class Distill:
         objective: Objective,
         teacher: Callable[[Tensor], Tensor],
         *,
-        known: KnownLogits | None = None,
+        known: KnownLogits | LogitTable | None = None,
         soft: DistillationLoss = LOGITS_APART,
         weight: float = 1.0,
     ) -> None:
