@@ -22,6 +22,7 @@ TRAINING_PARAMETERS = (
     "dataset",
     "out",
     "device",
+    "devices",
     "precision",
     "seed",
 )

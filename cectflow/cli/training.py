@@ -9,6 +9,7 @@ import typer
 from cectflow.cli.options import (
     DatasetOption,
     DeviceOption,
+    DevicesOption,
     OutFolderOption,
     PrecisionOption,
     RecipeOption,
@@ -34,13 +35,14 @@ def train(
     precision: PrecisionOption = "auto",
     seed: SeedOption = None,
     workers: WorkersOption = 1,
+    devices: DevicesOption = 1,
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Train and register a segmenter (of cubes or tomograms) or a teacher classifier."""
     from cectflow.flows import training
     from cectflow.tracking.runs import connect
 
-    hardware = training.Hardware(device, precision, workers)
+    hardware = training.Hardware(device, precision, workers, devices)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare(role, typer.echo)
     connect(tracking_uri)
@@ -70,13 +72,14 @@ def distill(
     precision: PrecisionOption = "auto",
     seed: SeedOption = None,
     workers: WorkersOption = 1,
+    devices: DevicesOption = 1,
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Distil and register a student of a teacher, beside the same student from labels alone."""
     from cectflow.flows import training
     from cectflow.tracking.runs import connect
 
-    hardware = training.Hardware(device, precision, workers)
+    hardware = training.Hardware(device, precision, workers, devices)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare("student", typer.echo, with_students=False)
     connect(tracking_uri)

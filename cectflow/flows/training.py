@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from cectflow.dataset import BatchSource, Dataset, open_dataset
@@ -27,7 +28,7 @@ from cectflow.learning.training import (
 )
 from cectflow.model_card import ModelCard, Picking, Role
 from cectflow.recipe import Recipe, StudentRecipe, TomogramSegmenterRecipe
-from cectflow.runtime import load_program
+from cectflow.runtime import Program
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.tracking.registry import find_registered, register_model, resolve_model
@@ -74,6 +75,11 @@ class Hardware:
     device: Device = "auto"
     precision: Precision = "auto"
     workers: int = 1
+    devices: int = 1
+
+    def open(self) -> Fabric:
+        """Device, precision and number of devices, for a fit; ValueError if they are not there."""
+        return open_fabric(self.device, self.precision, self.devices)
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,11 @@ class TrainingRequest:
         ------
         ValueError
             If the recipe is unknown or not valid, a network is unknown or does not suit the box,
-            or the device is absent: before any work.
+            or the device is absent, or there are not so many: before any work.
         FileNotFoundError
             If there is no such dataset.
         """
-        open_fabric(self.hardware.device, self.hardware.precision)
+        self.hardware.open()
         if self.dataset is not None:
             open_dataset(self.dataset)
         recipe = choose_recipe(self.recipe, structures=self.structures, seed=self.seed)
@@ -204,8 +210,8 @@ def distill(
         data = _open_or_simulate(recipe, folder, hardware, dataset)
         check_matches(teacher_card, data)
         labels = _objective_of(recipe, teacher_card, data)
-        device = open_fabric(hardware.device, hardware.precision).device
-        program = load_program(teacher_folder, device.type)
+        device = hardware.open().device
+        program = Program(teacher_folder, device.type)
         objective = Distill(
             labels,
             program,
@@ -241,6 +247,7 @@ def _train(
     manifest = data.manifest
     part = role_name(role, objective.task)
     run.log_config(recipe, "recipe")
+    run.set_tags({"devices": str(hardware.devices)})
     run.log_dataset(
         manifest.kind, manifest.content_digest(), str(data.folder.resolve()), "training"
     )
@@ -255,7 +262,7 @@ def _train(
         trained = train_network(
             role, objective, data, fit_recipe,
             recipe_digest=recipe.digest(),
-            fabric=open_fabric(hardware.device, hardware.precision),
+            fabric=hardware.open(),
             folder=folder / part,
             log=run.log,
             live=live,
@@ -291,7 +298,7 @@ def _train_control(
         trained = train_network(
             "student", labels, data, fit_recipe,
             recipe_digest=recipe.digest(),
-            fabric=open_fabric(hardware.device, hardware.precision),
+            fabric=hardware.open(),
             folder=folder / part.replace("student", "labels_only"),
             log=run.log,
             live=live,
@@ -377,7 +384,7 @@ def _live(
     if recipe.live is None:
         yield None
         return
-    device = open_fabric(hardware.device, hardware.precision).device
+    device = hardware.open().device
     specimen = prepare_specimen(recipe.simulation, load_structures(recipe.simulation))
     with open_live(
         specimen.to(str(device)), data.manifest, recipe.live.subtomograms_per_epoch,

@@ -32,6 +32,14 @@ def find_runs(road: Road) -> list[Any]:
     return list(client.search_runs(experiments, max_results=100, order_by=["start_time DESC"]))
 
 
+def logged_epochs(road: Road, run_id: str) -> list[int]:
+    """Steps at which a run logged its training loss."""
+    import mlflow
+
+    client = mlflow.MlflowClient(road.environment["MLFLOW_TRACKING_URI"])
+    return [entry.step for entry in client.get_metric_history(run_id, "train_loss")]
+
+
 def test_main_ends_with_a_table_and_promoted_versions(road: Road) -> None:
     for line in ("segmenter, foreground IoU", "measured speed-up", "mlflow ui --backend-store-uri"):
         assert line in road.output
@@ -137,7 +145,10 @@ def test_simulate_alone(road: Road) -> None:
     [("train_segmenter", "short.yaml"), ("train_teacher", "tiny"), ("distill", "short.yaml")],
 )
 def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) -> None:
-    chosen = {"student": "strided_nano", "method": "dkd"} if entry_point == "distill" else {}
+    chosen: dict[str, str] = {}
+    if entry_point == "distill":
+        chosen = {"student": "strided_nano", "method": "dkd", "devices": "2"}
+    before = {run.info.run_id for run in find_runs(road)}
     output = road.mlflow_run(
         entry_point,
         recipe=str(road.folder / recipe) if recipe == "short.yaml" else recipe,
@@ -150,6 +161,11 @@ def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) ->
     if chosen:
         card = ModelCard.from_folder(road.folder / "alone-distill/student/model")
         assert card.network == "strided_nano"
+        (run,) = (run for run in find_runs(road) if run.info.run_id not in before)
+        assert run.data.tags["devices"] == "2"
+        assert logged_epochs(road, run.info.run_id) == [1]
+        folder = road.folder / "alone-distill/student/checkpoints"
+        assert {path.name for path in folder.iterdir()} == {"best.pt", "last.pt"}
         params = [run.data.params for run in find_runs(road)]
         nano = next(p for p in params if p.get("cfg.student.fit.network") == "strided_nano")
         losses = {name: nano[f"cfg.student.soft.{name}"] for name in ("mse", "kl", "dkd")}
