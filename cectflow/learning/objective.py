@@ -22,7 +22,7 @@ from cectflow.learning.scores import LabelIou, SubtomogramIou
 from cectflow.learning.task import MONITORS, SemanticLabels, network_input, segmentation_truth
 from cectflow.model_card import Task
 
-__all__ = ["Classify", "Distill", "KnownLogits", "Objective", "Segment"]
+__all__ = ["Classify", "Distill", "KnownLogits", "LogitTable", "Objective", "Segment"]
 
 
 @runtime_checkable
