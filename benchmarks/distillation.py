@@ -98,8 +98,6 @@ ARMS: dict[str, Arm] = {
     "micro_1k_labels": _ours(STUDENT, "1k", soft=False, seeds=3),
     "micro_10k_distilled": _ours(STUDENT, "10k", soft=True, seeds=3),
     "micro_1k_distilled": _ours(STUDENT, "1k", soft=True, seeds=3),
-    "micro_equal_labels": _ours(STUDENT, "10k", soft=False, budget="heavy"),
-    "micro_equal_distilled": _ours(STUDENT, "10k", soft=True, budget="heavy"),
     "nano_10k_distilled": _ours("strided_nano", "10k", soft=True),
     "small_10k_distilled": _ours("strided_small", "10k", soft=True),
     "student_1": Arm(PUBLISHED_STUDENT, budget="heavy", soft=MSE, weight=1.0),
@@ -136,8 +134,8 @@ class Plan:
     fields: tuple[int, int, int] = (170, 10, 54)
     few: int = 17
     snr_fields: int = 12
-    heavy: int = 60_000
-    light: int = 60_000
+    heavy: int = 20_000
+    light: int = 20_000
     epoch: int = 10_000
     seeds: tuple[int, ...] = (0, 1, 2)
 

@@ -49,6 +49,7 @@ __all__ = [
     "Split",
     "SplitName",
     "Subtomograms",
+    "batch_indices",
     "check_dataset",
     "field_statistics",
     "open_dataset",
@@ -236,6 +237,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.class_ids)
 
+    def part(self, rows: slice) -> Batch:
+        """Some of its cubes, copied, so that the others can be forgotten."""
+        parts: dict[str, Any] = {
+            name: None if values is None else values[rows].clone()
+            for name, values in vars(self).items()
+        }
+        return Batch(**parts)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(
@@ -263,6 +272,17 @@ class BatchSource(Protocol):
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Batches of one pass: shuffled with a generator, in order without."""
         ...
+
+
+def batch_indices(
+    number: int, batch_size: int, generator: torch.Generator | None = None
+) -> Iterator[Int[NDArray[np.int64], " n"]]:
+    """Indices of one pass's batches: shuffled with a generator, in order without."""
+    order = torch.arange(number)
+    if generator is not None:
+        order = torch.randperm(number, generator=generator)
+    for indices in torch.split(order, batch_size):
+        yield indices.numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,11 +348,8 @@ class Split:
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Batches of one pass: shuffled with a generator, in order without."""
-        order = torch.arange(len(self))
-        if generator is not None:
-            order = torch.randperm(len(self), generator=generator)
-        for indices in torch.split(order, batch_size):
-            yield self.read(indices.numpy())
+        for indices in batch_indices(len(self), batch_size, generator):
+            yield self.read(indices)
 
     def read(self, indices: Int[NDArray[np.int64], " n"]) -> Batch:
         """The batch of these subtomograms, in this order."""
@@ -382,11 +399,12 @@ class Selection:
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Batches of one pass: shuffled with a generator, in order without."""
-        order = torch.arange(len(self))
-        if generator is not None:
-            order = torch.randperm(len(self), generator=generator)
-        for indices in torch.split(order, batch_size):
-            yield self.split.read(self.rows[indices.numpy()])
+        for indices in batch_indices(len(self), batch_size, generator):
+            yield self.read(indices)
+
+    def read(self, indices: Int[NDArray[np.int64], " n"]) -> Batch:
+        """The batch of these subtomograms, counted within the selection, in this order."""
+        return self.split.read(self.rows[indices])
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,33 +1,38 @@
 """Where work runs: this process or worker processes, behind one ``concurrent.futures`` interface.
 
-``WorkerProcesses`` is an executor, ``run_all`` maps a function over jobs with progress, and
-``single_thread`` holds the numerical libraries to one thread, so that results do not depend on
-how many cores a worker happens to see.
+``WorkerProcesses`` is an executor, ``run_all`` maps a function over jobs with progress,
+``run_together`` runs processes that need one another, and ``single_thread`` holds the numerical
+libraries to one thread, so that results do not depend on how many cores a worker happens to see.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "Parent",
     "WorkerProcesses",
     "run_all",
+    "run_together",
     "single_thread",
     "track",
 ]
@@ -79,7 +84,7 @@ class WorkerProcesses(ProcessPoolExecutor):
         self.shutdown(wait=True, cancel_futures=True)
 
 
-def _follow_parent(given_up: Connection) -> None:
+def _follow_parent(*given_up: Connection) -> None:
     """Make a worker process end when its parent does or gives it up, and not before."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -87,7 +92,7 @@ def _follow_parent(given_up: Connection) -> None:
 
     def follow() -> None:
         # The queue of jobs does not tell: each worker holds both ends of it.
-        wait([parent.sentinel, given_up])
+        wait([parent.sentinel, *given_up])
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -122,6 +127,129 @@ def run_all(
                 f"is finished"
             )
             raise ChildProcessError(msg) from None
+
+
+class Parent:
+    """The process that started this one with :func:`run_together`, as this one sees it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def tell(self, news: Any) -> None:
+        """Let ``run_together`` yield something."""
+        self._say("news", news)
+
+    def ask(self, question: Any) -> Any:
+        """What the parent's ``answer`` says."""
+        self._say("question", question)
+        return pickle.loads(self._connection.recv_bytes())
+
+    def _say(self, kind: str, content: Any) -> None:
+        # Pickled by hand: a connection's own pickler would move tensors into shared memory.
+        self._connection.send_bytes(pickle.dumps((kind, content)))
+
+
+def run_together(
+    function: Callable[[Job, Parent], None],
+    jobs: Sequence[Job],
+    *,
+    answer: Callable[[int, Any], Any],
+    title: str,
+) -> Iterator[Any]:
+    """What processes tell that run at the same time, one for each job, and may need one another.
+
+    They leave Ctrl-C to this process. When one fails, or this iterator is closed, or this process
+    ends, however that happens, all of them end in the midst of what they do.
+
+    Parameters
+    ----------
+    function
+        Called in a new process with a job and its parent; jobs are copied, tensors too.
+    answer
+        Called here with a job's number and what its process asks.
+    title
+        What the work is, a few words.
+
+    Raises
+    ------
+    ChildProcessError
+        If a process died. What one of them raised is raised here.
+    """
+    context = multiprocessing.get_context("spawn")
+    processes: dict[Connection, SpawnProcess] = {}
+    try:
+        for job in jobs:
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_work_together, args=(function, pickle.dumps(job), there), daemon=True
+            )
+            process.start()
+            there.close()
+            processes[here] = process
+        yield from _hear(processes, answer, title)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+
+
+def _hear(
+    processes: dict[Connection, SpawnProcess],
+    answer: Callable[[int, Any], Any],
+    title: str,
+) -> Iterator[Any]:
+    """News of all processes until the last has finished; their questions are answered."""
+    numbers = {connection: number for number, connection in enumerate(processes)}
+    died = (
+        f"{title}: one of {len(processes)} processes that work together has died, perhaps for "
+        f"want of memory; the same command goes on from what is finished"
+    )
+    working = set(processes)
+    while working:
+        for connection in wait(list(working)):
+            assert isinstance(connection, Connection)
+            try:
+                kind, content = pickle.loads(connection.recv_bytes())
+            except (EOFError, ConnectionError):
+                raise ChildProcessError(died) from None
+            if kind == "news":
+                yield content
+            elif kind == "question":
+                reply = pickle.dumps(answer(numbers[connection], content))
+                with suppress(ConnectionError):  # one that has died is heard of next
+                    connection.send_bytes(reply)
+            elif kind == "end":
+                working.remove(connection)
+            elif kind == "failure":
+                # Where one has died the others fail for its sake, and may be heard before.
+                if wait([processes[each].sentinel for each in working], timeout=1.0):
+                    raise ChildProcessError(died)
+                raise content
+
+
+def _work_together(
+    function: Callable[[Job, Parent], None], job: bytes, connection: Connection
+) -> None:
+    """Do a job of :func:`run_together` in its process."""
+    _follow_parent()
+    parent = Parent(connection)
+    try:
+        function(pickle.loads(job), parent)
+    except Exception as error:
+        parent._say("failure", _portable(error))
+        # It stays until the parent ends all: the others would fail for want of it.
+        threading.Event().wait()
+    parent._say("end", None)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error with its traceback as a note, or one that can be pickled in its place."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
+    error.add_note("".join(traceback.format_exception(error)))
+    return error
 
 
 @contextmanager

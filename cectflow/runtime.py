@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,15 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # torch takes 2 s to import; prediction with onnxruntime does without
     from torch import Tensor, nn
 
-__all__ = ["RUNTIMES", "Infer", "RuntimeName", "choose_device", "load_program", "load_runtime"]
+__all__ = [
+    "RUNTIMES",
+    "Infer",
+    "Program",
+    "RuntimeName",
+    "choose_device",
+    "load_program",
+    "load_runtime",
+]
 
 RuntimeName = Literal["torch", "onnxruntime"]
 RUNTIMES: tuple[RuntimeName, ...] = ("torch", "onnxruntime")
@@ -91,6 +100,41 @@ def load_program(folder: Path, device: str = "cpu") -> nn.Module:
         program = move_to_device_pass(program, device)
     module: nn.Module = program.module()
     return module
+
+
+class Program:
+    """Exported torch program that is loaded when it is first called.
+
+    It passes to another process as the name of its folder: the program itself cannot.
+
+    Parameters
+    ----------
+    folder, device
+        As of :func:`load_program`; on ``cuda`` the device that is current at the first call.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder lacks the file.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        _existing(folder / PT2_FILE)
+        self._folder = folder
+        self._device = device
+
+    def __call__(self, cubes: Tensor) -> Tensor:
+        """Logits, on the device."""
+        logits: Tensor = self.network(cubes)
+        return logits
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The program, loaded."""
+        return load_program(self._folder, self._device)
+
+    def __reduce__(self) -> tuple[type[Program], tuple[Path, str]]:
+        return Program, (self._folder, self._device)
 
 
 def _existing(path: Path) -> Path:

@@ -24,6 +24,7 @@ TRAINING_PARAMETERS = (
     "dataset",
     "out",
     "device",
+    "devices",
     "precision",
     "seed",
 )

@@ -25,11 +25,18 @@ def read_request(given: Parameters) -> TrainingRequest:
     Raises
     ------
     ValueError
-        If the seed is no whole number, or the device or precision is unknown.
+        If the seed or a number is no whole number, or the device or precision is unknown.
     """
     device = chosen(given, "device", ("auto", "cpu", "cuda"))
     precision = chosen(given, "precision", ("auto", "float32", "bfloat16", "float16"))
     workers = integer(given, "workers") if "workers" in given else None
+    devices = integer(given, "devices")
+    hardware = Hardware(
+        cast("Device", device),
+        cast("Precision", precision),
+        workers=workers or 1,
+        devices=1 if devices is None else devices,
+    )
     dataset = given.get("dataset")
     return TrainingRequest(
         recipe=given["recipe"] or "demo",
@@ -37,7 +44,7 @@ def read_request(given: Parameters) -> TrainingRequest:
         dataset=Path(dataset) if dataset else None,
         out=Path(given["out"]) if given["out"] else None,
         seed=integer(given, "seed"),
-        hardware=Hardware(cast("Device", device), cast("Precision", precision), workers or 1),
+        hardware=hardware,
     )
 
 

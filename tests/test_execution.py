@@ -18,8 +18,10 @@ import torch
 
 from cectflow import execution
 from cectflow.execution import (
+    Parent,
     WorkerProcesses,
     run_all,
+    run_together,
     single_thread,
     track,
 )
@@ -122,14 +124,14 @@ def test_a_process_that_dies_is_told_with_the_remedy() -> None:
 
 SCRIPT = """
 import os, time
-from cectflow.execution import run_all
+from cectflow.execution import run_all, run_together
 
-def say(_):
+def say(_, parent=None):
     print(os.getpid(), flush=True)
     time.sleep(600)
 
 if __name__ == "__main__":
-    list(run_all(say, [1, 2], workers=2, title="endless"))
+    list({work})
 """
 
 
@@ -142,8 +144,15 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
+@pytest.mark.parametrize(
+    "work",
+    [
+        "run_all(say, [1, 2], workers=2, title='endless')",
+        "run_together(say, [1, 2], answer=divmod, title='endless')",
+    ],
+)
+def test_processes_end_with_a_parent_that_is_killed(work: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT.format(work=work))
     with subprocess.Popen(
         [sys.executable, "script.py"],
         cwd=tmp_path, stdout=subprocess.PIPE, text=True,
@@ -154,6 +163,66 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         assert all(is_alive(worker) for worker in workers)
         process.kill()
     wait_until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+# Processes that need one another
+
+
+def ask_and_tell(job: int, parent: Parent) -> None:
+    parent.tell(("asks", job))
+    parent.tell((job, parent.ask("half")))
+
+
+def test_processes_together_tell_and_are_answered() -> None:
+    def answer(number: int, question: str) -> float:
+        assert question == "half"
+        return jobs[number] / 2
+
+    jobs = [8, 6]
+    told = list(run_together(ask_and_tell, jobs, answer=answer, title="halves"))
+    assert sorted(told, key=str) == sorted([("asks", 8), ("asks", 6), (8, 4.0), (6, 3.0)], key=str)
+    assert not active_children()
+
+
+def fail_or_wait(job: str, parent: Parent) -> None:
+    if job == "fail":
+        msg = "this cube is missing"
+        raise ValueError(msg)
+    if job == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait()  # as for the others, in vain
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "message"),
+    [
+        ("fail", ValueError, "^this cube is missing"),
+        ("die", ChildProcessError, "cubes: one of 2 processes that work together has died"),
+    ],
+)
+def test_the_failure_of_one_process_ends_all(
+    job: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        list(run_together(fail_or_wait, ["stay", job], answer=divmod, title="cubes"))
+    assert not active_children()
+
+
+def wait_forever(signs: Path, parent: Parent) -> None:
+    (signs / "begun").touch()
+    threading.Event().wait()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_ends_processes_that_work_together(tmp_path: Path) -> None:
+    def press() -> None:
+        wait_for(tmp_path / "begun")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(run_together(wait_forever, [tmp_path] * 2, answer=divmod, title="endless"))
+    assert not active_children()
 
 
 def test_less_than_one_worker_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,14 @@ import pytest
 import torch
 from builders import BOX, Exported
 
-from cectflow.runtime import RUNTIMES, RuntimeName, choose_device, load_program, load_runtime
+from cectflow.runtime import (
+    RUNTIMES,
+    Program,
+    RuntimeName,
+    choose_device,
+    load_program,
+    load_runtime,
+)
 
 pytest_plugins = ("exported",)
 
@@ -60,12 +68,14 @@ def test_cubes_may_be_read_only_or_strided_and_are_not_changed(
     np.testing.assert_array_equal(infer(flipped), expected)
 
 
-def test_the_program_takes_tensors(exported: Exported) -> None:
+def test_the_program_takes_tensors_here_and_in_another_process(exported: Exported) -> None:
     program = load_program(exported.folder)
+    passed_on = pickle.loads(pickle.dumps(Program(exported.folder)))
     cubes = torch.randn(3, 1, BOX, BOX, BOX, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = exported.network.eval()(cubes)
         torch.testing.assert_close(program(cubes), expected)
+        torch.testing.assert_close(passed_on(cubes), expected)
 
 
 def test_onnxruntime_gives_the_same_logits_on_any_number_of_threads(exported: Exported) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from cectflow.cli.options import (
     DeviceOption,
+    DevicesOption,
     JsonOption,
     ModelOption,
     OutFolderOption,
@@ -151,6 +152,7 @@ def evaluate_generalisation(
     precision: PrecisionOption = "auto",
     seed: SeedOption = None,
     workers: WorkersOption = 1,
+    devices: DevicesOption = 1,
     tracking_uri: TrackingOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -166,7 +168,7 @@ def evaluate_generalisation(
     def report(line: str) -> None:
         typer.echo(line, err=True)
 
-    hardware = Hardware(device, precision, workers)
+    hardware = Hardware(device, precision, workers, devices)
     request = TrainingRequest(recipe, structures, None, out, seed, hardware)
     chosen, folder = request.prepare("generalisation", report)
     connect(tracking_uri)

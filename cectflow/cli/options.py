@@ -24,6 +24,9 @@ StructuresOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Replaces the recipe's.")]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes that simulate.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto: a GPU where there is one.")]
+DevicesOption = Annotated[
+    int, typer.Option("--devices", help="GPUs, or processes on the CPU, that train together.")
+]
 PrecisionOption = Annotated[
     Precision, typer.Option("--precision", help="auto: bfloat16 on a GPU, else float32.")
 ]

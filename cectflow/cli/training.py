@@ -10,6 +10,7 @@ from cectflow.cli.options import (
     ContrastOption,
     DatasetOption,
     DeviceOption,
+    DevicesOption,
     OutFolderOption,
     PrecisionOption,
     RecipeOption,
@@ -38,13 +39,14 @@ def train(
     precision: PrecisionOption = "auto",
     seed: SeedOption = None,
     workers: WorkersOption = 1,
+    devices: DevicesOption = 1,
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Train and register a segmenter (of cubes or tomograms) or a teacher classifier."""
     from cectflow.flows import training
     from cectflow.tracking.runs import connect
 
-    hardware = training.Hardware(device, precision, workers)
+    hardware = training.Hardware(device, precision, workers, devices)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare(role, typer.echo)
     connect(tracking_uri)
@@ -98,6 +100,7 @@ def distill(
     precision: PrecisionOption = "auto",
     seed: SeedOption = None,
     workers: WorkersOption = 1,
+    devices: DevicesOption = 1,
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Distil and register a student of a teacher, beside the same student from labels alone."""
@@ -106,7 +109,7 @@ def distill(
     from cectflow.prediction.contract import InputOptions
     from cectflow.tracking.runs import connect
 
-    hardware = training.Hardware(device, precision, workers)
+    hardware = training.Hardware(device, precision, workers, devices)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare("student", typer.echo, with_students=False)
     connect(tracking_uri)
@@ -134,6 +137,7 @@ def sweep(
     dataset: DatasetOption = None,
     out: OutFolderOption = None,
     device: DeviceOption = "auto",
+    devices: DevicesOption = 1,
     precision: PrecisionOption = "auto",
     seed: SeedOption = None,
     workers: WorkersOption = 1,
@@ -147,7 +151,7 @@ def sweep(
     from cectflow.prediction.contract import InputOptions
     from cectflow.tracking.runs import connect
 
-    hardware = training.Hardware(device, precision, workers)
+    hardware = training.Hardware(device, precision, workers, devices)
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare("sweep", typer.echo, with_students=False)
     connect(tracking_uri)

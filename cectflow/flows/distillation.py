@@ -18,7 +18,7 @@ from cectflow.flows.training import (
     train_and_register,
 )
 from cectflow.flows.unlabelled import Unlabelled
-from cectflow.learning.fit import FitRecipe, open_fabric
+from cectflow.learning.fit import FitRecipe
 from cectflow.learning.objective import Classify, Distill, Objective, Segment
 from cectflow.learning.task import SemanticLabels
 from cectflow.learning.teacher import KnownLogits, Teacher
@@ -139,14 +139,22 @@ def open_lesson(
     ValueError
         If dataset or unlabelled cubes are not what the teachers expect.
     """
-    extra = None if unlabelled is None else unlabelled.read(teachers.card)
+    extra = None
+    if unlabelled is not None:
+        if hardware.devices > 1:
+            msg = (
+                f"--unlabelled goes with one device, not with {hardware.devices}: the parts of a "
+                "batch would differ in how many of their cubes have labels; give --devices 1"
+            )
+            raise ValueError(msg)
+        extra = unlabelled.read(teachers.card)
     data = open_or_simulate(recipe, folder, hardware, dataset)
     teachers.check(data)
     beside = None
     if extra is not None:
         beside = UnlabelledCubes(extra, data.manifest, section.unlabelled_share)
     labels = _objective_of(recipe, teachers.card, data)
-    device = open_fabric(hardware.device, hardware.precision).device
+    device = hardware.open().device
     asked = teachers.load(device.type)
     known = _known_logits(teachers, asked, recipe, section, labels, data, beside, device)
     return Lesson(teachers, data, labels, asked, known, beside)
@@ -165,7 +173,7 @@ def _train_control(
         trained = train_network(
             "student", labels, data, fit_recipe,
             recipe_digest=recipe.digest(),
-            fabric=open_fabric(hardware.device, hardware.precision),
+            fabric=hardware.open(),
             folder=folder / part.replace("student", "labels_only"),
             log=run.log,
             live=live,

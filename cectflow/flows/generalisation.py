@@ -16,7 +16,7 @@ from cectflow.figures import draw_generalisation, draw_learning_curves
 from cectflow.files import replacing
 from cectflow.flows.simulation import load_structures
 from cectflow.flows.training import Hardware
-from cectflow.learning.fit import FitRecipe, open_fabric
+from cectflow.learning.fit import FitRecipe
 from cectflow.learning.generalisation import Generalisation, compare_folds, make_folds
 from cectflow.learning.objective import Segment
 from cectflow.learning.scores import Evaluation
@@ -60,7 +60,7 @@ def evaluate_generalisation(
         For datasets, checkpoints, ``generalisation.json`` and its figure. That of a call which
         was broken off is taken up where it stands.
     hardware
-        Device, precision and processes that simulate.
+        Devices, precision and processes that simulate.
     report
         Told what is going on.
 
@@ -204,7 +204,7 @@ class _Study:
             result, scored = fit_and_judge(
                 objective, train, data.split("validation"),
                 {"test": self.everything.split("test")}, fit,
-                fabric=open_fabric(self.hardware.device, self.hardware.precision),
+                fabric=self.hardware.open(),
                 folder=self.folder / name / "checkpoints",
                 log=run.log,
                 provenance={"train_cubes": str(self.train_cubes)},

@@ -78,7 +78,7 @@ def walk_road(
         broken off is taken up where it stands: what was finished is kept, predictions are made
         anew.
     hardware
-        Device, precision and number of worker processes.
+        Devices, precision and number of worker processes.
     stages
         To which each role is promoted in turn, as far as its policy lets it.
     report

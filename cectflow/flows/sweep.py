@@ -14,7 +14,7 @@ from cectflow.flows.teachers import resolve_teachers
 from cectflow.flows.training import Hardware, open_live_data
 from cectflow.flows.unlabelled import Unlabelled
 from cectflow.learning.figures import draw_sweep
-from cectflow.learning.fit import fit, open_fabric
+from cectflow.learning.fit import fit
 from cectflow.learning.training import make_network
 from cectflow.learning.unlabelled import WithUnlabelled
 from cectflow.recipe import Recipe, StudentRecipe
@@ -278,7 +278,7 @@ def _try(
             result = fit(
                 make_network(chosen.fit, labels.task, labels.num_outputs, data.manifest.box),
                 lesson.objective(chosen), train, data.split("validation"), chosen.fit,
-                fabric=open_fabric(hardware.device, hardware.precision), folder=checkpoints,
+                fabric=hardware.open(), folder=checkpoints,
                 log=log,
             )  # fmt: skip
         except optuna.TrialPruned:

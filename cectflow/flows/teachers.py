@@ -17,7 +17,7 @@ from cectflow.learning.task import MONITORS
 from cectflow.learning.teacher import Teacher
 from cectflow.learning.training import check_matches, evaluate_ensemble
 from cectflow.model_card import ModelCard
-from cectflow.runtime import PT2_FILE, load_program
+from cectflow.runtime import PT2_FILE, Program
 from cectflow.tracking.registry import resolve_model
 from cectflow.tracking.runs import Run
 from cectflow.tracking.versions import RegisteredVersion
@@ -51,7 +51,7 @@ class Teachers:
 
     def load(self, device: str) -> Teacher:
         """The networks, ready to be asked on a device."""
-        return Teacher(*(load_program(folder, device) for folder in self.folders))
+        return Teacher(*(Program(folder, device) for folder in self.folders))
 
     def evaluate(self, dataset: Dataset) -> Evaluation:
         """Scores of their common answer on the test split."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 
 from cectflow.dataset import BatchSource, Dataset, open_dataset
 from cectflow.figures import draw_learning_curves
@@ -71,6 +72,11 @@ class Hardware:
     device: Device = "auto"
     precision: Precision = "auto"
     workers: int = 1
+    devices: int = 1
+
+    def open(self) -> Fabric:
+        """Device, precision and number of devices, for a fit; ValueError if they are not there."""
+        return open_fabric(self.device, self.precision, self.devices)
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,11 @@ class TrainingRequest:
         ------
         ValueError
             If the recipe is unknown or not valid, a network is unknown or does not suit the box,
-            or the device is absent: before any work.
+            or the device is absent, or there are not so many: before any work.
         FileNotFoundError
             If there is no such dataset.
         """
-        open_fabric(self.hardware.device, self.hardware.precision)
+        self.hardware.open()
         if self.dataset is not None:
             open_dataset(self.dataset)
         recipe = choose_recipe(self.recipe, structures=self.structures, seed=self.seed)
@@ -175,6 +181,7 @@ def train_and_register(
     manifest = data.manifest
     part = role_name(role, objective.task)
     run.log_config(recipe, "recipe")
+    run.set_tags({"devices": str(hardware.devices)})
     run.log_dataset(
         manifest.kind, manifest.content_digest(), str(data.folder.resolve()), "training"
     )
@@ -189,7 +196,7 @@ def train_and_register(
         trained = train_network(
             role, objective, data, fit_recipe,
             recipe_digest=recipe.digest(),
-            fabric=open_fabric(hardware.device, hardware.precision),
+            fabric=hardware.open(),
             folder=folder / part,
             log=run.log,
             live=live,
@@ -240,7 +247,7 @@ def open_live_data(
     if recipe.live is None:
         yield None
         return
-    device = open_fabric(hardware.device, hardware.precision).device
+    device = hardware.open().device
     specimen = prepare_specimen(recipe.simulation, load_structures(recipe.simulation))
     with open_live(
         specimen.to(str(device)), data.manifest, recipe.live.subtomograms_per_epoch,

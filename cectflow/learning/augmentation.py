@@ -24,9 +24,26 @@ def turn(volumes: Shaped[Tensor, "*n z y x"], axis: str) -> Shaped[Tensor, "*n z
     return volumes.flip(axes) if axes else volumes
 
 
-def augment(batch: Batch, turns: tuple[str, ...], generator: torch.Generator) -> Batch:
-    """Batch whose cubes, each with its labels, are turned by one of the turns at random."""
-    choice = torch.randint(len(turns), (len(batch),), generator=generator)
+def augment(
+    batch: Batch,
+    turns: tuple[str, ...],
+    generator: torch.Generator,
+    *,
+    place: slice = slice(None),
+    whole: int | None = None,
+) -> Batch:
+    """Batch whose cubes, each with its labels, are turned by one of the turns at random.
+
+    Parameters
+    ----------
+    batch, turns, generator
+        What is turned, by which turns, and what draws them.
+    place, whole
+        Of a part of a batch: where it lies in the whole one, and how many cubes that has. They
+        are turned as they would be with the others.
+    """
+    number = len(batch) if whole is None else whole
+    choice = torch.randint(len(turns), (number,), generator=generator)[place]
     chosen = choice.tolist()
 
     def turned(volumes: Tensor | None) -> Tensor | None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pydantic import Field
 from torch import Tensor, nn
 
 from cectflow.config import Config
 from cectflow.dataset import BatchSource
-from cectflow.execution import track
-from cectflow.learning.augmentation import augment
+from cectflow.execution import Parent, run_together, track
 from cectflow.learning.objective import Objective
+from cectflow.learning.precision import MixedInside, refuse_small_grids
+from cectflow.learning.shares import HandOut, Part, Share, read_parts
 from cectflow.turns import allowed_turns
 
 __all__ = ["Device", "FitRecipe", "FitResult", "Log", "Precision", "fit", "open_fabric"]
@@ -45,6 +49,7 @@ class FitRecipe(Config):
     epochs: int = Field(gt=0)
     """Passes over the training split at most."""
     batch_size: int = Field(gt=0)
+    """Cubes of a step, on each device."""
     learning_rate: float = Field(gt=0)
     """Peak of the schedule: linear warm-up over 5 % of the steps, then a cosine to zero."""
     optimiser: Literal["adam", "sgd"] = "adam"
@@ -67,9 +72,24 @@ class FitResult:
     history: list[dict[str, float]] = field(default_factory=list)
     """One row per epoch: loss terms of training, scores of validation, learning rate, seconds."""
 
+    def add(self, row: dict[str, float], score: float) -> bool:
+        """Append an epoch; whether it is the best one until now."""
+        self.history.append(row)
+        # A small validation split saturates: of equal scores the lower loss is the better epoch.
+        better = (score, -row["validation_loss"]) > (self.best_score, -self.best_loss)
+        if better:
+            self.best_epoch = len(self.history)
+            self.best_score, self.best_loss = score, row["validation_loss"]
+        return better
 
-def open_fabric(device: Device = "auto", precision: Precision = "auto") -> Fabric:
-    """Fabric for a device.
+    def is_over(self, recipe: FitRecipe) -> bool:
+        """Whether all epochs are done, or too many since the best one."""
+        done = len(self.history)
+        return done >= recipe.epochs or done - self.best_epoch >= recipe.patience
+
+
+def open_fabric(device: Device = "auto", precision: Precision = "auto", devices: int = 1) -> Fabric:
+    """Fabric for a device, or for several that train together on one machine.
 
     Parameters
     ----------
@@ -77,11 +97,14 @@ def open_fabric(device: Device = "auto", precision: Precision = "auto") -> Fabri
         ``auto`` is a GPU where there is one.
     precision
         ``auto`` is bfloat16 on a GPU that supports it, else float32.
+    devices
+        GPUs, each with a process of its own; on the CPU processes that share its cores.
 
     Raises
     ------
     ValueError
-        If ``cuda`` is asked for and absent, or float16 is asked for on a CPU.
+        If ``cuda`` is asked for and absent, float16 is asked for on a CPU, or there are not so
+        many GPUs or cores.
     """
     if device == "cuda" and not torch.cuda.is_available():
         msg = "device is 'cuda', but torch sees no CUDA device: use --device cpu or auto"
@@ -93,12 +116,32 @@ def open_fabric(device: Device = "auto", precision: Precision = "auto") -> Fabri
     if precision == "float16" and accelerator == "cpu":
         msg = "precision float16 needs a GPU: use float32 or bfloat16 on a CPU"
         raise ValueError(msg)
-    if precision == "float32":
-        return Fabric(accelerator=accelerator, devices=1, precision="32-true")
-    name: Literal["bf16-mixed", "16-mixed"] = (
-        "bf16-mixed" if precision == "bfloat16" else "16-mixed"
-    )
-    return Fabric(accelerator=accelerator, devices=1, plugins=_MixedInside(name, accelerator))
+    _refuse_too_many(devices, accelerator)
+    # On one machine with processes of our own, whatever a cluster's variables say.
+    plugins: list[Any] = [LightningEnvironment()]
+    if precision != "float32":
+        name: Literal["bf16-mixed", "16-mixed"] = (
+            "bf16-mixed" if precision == "bfloat16" else "16-mixed"
+        )
+        plugins.append(MixedInside(name, accelerator))
+    return Fabric(accelerator=accelerator, devices=devices, plugins=plugins)
+
+
+def _refuse_too_many(devices: int, accelerator: str) -> None:
+    if accelerator == "cuda":
+        there, what = torch.cuda.device_count(), "GPUs that torch sees"
+    else:
+        there, what = _count_cores(), "cores of this CPU"
+    if not 1 <= devices <= there:
+        msg = f"devices is {devices}: expected 1 to {there}, the {what}"
+        raise ValueError(msg)
+
+
+def _count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def fit(
@@ -118,6 +161,15 @@ def fit(
     A checkpoint is written after every epoch; a second call with the same folder goes on from it
     and ends, on the same device and precision, with the weights of an uninterrupted training.
 
+    With several devices each learns from its share of every batch, in a process of its own, under
+    lightning-fabric's DDP: ``batch_size`` cubes each, so that a step is on that many times their
+    number. Cubes, their order and their turns are those of one device with that batch, and so are
+    gradients and scores, to rounding, where the loss is a mean over cubes and no layer looks at
+    the batch. Objectives whose loss is a mean over something else (Dice of several labels, class
+    weights) take it over each share. Batch norm is over the whole batch on GPUs, over each share
+    on the CPU, where torch has none for several processes. A share of the last batch that would
+    be empty is its first cube at weight 0.
+
     Parameters
     ----------
     network
@@ -129,7 +181,7 @@ def fit(
     recipe
         How.
     fabric
-        Device and precision.
+        Device, precision, and number of devices.
     folder
         For ``last.pt`` and ``best.pt``.
     log
@@ -141,8 +193,10 @@ def fit(
     Raises
     ------
     ValueError
-        If the folder's checkpoint is of another recipe, objective, dataset or provenance, or the
-        loss is no longer finite.
+        If the folder's checkpoint is of another recipe, objective, dataset, provenance or number
+        of devices, or the loss is no longer finite.
+    ChildProcessError
+        If the process of a device died.
     """
     folder.mkdir(parents=True, exist_ok=True)
     origin = {
@@ -151,99 +205,141 @@ def fit(
         "dataset": f"{train.manifest.content_digest()} {validation.manifest.content_digest()}",
         **(provenance or {}),
     }
-    if isinstance(fabric.strategy.precision, _MixedInside) and fabric.device.type == "cpu":
-        _refuse_small_grids(network, train.manifest.box)
-    optimiser = _make_optimiser(network, recipe)
-    wrapped, wrapped_optimiser = fabric.setup(network, optimiser)
-    start, result = _resume(folder, network, optimiser, fabric, origin)
-    setup = _Setup(wrapped, wrapped_optimiser, objective, recipe, fabric)
-
+    if fabric.world_size > 1:
+        origin["number of devices"] = str(fabric.world_size)
+    if isinstance(fabric.strategy.precision, MixedInside) and fabric.device.type == "cpu":
+        refuse_small_grids(network, train.manifest.box)
+    result = _result_of(_read_checkpoint(folder, origin))
     for epoch, row in enumerate(result.history, start=1):
         log(row, epoch)
 
     def status() -> str:
         return f"({objective.monitor} {result.best_score:.3f} at epoch {result.best_epoch})"
 
-    epochs = range(start + 1, recipe.epochs + 1)
-    for epoch in track(epochs, total=len(epochs), title=f"fitting {recipe.network}", status=status):
-        if epoch - result.best_epoch > recipe.patience:
-            break
-        began = time.monotonic()
-        row = _train_epoch(setup, train, epoch)
-        row |= _validate(wrapped, objective, validation, recipe.batch_size, fabric.device)
-        row["learning_rate"] = optimiser.param_groups[0]["lr"]
-        row["epoch_seconds"] = time.monotonic() - began
-        result.history.append(row)
-        score = row[f"validation_{objective.monitor}"]
-        # A small validation split saturates: of equal scores the lower loss is the better epoch.
-        rank = (score, -row["validation_loss"])
-        if rank > (result.best_score, -result.best_loss):
-            result.best_score, result.best_loss = score, row["validation_loss"]
-            result.best_epoch = epoch
-            _save({"network": network.state_dict()}, folder / BEST_FILE)
-        _save(
-            {
-                "network": network.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "precision": fabric.strategy.precision.state_dict(),
-                "epoch": epoch,
-                "best_epoch": result.best_epoch,
-                "best_score": result.best_score,
-                "best_loss": result.best_loss,
-                "history": result.history,
-                "origin": origin,
-            },
-            folder / CHECKPOINT_FILE,
-        )
-        log(row, epoch)
+    if not result.is_over(recipe):
+        task = _Task(network, objective, len(train), validation, recipe, folder, origin)
+        epochs = recipe.epochs - len(result.history)
+        with closing(_learn_on_all(task, train, fabric)) as results:
+            title = f"fitting {recipe.network}"
+            for result in track(results, total=epochs, title=title, status=status):
+                log(result.history[-1], len(result.history))
     best = torch.load(folder / BEST_FILE, map_location=fabric.device, weights_only=True)
     network.load_state_dict(best["network"])
     return result
 
 
-class _MixedInside(MixedPrecision):
-    """Mixed precision within the network only: cubes reach it in float32.
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What is to be learned, by one process or by several."""
 
-    Fabric's own would round them first, and unnormalised cubes do not stand that: of a cube of
-    mean 1000 and deviation 1 bfloat16, which has 8 bits, leaves steps of 4.
-    """
+    network: nn.Module
+    objective: Objective
+    num_train: int
+    validation: BatchSource
+    recipe: FitRecipe
+    folder: Path
+    origin: Mapping[str, str]
 
-    def convert_input(self, data: Any) -> Any:
-        return data
 
-
-def _refuse_small_grids(network: nn.Module, box: int) -> None:
-    """Refuse to train a network in bfloat16 on a CPU where a kernel is wider than its grid.
-
-    The gradients of such convolutions are wrong there by as much as their size, or not finite
-    (torch 2.13 with oneDNN; 3³ kernels on 2³ voxels, 5³ on 4³); all others agree with float32 to
-    0.3 %.
-    """
-    narrow: list[str] = []
-
-    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.Conv3d)
-        grid = tuple(inputs[0].shape[2:])
-        if any(size < kernel for size, kernel in zip(grid, layer.kernel_size, strict=True)):
-            narrow.append(f"{layer.kernel_size} on {grid} voxels")
-
-    handles = [
-        layer.register_forward_pre_hook(look)
-        for layer in network.modules()
-        if isinstance(layer, nn.Conv3d)
-    ]
-    mode = network.training
-    with torch.no_grad():
-        network.eval()(next(network.parameters()).new_zeros(1, 1, box, box, box))
-    network.train(mode)
-    for handle in handles:
-        handle.remove()
-    if narrow:
-        msg = (
-            f"in bfloat16 on a CPU torch computes wrong gradients of kernels wider than their "
-            f"grid, here {narrow[0]}: use precision float32, or a larger box"
+def _learn_on_all(
+    task: _Task, train: BatchSource, fabric: Fabric
+) -> Generator[FitResult, None, None]:
+    """Result after every epoch; several devices have processes of their own."""
+    number = fabric.world_size
+    read = partial(_read_epoch, train, task.recipe, task.recipe.batch_size * number)
+    if number == 1:
+        yield from _learn(task, fabric, partial(read, Share()))
+        return
+    # Live data have one maker; a folder is read by each process for itself.
+    is_live = train.manifest.live_subtomograms is not None
+    with tempfile.TemporaryDirectory() as meeting:
+        job = _Job(
+            task, fabric, None if is_live else read, Path(meeting) / "store",
+            threads=max(1, torch.get_num_threads() // number),
+        )  # fmt: skip
+        yield from run_together(
+            _learn_share,
+            [replace(job, rank=rank) for rank in range(number)],
+            answer=HandOut(partial(read, Share()), number),
+            title=f"fitting {task.recipe.network} on {number} devices",
         )
-        raise ValueError(msg)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What a process of a training on several devices is given."""
+
+    task: _Task
+    fabric: Fabric
+    read: Callable[[Share, int], Iterator[Part]] | None
+    """Share, epoch → parts; None: the parent is asked for them."""
+    meeting: Path
+    """File by which the processes find one another: unlike a port, nobody else can take it."""
+    threads: int
+    rank: int = 0
+
+
+def _learn_share(job: _Job, parent: Parent) -> None:
+    """Learn from a share of every batch; the first process tells the parent of every epoch."""
+    fabric, task = job.fabric, job.task
+    share = Share(job.rank, fabric.world_size)
+    os.environ.update(LOCAL_RANK=str(job.rank), NODE_RANK="0")  # read by Fabric
+    torch.set_num_threads(job.threads)
+    on_gpu = fabric.device.type == "cuda"
+    torch.distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=job.meeting.as_uri(), rank=share.number, world_size=share.of,
+        device_id=fabric.device if on_gpu else None,
+    )  # fmt: skip
+    fabric.launch()
+    if on_gpu:
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        task = replace(task, network=convert(task.network))
+
+    def ask(epoch: int) -> Iterator[Part]:
+        while (part := parent.ask(epoch)) is not None:
+            yield part
+
+    for result in _learn(task, fabric, ask if job.read is None else partial(job.read, share)):
+        if fabric.is_global_zero:
+            parent.tell(result)
+    torch.distributed.destroy_process_group()
+
+
+def _learn(
+    task: _Task, fabric: Fabric, read: Callable[[int], Iterator[Part]]
+) -> Iterator[FitResult]:
+    """Result after every epoch that the checkpoint does not have."""
+    network, recipe, objective = task.network, task.recipe, task.objective
+    optimiser = _make_optimiser(network, recipe)
+    wrapped, wrapped_optimiser = fabric.setup(network, optimiser)
+    result = _resume(task, optimiser, fabric)
+    setup = _Setup(wrapped, wrapped_optimiser, task, fabric)
+    while not result.is_over(recipe):
+        epoch = len(result.history) + 1
+        began = time.monotonic()
+        row = _train_epoch(setup, read(epoch), epoch) | _validate(setup)
+        row["learning_rate"] = optimiser.param_groups[0]["lr"]
+        row["epoch_seconds"] = time.monotonic() - began
+        is_best = result.add(row, row[f"validation_{objective.monitor}"])
+        if fabric.is_global_zero:
+            if is_best:
+                _save({"network": network.state_dict()}, task.folder / BEST_FILE)
+            _save(
+                {
+                    "network": network.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "precision": fabric.strategy.precision.state_dict(),
+                    "epoch": epoch,
+                    "best_epoch": result.best_epoch,
+                    "best_score": result.best_score,
+                    "best_loss": result.best_loss,
+                    "history": result.history,
+                    "origin": task.origin,
+                },
+                task.folder / CHECKPOINT_FILE,
+            )
+        yield result
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,34 +348,49 @@ class _Setup:
 
     network: nn.Module
     optimiser: torch.optim.Optimizer
-    objective: Objective
-    recipe: FitRecipe
+    task: _Task
     fabric: Fabric
 
 
-def _train_epoch(setup: _Setup, train: BatchSource, epoch: int) -> dict[str, float]:
-    """Mean of each term of the objective over one pass in which the weights learn."""
-    recipe, device = setup.recipe, setup.fabric.device
-    steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
+def _epoch_seed(recipe: FitRecipe, epoch: int) -> int:
+    return recipe.seed * 1_000_003 + epoch
+
+
+def _read_epoch(
+    train: BatchSource, recipe: FitRecipe, batch_size: int, share: Share, epoch: int
+) -> Iterator[Part]:
+    """A share of one epoch's batches, shuffled and turned."""
     turns = allowed_turns(train.manifest.tilt_range) if recipe.augment else ("identity",)
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
-    # Dropout draws from the global stream: seeded per epoch, so that a resumed run agrees.
-    torch.manual_seed(recipe.seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(_epoch_seed(recipe, epoch))
+    yield from read_parts(train, batch_size, share, turns, generator)
+
+
+def _train_epoch(setup: _Setup, parts: Iterator[Part], epoch: int) -> dict[str, float]:
+    """Mean of each term of the objective over one pass in which the weights learn."""
+    fabric, task, recipe = setup.fabric, setup.task, setup.task.recipe
+    number = fabric.world_size
+    steps_per_epoch = math.ceil(task.num_train / (recipe.batch_size * number))
+    # Dropout draws from the global stream: seeded per epoch, so that a resumed run agrees, and
+    # for each process anew.
+    torch.manual_seed(_epoch_seed(recipe, epoch) + (fabric.global_rank << 40))
     setup.network.train()
     totals: dict[str, Tensor] = {}
-    for index, batch in enumerate(train.batches(recipe.batch_size, generator)):
+    seen = 0  # cubes without labels come on top of those that an epoch has
+    for index, part in enumerate(parts):
+        seen += part.whole
         rate = _learning_rate(recipe, (epoch - 1) * steps_per_epoch + index, steps_per_epoch)
         for group in setup.optimiser.param_groups:
             group["lr"] = rate
-        terms = setup.objective(setup.network, augment(batch, turns, generator).to(device))
+        terms = task.objective(setup.network, part.batch.to(fabric.device))
         setup.optimiser.zero_grad()
-        setup.fabric.backward(terms["loss"])
+        # DDP takes the mean over processes; that over cubes weighs each by what it has of them.
+        fabric.backward(terms["loss"] * (part.count * number / part.whole))
         setup.optimiser.step()
         for name, term in terms.items():
             if name != "output":
                 # Kept on the device: reading it here would wait for the step to finish.
-                totals[name] = totals.get(name, 0.0) + term.detach() * len(batch)
-    row = {f"train_{name}": float(total) / len(train) for name, total in totals.items()}
+                totals[name] = totals.get(name, 0.0) + term.detach() * part.count
+    row = {f"train_{name}": _mean(fabric, total, seen) for name, total in totals.items()}
     if not math.isfinite(row["train_loss"]):
         msg = (
             f"the loss of {recipe.network} is {row['train_loss']} in epoch {epoch}: "
@@ -287,6 +398,13 @@ def _train_epoch(setup: _Setup, train: BatchSource, epoch: int) -> dict[str, flo
         )
         raise ValueError(msg)
     return row
+
+
+def _mean(fabric: Fabric, total: Tensor, number: int) -> float:
+    """Mean over cubes from each process's sum over its own."""
+    summed = fabric.all_reduce(total, reduce_op="sum")
+    assert isinstance(summed, Tensor)
+    return float(summed) / number
 
 
 def _make_optimiser(network: nn.Module, recipe: FitRecipe) -> torch.optim.Optimizer:
@@ -314,38 +432,36 @@ def _learning_rate(recipe: FitRecipe, step: int, steps_per_epoch: int) -> float:
     return recipe.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _validate(
-    network: nn.Module,
-    objective: Objective,
-    source: BatchSource,
-    batch_size: int,
-    device: torch.device,
-) -> dict[str, float]:
-    network.eval()
-    scores = objective.make_scores().to(device)
-    loss = 0.0
+def _validate(setup: _Setup) -> dict[str, float]:
+    task, fabric = setup.task, setup.fabric
+    share = Share(fabric.global_rank, fabric.world_size)
+    setup.network.eval()
+    scores = task.objective.make_scores().to(fabric.device)
+    loss = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        for batch in source.batches(batch_size):
-            moved = batch.to(device)
-            terms = objective(network, moved)
-            loss += float(terms["loss"]) * len(batch)
-            scores.update(terms["output"], objective.truth(moved))
+        for part in read_parts(task.validation, task.recipe.batch_size * share.of, share):
+            moved = part.batch.to(fabric.device)
+            terms = task.objective(setup.network, moved)
+            loss += float(terms["loss"]) * part.count
+            if part.count:
+                scores.update(terms["output"], task.objective.truth(moved))
+    # The scores sum up over processes by themselves.
     row = {f"validation_{name}": float(value) for name, value in scores.compute().items()}
-    return row | {"validation_loss": loss / len(source)}
+    return row | {"validation_loss": _mean(fabric, loss.to(fabric.device), len(task.validation))}
 
 
-def _resume(
-    folder: Path,
-    network: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    fabric: Fabric,
-    origin: Mapping[str, str],
-) -> tuple[int, FitResult]:
-    """Epochs already done, and their result; network and optimiser take up the checkpoint."""
+def _read_checkpoint(folder: Path, origin: Mapping[str, str]) -> dict[str, Any] | None:
+    """What the last epoch left; None where there is none.
+
+    Raises
+    ------
+    ValueError
+        If it is of another origin.
+    """
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
-        return 0, FitResult(0, -math.inf, math.inf)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     found: dict[str, str] = state["origin"]
     others = [n for n in sorted(found.keys() | origin.keys()) if found.get(n) != origin.get(n)]
     if others:
@@ -354,12 +470,26 @@ def _resume(
             f"start anew"
         )
         raise ValueError(msg)
-    network.load_state_dict(state["network"])
-    optimiser.load_state_dict(state["optimiser"])
-    if state["precision"]:  # of float16 only
-        fabric.strategy.precision.load_state_dict(state["precision"])
+    return state
+
+
+def _result_of(state: dict[str, Any] | None) -> FitResult:
+    """Of the epochs of a checkpoint."""
+    if state is None:
+        return FitResult(0, -math.inf, math.inf)
     best = (state["best_epoch"], state["best_score"], state["best_loss"])
-    return state["epoch"], FitResult(*best, state["history"])
+    return FitResult(*best, state["history"])
+
+
+def _resume(task: _Task, optimiser: torch.optim.Optimizer, fabric: Fabric) -> FitResult:
+    """Result of the epochs already done; network and optimiser take up the checkpoint."""
+    state = _read_checkpoint(task.folder, task.origin)
+    if state is not None:
+        task.network.load_state_dict(state["network"])
+        optimiser.load_state_dict(state["optimiser"])
+        if state["precision"]:  # of float16 only
+            fabric.strategy.precision.load_state_dict(state["precision"])
+    return _result_of(state)
 
 
 def _save(state: dict[str, Any], path: Path) -> None:

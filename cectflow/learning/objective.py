@@ -20,7 +20,7 @@ from cectflow.learning.losses import (
 )
 from cectflow.learning.scores import LabelIou, SubtomogramIou
 from cectflow.learning.task import MONITORS, SemanticLabels, network_input, segmentation_truth
-from cectflow.learning.teacher import KnownLogits, Teacher
+from cectflow.learning.teacher import KnownLogits, LogitTable, Teacher
 from cectflow.model_card import Task
 from cectflow.networks.embedding import tapped_embedding
 
@@ -177,7 +177,7 @@ class Distill:
         objective: Objective,
         teacher: Teacher,
         *,
-        known: KnownLogits | None = None,
+        known: KnownLogits | LogitTable | None = None,
         soft: DistillationLoss = LOGITS_APART,
         weight: float = 1.0,
     ) -> None:

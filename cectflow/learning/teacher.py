@@ -18,8 +18,9 @@ from cectflow.execution import track
 from cectflow.files import replacing
 from cectflow.learning.augmentation import turned_batch
 from cectflow.networks.embedding import embed
+from cectflow.runtime import Program
 
-__all__ = ["KnownLogits", "Teacher"]
+__all__ = ["KnownLogits", "LogitTable", "Teacher"]
 
 
 class Teacher:
@@ -34,7 +35,7 @@ class Teacher:
         Networks in evaluation mode, or programs of model folders; not part of a student's weights.
     """
 
-    def __init__(self, *members: nn.Module) -> None:
+    def __init__(self, *members: nn.Module | Program) -> None:
         self.members = members
 
     def __call__(self, cubes: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n c *voxels"]:
@@ -47,9 +48,30 @@ class Teacher:
     ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n features"]]:
         """Logits, and the members' embeddings side by side, each of length 1: none outweighs."""
         with torch.no_grad():
-            logits, features = zip(*(embed(member, cubes) for member in self.members), strict=True)
+            networks = [m.network if isinstance(m, Program) else m for m in self.members]
+            logits, features = zip(*(embed(network, cubes) for network in networks), strict=True)
             together = torch.cat([F.normalize(f.flatten(1), dim=1) for f in features], dim=1)
             return torch.stack(logits).mean(dim=0), together
+
+
+@dataclass(frozen=True, eq=False)
+class LogitTable:
+    """Logits of known views.
+
+    Attributes
+    ----------
+    views
+        In ascending order.
+    logits
+        Of each.
+    """
+
+    views: Int[Tensor, " view"]
+    logits: Float[Tensor, "view class"]
+
+    def __call__(self, views: Int[Tensor, " n"]) -> Float[Tensor, "n class"]:
+        """Logits of these views."""
+        return self.logits[torch.searchsorted(self.views, views)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +79,8 @@ class KnownLogits:
     """A teacher's logits of every view of a few sources, computed at the first question.
 
     A turned cube is one of at most four views, so a training of many epochs would ask the teacher
-    the same questions over and over.
+    the same questions over and over. To another process it passes as the table of its answers, so
+    that several ask but once.
 
     Attributes
     ----------
@@ -83,12 +106,14 @@ class KnownLogits:
 
     def __call__(self, views: Int[Tensor, " n"]) -> Float[Tensor, "n class"]:
         """Logits of these views, on the CPU."""
-        known, logits = self._answers
-        return logits[torch.searchsorted(known, views)]
+        return self._table(views)
+
+    def __reduce__(self) -> tuple[type[LogitTable], tuple[Tensor, Tensor]]:
+        return LogitTable, (self._table.views, self._table.logits)
 
     @cached_property
-    def _answers(self) -> tuple[Int[Tensor, " view"], Float[Tensor, "view class"]]:
-        """All views in ascending order, and the logits of each."""
+    def _table(self) -> LogitTable:
+        """All views, and the logits of each."""
         known, logits = self._stored()
         passes = [(source, axis) for source, turns in self.sources for axis in turns]
         for source, axis in track(passes, total=len(passes), title="asking the teacher"):
@@ -104,7 +129,7 @@ class KnownLogits:
             known = torch.cat([known, new_views])[order]
             logits = torch.cat([logits.reshape(-1, new_logits.shape[1]), new_logits])[order]
             self._keep(known, logits)
-        return known, logits
+        return LogitTable(known, logits)
 
     def _ask(self, batch: Batch, known: Tensor) -> tuple[Tensor, Tensor] | None:
         """Views of a batch that are not known yet, and what the teacher says of them."""

@@ -152,7 +152,7 @@ def test_the_history_tells_of_training_validation_rate_and_time(
     eight: MemorySource, tmp_path: Path
 ) -> None:
     rows: list[tuple[int, Mapping[str, float]]] = []
-    objective = Distill(Classify(2), make_classifier(seed=1).eval(), weight=0.5)
+    objective = Distill(Classify(2), Teacher(make_classifier(seed=1).eval()), weight=0.5)
     _, result = run(
         eight, tmp_path, objective=objective, epochs=3, log=lambda row, n: rows.append((n, row))
     )

@@ -47,5 +47,5 @@ def test_nothing_is_left_behind_in_a_tapped_network() -> None:
 
 def test_a_segmenter_has_no_embedding() -> None:
     network = create_network("strided_ed_small", num_outputs=2, box=16)
-    with pytest.raises(ValueError, match="StridedSegmenter has no dense layer"):
+    with pytest.raises(ValueError, match="has no dense layer, so cubes have no embedding"):
         embed(network, torch.zeros(1, 1, 16, 16, 16))

@@ -32,6 +32,14 @@ def find_runs(road: Road) -> list[Any]:
     return list(client.search_runs(experiments, max_results=100, order_by=["start_time DESC"]))
 
 
+def logged_epochs(road: Road, run_id: str) -> list[int]:
+    """Steps at which a run logged its training loss."""
+    import mlflow
+
+    client = mlflow.MlflowClient(road.environment["MLFLOW_TRACKING_URI"])
+    return [entry.step for entry in client.get_metric_history(run_id, "train_loss")]
+
+
 def test_main_ends_with_a_table_and_promoted_versions(road: Road) -> None:
     for line in ("segmenter, foreground IoU", "measured speed-up", "mlflow ui --backend-store-uri"):
         assert line in road.output
@@ -149,12 +157,13 @@ def test_simulate_alone(road: Road) -> None:
     [("train_segmenter", "short.yaml"), ("train_teacher", "tiny"), ("distill", "short.yaml")],
 )
 def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) -> None:
-    chosen = {}
+    chosen: dict[str, str] = {"devices": "2"} if entry_point == "train_segmenter" else {}
     if entry_point == "distill":
         manifest = open_dataset(road.folder / "tour/dataset").manifest
         stack = road.folder / f"tour/dataset/{manifest.shards['test'][0].name}.mrcs"
         chosen = {"student": "strided_nano", "method": "dkd+hint", "unlabelled": str(stack),
                   "teacher": "cectflow-teacher/1,cectflow-student/1"}  # fmt: skip
+    before = {run.info.run_id for run in find_runs(road)}
     output = road.mlflow_run(
         entry_point,
         recipe=str(road.folder / recipe) if recipe == "short.yaml" else recipe,
@@ -164,7 +173,13 @@ def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) ->
         **chosen,
     )
     assert "v2: models:/cectflow-" in output
-    if chosen:
+    if entry_point == "train_segmenter":
+        (run,) = (run for run in find_runs(road) if run.info.run_id not in before)
+        assert run.data.tags["devices"] == "2"
+        assert logged_epochs(road, run.info.run_id) == [1]
+        folder = road.folder / "alone-train_segmenter/segmenter/checkpoints"
+        assert {path.name for path in folder.iterdir()} == {"best.pt", "last.pt"}
+    if entry_point == "distill":
         card = ModelCard.from_folder(road.folder / "alone-distill/student/model")
         assert card.network == "strided_nano"
         assert card.teacher == "models:/cectflow-teacher/1,models:/cectflow-student/1"
