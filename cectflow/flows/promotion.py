@@ -17,6 +17,7 @@ from cectflow.learning.scores import Evaluation, baselines
 from cectflow.learning.task import MONITORS, SemanticLabels
 from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.model_card import ModelCard, Score
+from cectflow.timing import Candidate
 from cectflow.tracking.policy import Policy, Verdict, judge, load_policy
 from cectflow.tracking.promotion import record_refusal, set_stage
 from cectflow.tracking.registry import resolve_model
@@ -215,7 +216,9 @@ def _measure_against_teacher(
     reference = evaluate_folder(teacher_folder, data)
     monitor = MONITORS[card.task]
     retention = evaluation.ratio(reference, monitor)
-    student_rate, teacher_rate = measure_throughputs([folder, teacher_folder])
+    student_rate, teacher_rate = measure_throughputs(
+        [Candidate(folder=folder), Candidate(folder=teacher_folder)]
+    )
     taught = reference.interval(monitor)
     return {
         f"teacher_{monitor}": taught.value,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,9 +25,10 @@ from cectflow.learning.training import (
     make_network,
     train_network,
 )
-from cectflow.model_card import ModelCard, Picking, Role
+from cectflow.learning.variants import make_variants
+from cectflow.model_card import ModelCard, Role, Variant
 from cectflow.recipe import Recipe, StudentRecipe, TomogramSegmenterRecipe
-from cectflow.runtime import load_program
+from cectflow.runtime import check_variant, load_program
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.tracking.registry import find_registered, register_model, resolve_model
@@ -118,6 +119,9 @@ class TrainingRequest:
                 make_network(recipe.student.fit, "classify", 2, box)
             if with_students and student is not None:
                 make_network(student.fit, "target" if tomogram is None else "semantic", 2, box)
+        for section in (recipe.student, student) if with_students else ():
+            for variant in section.variants if section else ():
+                check_variant(variant)
         folder = self.out or new_folder(Path(name).stem)
         report(f"files under {folder}")
         return recipe, folder
@@ -215,7 +219,7 @@ def distill(
         )
         registered = _train(
             run, "student", objective, data, section.fit, recipe, folder, hardware,
-            teacher=teacher_uri,
+            teacher=teacher_uri, variants=section.variants,
         )  # fmt: skip
         reference = evaluate_folder(teacher_folder, data)
         monitor = labels.monitor
@@ -236,6 +240,7 @@ def distill(
 def _train(
     run: Run, role: Role, objective: Objective, data: Dataset, fit_recipe: FitRecipe,
     recipe: Recipe, folder: Path, hardware: Hardware, *, teacher: str | None = None,
+    variants: Sequence[Variant] = (),
 ) -> Registered:  # fmt: skip
     """Fit, judge, log and register one network."""
     manifest = data.manifest
@@ -245,8 +250,11 @@ def _train(
         manifest.kind, manifest.content_digest(), str(data.folder.resolve()), "training"
     )
 
-    def measure(model: Path) -> Mapping[str, Picking | None]:
-        return {"picking": tune_picking(model, manifest, recipe.simulation.structures)}
+    def measure(model: Path) -> Mapping[str, object]:
+        measured: dict[str, object] = {"variants": make_variants(model, data, variants)}
+        if objective.task == "semantic":
+            measured["picking"] = tune_picking(model, manifest, recipe.simulation.structures)
+        return measured
 
     with _live(recipe, data, hardware, part) as live:
         if live is not None:
@@ -261,7 +269,7 @@ def _train(
             live=live,
             commit=cectflow_commit(),
             teacher=teacher,
-            measure=measure if objective.task == "semantic" else None,
+            measure=measure,
         )  # fmt: skip
     card = trained.card
     run.log_figure(
@@ -394,6 +402,11 @@ def _card_metrics(card: ModelCard) -> Mapping[str, float]:
     if card.picking is not None:
         metrics["validation_picks_precision"] = card.picking.precision
         metrics["validation_picks_recall"] = card.picking.recall
+    for variant, figures in card.variants.items():
+        metrics[f"{variant}_score"] = figures.score.value
+        metrics[f"{variant}_difference"] = figures.difference.value
+        metrics[f"{variant}_parity"] = figures.parity
+        metrics[f"{variant}_speedup"] = figures.speedup
     if card.cost is not None:
         metrics["parameters"] = card.cost.parameters
         metrics["macs"] = card.cost.macs

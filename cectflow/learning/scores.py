@@ -195,6 +195,10 @@ class Evaluation:
         low, high = np.quantile(drawn[usable] / base_drawn[usable], [0.025, 0.975])
         return Score(value=value / base, low=float(low), high=float(high))
 
+    def difference(self, reference: Evaluation, name: str) -> Score:
+        """A score of each subtomogram less that of another network on the same ones, paired."""
+        return bootstrap_score(self.scores[name] - reference.scores[name], self.fields)
+
     def _overlap_names(self) -> tuple[str, ...]:
         if self.counts is None:
             return ()

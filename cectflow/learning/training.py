@@ -28,10 +28,10 @@ from cectflow.learning.scores import (
     evaluate,
 )
 from cectflow.learning.task import SemanticLabels, check_statistics
-from cectflow.model_card import CARD_FILE, Masking, ModelCard, Role, Task
+from cectflow.model_card import CARD_FILE, Masking, ModelCard, Role, Task, Variant
 from cectflow.networks import create_network, list_networks, network_info
 from cectflow.networks.normalisation import NormalisePerCube
-from cectflow.runtime import load_runtime
+from cectflow.runtime import RuntimeName, load_runtime
 
 __all__ = [
     "TrainedNetwork",
@@ -159,12 +159,13 @@ def train_network(
     open_shape = info.task == "segment" and manifest.box % info.stride == 0
     card = export_network(network, card, unfinished, stride=info.stride if open_shape else None)
     evaluation = evaluate_folder(unfinished, dataset)
+    measured = measure(unfinished) if measure else {}  # first: variants add files, which cost
     card = card.model_copy(
         update={
             "scores": evaluation.summary(),
             "baselines": baselines(test, objective.task, objective.labels),
             "cost": measure_cost(network, unfinished),
-            **(measure(unfinished) if measure else {}),
+            **measured,
         }
     )
     (unfinished / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
@@ -219,8 +220,15 @@ def fit_and_judge(
     return result, scored
 
 
-def evaluate_folder(folder: Path, dataset: Dataset, split: SplitName = "test") -> Evaluation:
-    """Scores of a model folder's ONNX network on every subtomogram of a split.
+def evaluate_folder(
+    folder: Path,
+    dataset: Dataset,
+    split: SplitName = "test",
+    *,
+    runtime: RuntimeName = "onnxruntime",
+    variant: Variant = "float32",
+) -> Evaluation:
+    """Scores of a model folder's network on every subtomogram of a split.
 
     Raises
     ------
@@ -229,7 +237,7 @@ def evaluate_folder(folder: Path, dataset: Dataset, split: SplitName = "test") -
     """
     card = ModelCard.from_folder(folder)
     check_matches(card, dataset)
-    infer = load_runtime(folder, "onnxruntime")
+    infer = load_runtime(folder, runtime, variant=variant)
 
     def logits(cubes: Tensor) -> Tensor:
         return torch.from_numpy(infer(cubes.numpy()))
