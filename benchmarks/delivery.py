@@ -12,10 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.memory import own_peak
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import find_structures, load_structure
+from cectflow.timing import own_peak
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.simulation.microscope import Microscope
 from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.timing import Candidate
 from cectflow.turns import allowed_turns
 
 PUBLISHED_TEACHER = FitRecipe(
@@ -431,7 +432,8 @@ def _costs(bench: Bench) -> dict[str, float]:
         folders.append(folder)
         figures[f"parameters_{name}"] = float(count_parameters(network))
         figures[f"mmac_{name}"] = count_macs(network, BOX_OF_COST) / 1e6
-    rates = dict(zip(networks, measure_throughputs(folders), strict=True))
+    found = measure_throughputs([Candidate(folder=folder) for folder in folders])
+    rates = dict(zip(networks, found, strict=True))
     figures |= {f"per_s_{name}": rate for name, rate in rates.items()}
     figures |= {f"speedup_{n}": rate / rates["dsrf3d_v2"] for n, rate in rates.items()}
     figures["speedup_cpu"] = figures[f"speedup_{STUDENT}"]

@@ -1,4 +1,4 @@
-"""Memory of a process: its own peak, and a cectflow command that notes it at its end."""
+"""Memory of a cectflow command: run it, and note its peak at its end."""
 
 from __future__ import annotations
 
@@ -6,19 +6,9 @@ import runpy
 import sys
 from pathlib import Path
 
-__all__ = ["own_peak"]
+from cectflow.timing import own_peak
 
-
-def own_peak() -> float:
-    """Largest resident memory of this process in GB.
-
-    Not ``ru_maxrss``, which a process takes over from the one that started it.
-    """
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    msg = "/proc/self/status names no VmHWM: memory is measured on Linux only"
-    raise OSError(msg)
+__all__ = ["main"]
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from cectflow.learning.scores import evaluate
 from cectflow.networks.blocks import normed_convolution
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.networks.ours import StridedClassifier
+from cectflow.timing import Candidate
 
 
 def plain(inputs: int, outputs: int, *, stride: int) -> nn.Module:
@@ -138,7 +139,7 @@ def _costs(bench: Bench, data: Dataset) -> dict[str, float]:
         folders.append(folder)
         figures[f"mmac_{name}"] = count_macs(network, BOX_OF_COST) / 1e6
         figures[f"parameters_{name}"] = float(count_parameters(network))
-    rates = measure_throughputs(folders)
+    rates = measure_throughputs([Candidate(folder=folder) for folder in folders])
     return figures | {f"ms_{n}": 1e3 / rate for n, rate in zip(CANDIDATES, rates, strict=True)}
 
 

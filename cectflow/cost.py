@@ -13,19 +13,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cectflow.model_card import Cost, ModelCard
 from cectflow.networks import create_network, network_info
-from cectflow.runtime import Infer, RuntimeName, load_runtime
+from cectflow.runtime import INT8_FILE, ONNX_FILE, PT2_FILE, Infer
+from cectflow.timing import Candidate, make_cubes, time_here
 
 __all__ = [
     "count_macs",
     "count_parameters",
     "measure_cost",
     "measure_throughputs",
+    "weigh_files",
     "widest_layer",
 ]
 
 BATCH_SIZE = 16
 REPEATS = 7
 SECONDS_PER_REPEAT = 0.25
+SECONDS_PER_COST = 1.5
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -72,25 +75,24 @@ def widest_layer(name: str) -> float:
 
 
 def measure_throughputs(
-    folders: Sequence[Path], *, runtime: RuntimeName = "onnxruntime", batch_size: int = BATCH_SIZE
+    candidates: Sequence[Candidate], *, batch_size: int = BATCH_SIZE
 ) -> tuple[float, ...]:
-    """Subtomograms per second of several model folders on the CPU, measured by turns.
+    """Subtomograms per second of several candidates on the CPU, measured by turns.
 
     Every runtime gets as many threads as torch has.
 
-    The networks take turns within each repeat, so that a machine that is slow for a while is
+    The candidates take turns within each repeat, so that a machine that is slow for a while is
     slow for all; the median over repeats is returned, after a warm-up.
 
     Parameters
     ----------
-    folders
-        Model folders; each is measured at its own box.
-    runtime
-        The same for all.
+    candidates
+        Model folders, each with its runtime and variant; each is measured at its own box.
     batch_size
         Cubes per call.
     """
-    runners = [_runner(folder, runtime, batch_size) for folder in folders]
+    threads = torch.get_num_threads()
+    runners = [(c.load(threads), make_cubes(c.folder, batch_size)) for c in candidates]
     counts = [_calls_per_repeat(infer, cubes) for infer, cubes in runners]
     rates: list[list[float]] = [[] for _ in runners]
     for _ in range(REPEATS):
@@ -103,26 +105,29 @@ def measure_throughputs(
 
 
 def measure_cost(network: nn.Module, folder: Path) -> Cost:
-    """Cost of a network and its model folder on this machine's CPU."""
+    """Cost of a network and its model folder on this machine's CPU, in a second or two.
+
+    The table over runtimes, variants and batches is `cectflow evaluate cost`'s.
+    """
     card = ModelCard.from_folder(folder)
-    (rate,) = measure_throughputs([folder])
+    threads = torch.get_num_threads()
+    found = time_here(Candidate(folder=folder), BATCH_SIZE, threads, seconds=SECONDS_PER_COST)
     return Cost(
         parameters=count_parameters(network),
         macs=count_macs(network, card.box),
-        subtomograms_per_s=rate,
+        subtomograms_per_s=found.subtomograms_per_s,
         batch_size=BATCH_SIZE,
-        device="cpu",
-        threads=torch.get_num_threads(),
+        device=found.device,
+        threads=threads,
+        weights_bytes=weigh_files(folder),
+        timings=(found,),
     )
 
 
-def _runner(
-    folder: Path, runtime: RuntimeName, batch_size: int
-) -> tuple[Infer, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-    box = ModelCard.from_folder(folder).box
-    cubes = np.random.default_rng(0).normal(size=(batch_size, 1, box, box, box))
-    infer = load_runtime(folder, runtime, threads=torch.get_num_threads())
-    return infer, cubes.astype(np.float32)
+def weigh_files(folder: Path) -> dict[str, int]:
+    """Bytes of each file of weights in a model folder."""
+    paths = [folder / name for name in (PT2_FILE, ONNX_FILE, INT8_FILE)]
+    return {path.name: path.stat().st_size for path in paths if path.is_file()}
 
 
 def _calls_per_repeat(

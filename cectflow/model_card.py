@@ -19,9 +19,12 @@ __all__ = [
     "Role",
     "Score",
     "Task",
+    "Timing",
     "Trust",
     "TypicalLogits",
     "UnknownScore",
+    "Variant",
+    "VariantFigures",
 ]
 
 Role = Literal["segmenter", "teacher", "student"]
@@ -29,6 +32,8 @@ Task = Literal["classify", "target", "semantic"]
 Contrast = Literal["dark", "light"]
 CtfCorrection = Literal["none", "phase_flip", "premultiplied", "wiener"]
 UnknownScore = Literal["distance", "energy", "max_logit"]
+Variant = Literal["float32", "bfloat16", "int8"]
+"""Arithmetic of a network behind its normalisation, which is float32 in all of them."""
 
 CARD_FILE = "card.json"
 
@@ -41,6 +46,28 @@ class Score(Config):
     high: float
 
 
+class Timing(Config):
+    """How fast one runtime is with batches of one size, after a warm-up."""
+
+    runtime: str
+    variant: Variant = "float32"
+    device: str
+    threads: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    calls: int = Field(ge=1)
+    latency_ms: float = Field(gt=0)
+    """Median of a call with one batch."""
+    latency_ms_low: float = Field(gt=0)
+    """Lower quartile."""
+    latency_ms_high: float = Field(gt=0)
+    """Upper quartile."""
+    subtomograms_per_s: float = Field(gt=0)
+    """At the median."""
+    peak_memory_mb: float | None = None
+    """Of a process that does nothing else, interpreter and libraries included; None: not
+    measured."""
+
+
 class Cost(Config):
     """What one subtomogram costs; the latency holds for the named device and threads only."""
 
@@ -50,6 +77,24 @@ class Cost(Config):
     subtomograms_per_s: float = Field(gt=0)
     batch_size: int = Field(ge=1)
     device: str
+    threads: int = Field(ge=1)
+    weights_bytes: dict[str, int] = Field(default_factory=dict)
+    """File of the model folder → its size."""
+    timings: tuple[Timing, ...] = ()
+
+
+class VariantFigures(Config):
+    """What a sibling in lower precision loses and gains, measured against its float32 network."""
+
+    score: Score
+    """Accuracy, or foreground IoU, on the test split."""
+    difference: Score
+    """The variant's score less that of float32 on the same subtomograms, paired over fields."""
+    parity: float
+    """Largest absolute difference between its logits and those of float32."""
+    speedup: float = Field(gt=0)
+    """Subtomograms per second over those of float32 in the same runtime, by turns."""
+    runtime: str
     threads: int = Field(ge=1)
 
 
@@ -166,6 +211,8 @@ class ModelCard(Config):
     cost: Cost | None = None
     parity: float | None = None
     """Largest absolute difference between the logits of model.pt2 and of model.onnx."""
+    variants: dict[Variant, VariantFigures] = Field(default_factory=dict)
+    """Siblings in lower precision, which prediction uses only if asked to."""
     teacher: str | None = None
     """URI of the teacher's version, for students; of an ensemble all, joined by commas."""
 

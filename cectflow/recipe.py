@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from cectflow.config import Config, find_named_file
@@ -67,6 +69,8 @@ class StudentRecipe(Config):
     """Cubes without labels that are shown for each labelled one, where some are given."""
     control: bool = True
     """Also train the same student from labels alone, for comparison."""
+    variants: tuple[Literal["bfloat16", "int8"], ...] = ()
+    """Siblings in lower precision, made and judged beside it; they need openvino."""
 
 
 class LiveRecipe(Config):

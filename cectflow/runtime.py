@@ -1,16 +1,19 @@
-"""Runtime: a model folder as a function from cubes to logits, through torch or onnxruntime."""
+"""Runtime: a model folder as a function from cubes to logits: torch, onnxruntime or openvino."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
+
+from cectflow.model_card import Variant
 
 if TYPE_CHECKING:  # torch takes 2 s to import; prediction with onnxruntime does without
     from torch import Tensor, nn
@@ -20,16 +23,29 @@ __all__ = [
     "Infer",
     "Program",
     "RuntimeName",
+    "check_variant",
     "choose_device",
+    "choose_runtime",
+    "has_openvino",
     "load_program",
     "load_runtime",
 ]
 
-RuntimeName = Literal["torch", "onnxruntime"]
-RUNTIMES: tuple[RuntimeName, ...] = ("torch", "onnxruntime")
+RuntimeName = Literal["torch", "torch.compile", "onnxruntime", "openvino"]
+RUNTIMES: tuple[RuntimeName, ...] = ("torch", "onnxruntime", "openvino")
+"""Those that are ready at once; ``torch.compile`` calls a C++ compiler first, for a minute."""
 DEVICES = ("auto", "cpu", "cuda")
 PT2_FILE = "model.pt2"
 ONNX_FILE = "model.onnx"
+INT8_FILE = "model.int8.onnx"
+
+VARIANTS: dict[RuntimeName, tuple[Variant, ...]] = {
+    "torch": ("float32", "bfloat16"),
+    "torch.compile": ("float32", "bfloat16"),
+    "onnxruntime": ("float32", "int8"),
+    "openvino": ("float32", "bfloat16", "int8"),
+}
+"""What each runtime can compute in: onnxruntime has no convolution in bfloat16 on a CPU."""
 
 Infer = Callable[[Float[NDArray[np.float32], "n 1 z y x"]], Float[NDArray[np.float32], "n *logits"]]
 
@@ -56,10 +72,82 @@ def choose_device(device: str) -> str:
     return "cuda" if available else "cpu"
 
 
+def choose_runtime(name: str, variant: Variant, device: str) -> RuntimeName:
+    """Runtime for ``auto`` or a name.
+
+    ``auto`` is torch on a GPU; on a CPU openvino where it is installed, else onnxruntime.
+
+    Parameters
+    ----------
+    name
+        ``auto`` or a runtime.
+    variant
+        That it is to compute in.
+    device
+        ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such runtime, it does not compute in the variant or on the device, or it is
+        openvino and not installed.
+    """
+    known = get_args(RuntimeName)
+    if name not in ("auto", *known):
+        msg = f"unknown runtime {name!r}: expected one of auto, {', '.join(known)}"
+        raise ValueError(msg)
+    chosen: RuntimeName = next((known_name for known_name in known if known_name == name), "torch")
+    if name == "auto" and device == "cpu":
+        # onnxruntime takes five times as long in int8 as in float32.
+        chosen = "openvino" if has_openvino() or variant != "float32" else "onnxruntime"
+    if variant not in VARIANTS[chosen]:
+        others = [other for other in known if variant in VARIANTS[other]]
+        msg = (
+            f"{chosen} does not compute in {variant} on {device}: expected "
+            f"{' or '.join(VARIANTS[chosen])}; {variant} is for {', '.join(others)}"
+        )
+        raise ValueError(msg)
+    if chosen == "openvino" and device != "cpu":
+        msg = f"openvino computes on a CPU, the device is {device!r}: give --device cpu"
+        raise ValueError(msg)
+    if chosen == "openvino":
+        check_variant(variant)
+    elif variant == "bfloat16" and device == "cpu":
+        # Minutes per batch of student_1, whose first convolution has no fast kernel there.
+        msg = f"{chosen} is slow in bfloat16 on a CPU: use openvino, or a GPU"
+        raise ValueError(msg)
+    return chosen
+
+
+def has_openvino() -> bool:
+    """Whether openvino is installed; it is not imported."""
+    return find_spec("openvino") is not None
+
+
+def check_variant(variant: Variant) -> None:
+    """Refuse a variant that openvino cannot run on this machine.
+
+    Raises
+    ------
+    ValueError
+        If openvino is not installed, or the CPU does not multiply in bfloat16.
+    """
+    if not has_openvino():
+        msg = "openvino is not installed: pip install 'cectflow[openvino]'"
+        raise ValueError(msg)
+    if variant != "bfloat16":
+        return
+    openvino: Any = import_module("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        msg = "this CPU does not multiply in bfloat16 (AVX512-BF16, AMX): use int8 or float32"
+        raise ValueError(msg)
+
+
 def load_runtime(
     folder: Path,
     name: RuntimeName = "onnxruntime",
     *,
+    variant: Variant = "float32",
     device: str = "cpu",
     threads: int | None = None,
     gives_back: bool = False,
@@ -71,11 +159,15 @@ def load_runtime(
     folder
         A model folder; its files' digests are the caller's care.
     name
-        ``torch`` runs model.pt2, ``onnxruntime`` model.onnx.
+        ``torch`` and ``torch.compile`` run model.pt2, ``onnxruntime`` and ``openvino``
+        model.onnx, or in int8 model.int8.onnx.
+    variant
+        What is computed in, but for the normalisation.
     device
         ``cpu`` or ``cuda``.
     threads
-        Of onnxruntime on the CPU; None leaves it the choice. torch's are set for the process.
+        Of onnxruntime and openvino on the CPU; None leaves it the choice. torch's are set for the
+        process.
     gives_back
         Let onnxruntime return its memory after every call, instead of keeping nearly twice as much
         for the next: for windows of tomograms, which are large and few.
@@ -84,10 +176,16 @@ def load_runtime(
     ------
     FileNotFoundError
         If the folder lacks the file.
+    ValueError
+        If the runtime does not compute in the variant, or is not installed.
     """
-    if name == "torch":
-        return _load_torch(folder, device)
-    return _load_onnx(_existing(folder / ONNX_FILE), device, threads, gives_back=gives_back)
+    choose_runtime(name, variant, device)
+    if name in ("torch", "torch.compile"):
+        return _load_torch(folder, device, variant, compiled=name == "torch.compile")
+    path = _existing(folder / (INT8_FILE if variant == "int8" else ONNX_FILE))
+    if name == "openvino":
+        return _load_openvino(path, variant, threads)
+    return _load_onnx(path, device, threads, gives_back=gives_back)
 
 
 def load_program(folder: Path, device: str = "cpu") -> nn.Module:
@@ -138,22 +236,28 @@ class Program:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if path.name == INT8_FILE:
+        msg = f"{path.parent} has no int8: train it with `variants: [int8]`, or ask for float32"
+    else:
         msg = f"{path.parent} holds no {path.name}: expected a model folder (pt2, onnx, card.json)"
-        raise FileNotFoundError(msg)
-    return path
+    raise FileNotFoundError(msg)
 
 
-def _load_torch(folder: Path, device: str) -> Infer:
+def _load_torch(folder: Path, device: str, variant: Variant, *, compiled: bool) -> Infer:
     import torch
 
-    module = load_program(folder, device)
+    program = load_program(folder, device)
+    forward: Callable[[Tensor], Tensor] = torch.compile(program) if compiled else program
 
     def infer(cubes: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        # Autocast takes convolutions and dense layers to bfloat16, and leaves means and roots.
+        low = torch.autocast(device, torch.bfloat16, enabled=variant == "bfloat16")
+        with torch.inference_mode(), low:
             # torch refuses negative strides and warns of read-only memory.
             owned = np.require(cubes, requirements=["C", "W"])
-            logits: Tensor = module(torch.from_numpy(owned).to(device))
+            logits = forward(torch.from_numpy(owned).to(device))
         return logits.float().cpu().numpy()
 
     return infer
@@ -177,3 +281,61 @@ def _load_onnx(path: Path, device: str, threads: int | None, *, gives_back: bool
         return logits
 
     return infer
+
+
+def _load_openvino(path: Path, variant: Variant, threads: int | None) -> Infer:
+    openvino: Any = import_module("openvino")
+    core = openvino.Core()
+    stages = [(core.read_model(path), "f32")]
+    if variant == "bfloat16":
+        stages = _normalised_apart(openvino, core, path)
+    options: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        options |= {"INFERENCE_NUM_THREADS": threads}
+    requests = [
+        core.compile_model(
+            stage, "CPU", options | {"INFERENCE_PRECISION_HINT": precision}
+        ).create_infer_request()
+        for stage, precision in stages
+    ]
+
+    def infer(cubes: NDArray[np.float32]) -> NDArray[np.float32]:
+        values = np.ascontiguousarray(cubes)
+        for request in requests:
+            values = request.infer({0: values})[0]
+        return values
+
+    return infer
+
+
+def _normalised_apart(openvino: Any, core: Any, path: Path) -> list[tuple[Any, str]]:
+    """The normalisation of each cube in float32, and the network behind it in bfloat16.
+
+    As one model OpenVINO takes the cubes' means in bfloat16, too, of which only every eighth
+    number is left at 1000: a cube of mean 1003 and deviation 1 got logits as of another cube.
+    """
+    whole = core.read_model(path)
+    normalised = _find_normalised(whole)
+    if normalised is None:  # whoever runs it normalises the whole tomogram
+        return [(whole, "bf16")]
+    head = openvino.Model([normalised], whole.get_parameters(), "normalisation")
+    rest = core.read_model(path)  # a node belongs to one model only
+    normalised = _find_normalised(rest)
+    entry = openvino.opset13.parameter(normalised.get_partial_shape(), np.float32)
+    for output in (normalised, rest.input(0)):  # the network may ask the input for its shape
+        for target in output.get_target_inputs():
+            target.replace_source_output(entry.output(0))
+    network = openvino.Model(rest.get_results(), [entry], "network")
+    return [(head, "f32"), (network, "bf16")]
+
+
+def _find_normalised(model: Any) -> Any:
+    """Output of :class:`~cectflow.networks.normalisation.NormalisePerCube`; None: not there."""
+    for target in model.input(0).get_target_inputs():
+        centred = target.get_node()
+        if centred.get_type_name() != "Subtract":
+            continue
+        for divided in centred.output(0).get_target_inputs():
+            if divided.get_node().get_type_name() == "Divide":
+                return divided.get_node().output(0)
+    return None

@@ -10,6 +10,7 @@ from torch import nn
 from cectflow.cost import count_macs, count_parameters, measure_cost, measure_throughputs
 from cectflow.execution import single_thread
 from cectflow.runtime import RUNTIMES, RuntimeName
+from cectflow.timing import Candidate
 
 pytest_plugins = ("exported",)
 
@@ -18,6 +19,7 @@ pytest_plugins = ("exported",)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cectflow.cost.SECONDS_PER_REPEAT", 0.005)
     monkeypatch.setattr("cectflow.cost.REPEATS", 3)
+    monkeypatch.setattr("cectflow.cost.SECONDS_PER_COST", 0.01)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,8 @@ def test_counting_leaves_the_network_as_it_was() -> None:
 def test_throughput_is_positive_and_one_per_folder(
     exported: Exported, runtime: RuntimeName
 ) -> None:
-    rates = measure_throughputs([exported.folder] * 2, runtime=runtime, batch_size=2)
+    candidate = Candidate(folder=exported.folder, runtime=runtime)
+    rates = measure_throughputs([candidate] * 2, batch_size=2)
     assert len(rates) == 2
     assert all(rate > 0 for rate in rates)
 
@@ -67,6 +70,11 @@ def test_the_cost_names_device_batch_and_threads(exported: Exported) -> None:
     assert cost.macs == BOX**3 * 27 * 4 + 4 * (BOX // 4) ** 3 * 2
     assert cost.subtomograms_per_s > 0
     assert (cost.device, cost.batch_size, cost.threads) == ("cpu", 16, 1)
+    (timing,) = cost.timings
+    assert timing.subtomograms_per_s == cost.subtomograms_per_s
+    assert cost.weights_bytes == {
+        name: (exported.folder / name).stat().st_size for name in ("model.pt2", "model.onnx")
+    }
 
 
 @pytest.mark.usefixtures("_quick")

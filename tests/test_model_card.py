@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from builders import make_card
 
-from cectflow.model_card import CARD_FILE, Cost, ModelCard, Score
+from cectflow.model_card import CARD_FILE, Cost, ModelCard, Score, VariantFigures
 
 
 def full_card() -> ModelCard:
@@ -20,6 +20,16 @@ def full_card() -> ModelCard:
             parameters=10, macs=20, subtomograms_per_s=3.5, batch_size=4, device="cpu", threads=1
         ),
         parity=1e-6,
+        variants={
+            "int8": VariantFigures(
+                score=Score(value=0.9, low=0.85, high=0.94),
+                difference=Score(value=0.0, low=-0.01, high=0.01),
+                parity=0.1,
+                speedup=2.0,
+                runtime="openvino",
+                threads=1,
+            )
+        },
         teacher="models:/cectflow-teacher/1",
         snr=None,
         occupancy=None,

@@ -32,7 +32,7 @@ def pins(lines: list[str]) -> dict[str, Version]:
 @pytest.fixture(scope="module")
 def project() -> dict[str, dict[str, Requirement]]:
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    groups = {"run": content["dependencies"], "dev": content["optional-dependencies"]["dev"]}
+    groups = {"run": content["dependencies"], **content["optional-dependencies"]}
     return {
         group: {canonical(Requirement(text).name): Requirement(text) for text in texts}
         for group, texts in groups.items()
@@ -60,10 +60,15 @@ def test_every_pin_lies_in_the_range_that_pyproject_states(
     project: dict[str, dict[str, Requirement]],
 ) -> None:
     constraints = pins((ROOT / "constraints.txt").read_text().splitlines())
-    requirements = project["run"] | project["dev"]
+    requirements = {name: text for group in project.values() for name, text in group.items()}
     assert set(constraints) == set(requirements)
     for name, requirement in requirements.items():
         assert constraints[name] in requirement.specifier, name
+
+
+def test_what_an_extra_brings_is_tested(project: dict[str, dict[str, Requirement]]) -> None:
+    for group in project.keys() - {"run", "dev"}:
+        assert project[group].items() <= project["dev"].items(), group
 
 
 def test_entry_points_name_modules_that_exist() -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 from builders import BOX, Exported
 
+from cectflow.model_card import Variant
 from cectflow.runtime import (
     RUNTIMES,
     Program,
     RuntimeName,
     choose_device,
+    choose_runtime,
     load_program,
     load_runtime,
 )
@@ -25,7 +27,8 @@ pytest_plugins = ("exported",)
 
 
 @pytest.mark.parametrize(
-    ("runtime", "file"), [("torch", r"model\.pt2"), ("onnxruntime", r"model\.onnx")]
+    ("runtime", "file"),
+    [("torch", r"model\.pt2"), ("onnxruntime", r"model\.onnx"), ("openvino", r"model\.onnx")],
 )
 def test_a_missing_file_is_named(runtime: RuntimeName, file: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=rf"holds no {file}: expected a model folder"):
@@ -95,3 +98,51 @@ def test_onnxruntime_on_the_cpu_does_without_torch(exported: Exported) -> None:
     subprocess.run(
         [sys.executable, "-c", program, str(exported.folder), str(BOX)], check=True, timeout=600
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "device", "message"),
+    [
+        ("tensorrt", "float32", "cpu", r"unknown runtime 'tensorrt': expected one of auto, torch"),
+        ("onnxruntime", "bfloat16", "cpu", r"not compute in bfloat16 on cpu: .*for torch, .*openv"),
+        ("torch", "int8", "cpu", r"torch does not compute in int8 on cpu: expected float32 or bfl"),
+        ("torch", "bfloat16", "cpu", r"torch is slow in bfloat16 on a CPU: use openvino, or a GPU"),
+        ("auto", "int8", "cuda", r"int8 is for onnxruntime, openvino"),
+        ("openvino", "float32", "cuda", r"openvino computes on a CPU, .* give --device cpu"),
+    ],
+)
+def test_what_a_runtime_cannot_do_is_refused(
+    name: str, variant: Variant, device: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_runtime(name, variant, device)
+
+
+def test_auto_is_torch_on_a_gpu_and_openvino_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose_runtime("auto", "bfloat16", "cuda") == "torch"
+    assert choose_runtime("auto", "float32", "cpu") == "openvino"
+    monkeypatch.setattr("cectflow.runtime.find_spec", lambda name: None)
+    assert choose_runtime("auto", "float32", "cpu") == "onnxruntime"
+    for name, variant in (("openvino", "float32"), ("auto", "int8")):
+        with pytest.raises(ValueError, match=r"pip install 'cectflow\[openvino\]'"):
+            choose_runtime(name, variant, "cpu")
+
+
+def test_a_cpu_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    class Old:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32", "INT8"]
+
+    monkeypatch.setattr(openvino, "Core", Old)
+    with pytest.raises(ValueError, match=r"does not multiply in bfloat16 \(AVX512-BF16, AMX\)"):
+        choose_runtime("openvino", "bfloat16", "cpu")
+    assert choose_runtime("openvino", "int8", "cpu") == "openvino"
+
+
+def test_a_folder_without_int8_says_how_to_get_one(exported: Exported) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no int8: train it with `variants: \[int8\]`"):
+        load_runtime(exported.folder, "openvino", variant="int8")

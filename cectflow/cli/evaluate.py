@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,11 +18,14 @@ from cectflow.cli.options import (
     SeedOption,
     StructuresOption,
     TrackingOption,
+    Variant,
     WorkersOption,
 )
 from cectflow.cli.output import print_json, print_table
 
 __all__ = ["app"]
+
+Runtime = Literal["torch", "torch.compile", "onnxruntime", "openvino"]
 
 app = typer.Typer(help="Judge networks on a test split.", no_args_is_help=True)
 
@@ -72,6 +75,60 @@ def evaluate_model(
     ]  # fmt: skip
     typer.echo()
     print_table((f"{what} by", "number", "value", "95 % interval"), by_group)
+
+
+@app.command("cost")
+def evaluate_cost(
+    model: ModelOption,
+    runtime: Annotated[
+        Runtime | None, typer.Option("--runtime", help="Default: all but torch.compile.")
+    ] = None,
+    variant: Annotated[
+        Variant | None, typer.Option("--variant", help="Default: all that the model has.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option("--batch-size", min=1, help="May be repeated; default: 1, 8 and 64."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of every runtime; default: torch's.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0, help="For each timing; at least five calls.")
+    ] = 2.0,
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print latency, throughput and peak memory by runtime, variant and batch on this CPU."""
+    from cectflow.flows.cost import evaluate_cost as flow
+    from cectflow.runtime import RUNTIMES
+    from cectflow.tracking.runs import connect
+
+    connect(tracking_uri)
+    cost = flow(
+        model,
+        runtimes=(runtime,) if runtime else RUNTIMES,
+        variants=(variant,) if variant else ("float32", "bfloat16", "int8"),
+        batch_sizes=batch_size or (1, 8, 64),
+        threads=threads,
+        seconds=seconds,
+        report=lambda line: typer.echo(line, err=True),
+    )
+    if json:
+        print_json(cost.model_dump(mode="json"))
+        return
+    facts = [("parameters", f"{cost.parameters:,}"), ("GMAC", f"{cost.macs / 1e9:.3g}")]
+    facts += [(name, f"{size / 1e6:.2f} MB") for name, size in cost.weights_bytes.items()]
+    print_table(("", ""), facts)
+    header = ("runtime", "variant", "threads", "batch", "latency (ms)", "quartiles",
+              "subtomograms/s", "peak memory (MB)")  # fmt: skip
+    rows = [
+        (t.runtime, t.variant, str(t.threads), str(t.batch_size), f"{t.latency_ms:.2f}",
+         f"{t.latency_ms_low:.2f} to {t.latency_ms_high:.2f}", f"{t.subtomograms_per_s:.1f}",
+         "" if t.peak_memory_mb is None else f"{t.peak_memory_mb:.0f}")
+        for t in cost.timings
+    ]  # fmt: skip
+    print_table(header, rows)
 
 
 @app.command("picks")

@@ -11,6 +11,8 @@ Contrast = Literal["dark", "light"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Stage = Literal["staging", "production"]
+Runtime = Literal["auto", "torch", "onnxruntime", "openvino"]
+Variant = Literal["float32", "bfloat16", "int8"]
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", help="Name (tiny, demo, real …) or path of a YAML file.")
@@ -65,6 +67,12 @@ CoordsOption = Annotated[
     typer.Option("--coords-voxel-size", help="Å per unit of coordinates of another binning."),
 ]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Cubes at a time.")]
+RuntimeOption = Annotated[
+    Runtime, typer.Option("--runtime", help="auto: torch on a GPU, else openvino if installed.")
+]
+VariantOption = Annotated[
+    Variant, typer.Option("--variant", help="Precision; the card says what each one loses.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

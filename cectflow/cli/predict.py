@@ -16,9 +16,11 @@ from cectflow.cli.options import (
     OverwriteOption,
     ParticlesOption,
     RescaleOption,
+    RuntimeOption,
     SubtomogramsOption,
     TomogramOption,
     TrackingOption,
+    VariantOption,
     VoxelSizeOption,
     connect_for,
 )
@@ -58,6 +60,8 @@ def predict_classify(
     device: DeviceOption = "auto",
     batch_size: BatchOption = 64,
     overwrite: OverwriteOption = False,
+    runtime: RuntimeOption = "auto",
+    variant: VariantOption = "float32",
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Name the structure of each subtomogram, or of each pick in a tomogram."""
@@ -66,7 +70,9 @@ def predict_classify(
     from cectflow.prediction.source import InputFiles
 
     files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
-    options = InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
+    options = InputOptions(
+        voxel_size, contrast, rescale, device, batch_size, overwrite, runtime, variant
+    )
     for name in (model, mask_with or model):
         connect_for(name, tracking_uri)
     predict_classes(model, files, out, options, typer.echo, mask_with=mask_with)
@@ -122,6 +128,8 @@ def predict_segment(
     device: DeviceOption = "auto",
     batch_size: BatchOption = 64,
     overwrite: OverwriteOption = False,
+    runtime: RuntimeOption = "auto",
+    variant: VariantOption = "float32",
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Label a whole tomogram and pick its particles, or outline particles at known positions.
@@ -134,7 +142,9 @@ def predict_segment(
     from cectflow.prediction.source import InputFiles
 
     files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
-    options = InputOptions(voxel_size, contrast, rescale, device, batch_size, overwrite)
+    options = InputOptions(
+        voxel_size, contrast, rescale, device, batch_size, overwrite, runtime, variant
+    )
     whole = _whole_options(
         {"window": window, "blend": blend, "average_turns": average_turns},
         {

@@ -26,6 +26,7 @@ from cectflow.learning.training import make_network, train_network
 from cectflow.learning.unlabelled import UnlabelledCubes
 from cectflow.model_card import ModelCard
 from cectflow.recipe import Recipe, StudentRecipe
+from cectflow.runtime import check_variant
 from cectflow.tracking.runs import start_run
 from cectflow.tracking.versions import role_name
 from cectflow.turns import allowed_turns
@@ -115,7 +116,7 @@ def distill(
         )
         registered = train_and_register(
             run, "student", lesson.objective(section), lesson.data, section.fit, recipe, folder,
-            hardware, teacher=teachers.uri, unlabelled=lesson.unlabelled,
+            hardware, teacher=teachers.uri, unlabelled=lesson.unlabelled, variants=section.variants,
         )  # fmt: skip
         metrics = compare_with_teachers(
             run, registered.trained.card, registered.trained.evaluation, teachers,
@@ -207,6 +208,8 @@ def choose_student(
         section = section.model_copy(update={"fit": fit})
     if method is not None:
         section = section.model_copy(update={"soft": section.soft.only(method)})
+    for variant in section.variants:
+        check_variant(variant)
     with torch.device("meta"):
         make_network(section.fit, teacher.task, teacher.num_outputs, teacher.box)
     return recipe.model_copy(update={name: section}), section

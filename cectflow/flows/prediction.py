@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cectflow.files import replacing
-from cectflow.model_card import CARD_FILE
+from cectflow.model_card import CARD_FILE, Variant
 from cectflow.prediction.classify import Classification, classify_particles, refuse_existing
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
 from cectflow.prediction.mask import masked_with
@@ -56,7 +56,9 @@ def predict_classes(
         Target segmenter, named like the model, that takes the neighbours out of each cube first.
     """
     refuse_existing((out,), overwrite=options.overwrite, inputs=files.volumes)
-    network = load_model(model, ("classify",), options.device)
+    network = load_model(
+        model, ("classify",), options.device, runtime=options.runtime, variant=options.variant
+    )
     trained = network.card.masking
     if mask_with is not None:
         segmenter = load_model(mask_with, ("target",), options.device)
@@ -127,7 +129,10 @@ def predict_segments(
         if path is not None and path.suffix not in STACK_SUFFIXES:
             msg = f"{path} would be an MRC file: expected a name in {', '.join(STACK_SUFFIXES)}"
             raise ValueError(msg)
-    network = load_model(model, ("target", "semantic"), options.device)
+    network = load_model(
+        model, ("target", "semantic"), options.device,
+        runtime=options.runtime, variant=options.variant,
+    )  # fmt: skip
     if network.card.task == "semantic":
         return _predict_whole(network, files, outputs, options, whole or WholeOptions(), report)
     source = files.open(network.card, options, report)
@@ -209,7 +214,14 @@ def _draw(
         picture.savefig(temporary, format="png", dpi=130)
 
 
-def load_model(model: str, tasks: tuple[str, ...], device: str) -> LoadedNetwork:
+def load_model(
+    model: str,
+    tasks: tuple[str, ...],
+    device: str,
+    *,
+    runtime: str = "auto",
+    variant: Variant = "float32",
+) -> LoadedNetwork:
     """Network of a registered model or a model folder.
 
     Parameters
@@ -220,6 +232,8 @@ def load_model(model: str, tasks: tuple[str, ...], device: str) -> LoadedNetwork
         Of which it must have one.
     device
         ``auto``, ``cpu`` or ``cuda``.
+    runtime, variant
+        See :func:`~cectflow.prediction.contract.load_network`.
 
     Raises
     ------
@@ -229,9 +243,14 @@ def load_model(model: str, tasks: tuple[str, ...], device: str) -> LoadedNetwork
     folder = Path(model)
     if (folder / CARD_FILE).is_file():
         # A folder needs no registry: MLflow is not even imported.
-        return load_network(folder, tasks=tasks, label=folder.resolve().name, device=device)
+        return load_network(
+            folder, tasks=tasks, label=folder.resolve().name,
+            device=device, runtime=runtime, variant=variant,
+        )  # fmt: skip
     from cectflow.tracking.registry import resolve_model
 
     resolved, version = resolve_model(model)
     label = f"{version.name}/{version.version}" if version else resolved.name
-    return load_network(resolved, tasks=tasks, label=label, device=device)
+    return load_network(
+        resolved, tasks=tasks, label=label, device=device, runtime=runtime, variant=variant
+    )

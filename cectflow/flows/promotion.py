@@ -18,6 +18,7 @@ from cectflow.learning.scores import Evaluation, baselines
 from cectflow.learning.task import SemanticLabels
 from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.model_card import ModelCard, Score
+from cectflow.timing import Candidate
 from cectflow.tracking.policy import Policy, Verdict, judge, load_policy
 from cectflow.tracking.promotion import record_refusal, set_stage
 from cectflow.tracking.registry import resolve_model
@@ -214,7 +215,9 @@ def _measure_against_teacher(
         return {}
     teachers = resolve_teachers(card.teacher)
     compared = compare_with_teachers(run, card, evaluation, teachers, teachers.evaluate(data))
-    student_rate, *teacher_rates = measure_throughputs([folder, *teachers.folders])
+    student_rate, *teacher_rates = measure_throughputs(
+        [Candidate(folder=each) for each in (folder, *teachers.folders)]
+    )
     # An ensemble asks one member after the other.
     teacher_rate = 1.0 / sum(1.0 / rate for rate in teacher_rates)
     return compared | {

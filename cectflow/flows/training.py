@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +23,10 @@ from cectflow.learning.training import (
     train_network,
 )
 from cectflow.learning.unlabelled import UnlabelledCubes
-from cectflow.model_card import ModelCard, Picking, Role
+from cectflow.learning.variants import make_variants
+from cectflow.model_card import ModelCard, Role, Variant
 from cectflow.recipe import Recipe, TomogramSegmenterRecipe
+from cectflow.runtime import check_variant
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.tracking.registry import find_registered, register_model
@@ -121,6 +123,9 @@ class TrainingRequest:
                 make_network(recipe.student.fit, "classify", 2, box)
             if with_students and student is not None:
                 make_network(student.fit, "target" if tomogram is None else "semantic", 2, box)
+        for section in (recipe.student, student) if with_students else ():
+            for variant in section.variants if section else ():
+                check_variant(variant)
         folder = self.out or new_folder(Path(name).stem)
         report(f"files under {folder}")
         return recipe, folder
@@ -176,6 +181,7 @@ def train_and_register(
     run: Run, role: Role, objective: Objective, data: Dataset, fit_recipe: FitRecipe,
     recipe: Recipe, folder: Path, hardware: Hardware, *, teacher: str | None = None,
     unlabelled: UnlabelledCubes | None = None,
+    variants: Sequence[Variant] = (),
 ) -> Registered:  # fmt: skip
     """Fit, judge, log and register one network."""
     manifest = data.manifest
@@ -186,8 +192,11 @@ def train_and_register(
         manifest.kind, manifest.content_digest(), str(data.folder.resolve()), "training"
     )
 
-    def measure(model: Path) -> Mapping[str, Picking | None]:
-        return {"picking": tune_picking(model, manifest, recipe.simulation.structures)}
+    def measure(model: Path) -> Mapping[str, object]:
+        measured: dict[str, object] = {"variants": make_variants(model, data, variants)}
+        if objective.task == "semantic":
+            measured["picking"] = tune_picking(model, manifest, recipe.simulation.structures)
+        return measured
 
     with open_live_data(recipe, data, hardware, part) as live:
         if live is not None:
@@ -203,7 +212,7 @@ def train_and_register(
             unlabelled=unlabelled,
             commit=cectflow_commit(),
             teacher=teacher,
-            measure=measure if objective.task == "semantic" else None,
+            measure=measure,
         )  # fmt: skip
     card = trained.card
     run.log_figure(
@@ -270,6 +279,11 @@ def _card_metrics(card: ModelCard) -> Mapping[str, float]:
         metrics["test_ece_after"] = card.trust.ece_after
         metrics["unknown_threshold"] = card.trust.unknown_threshold
         metrics["test_true_positive_rate"] = card.trust.true_positive_rate.value
+    for variant, figures in card.variants.items():
+        metrics[f"{variant}_score"] = figures.score.value
+        metrics[f"{variant}_difference"] = figures.difference.value
+        metrics[f"{variant}_parity"] = figures.parity
+        metrics[f"{variant}_speedup"] = figures.speedup
     if card.cost is not None:
         metrics["parameters"] = card.cost.parameters
         metrics["macs"] = card.cost.macs

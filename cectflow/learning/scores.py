@@ -225,6 +225,10 @@ class Evaluation:
                 found[f"agreement_{name}"] = bootstrap_score(same[mine], self.fields[mine])
         return found
 
+    def difference(self, reference: Evaluation, name: str) -> Score:
+        """A score of each subtomogram less that of another network on the same ones, paired."""
+        return bootstrap_score(self.scores[name] - reference.scores[name], self.fields)
+
     def _overlap_names(self) -> tuple[str, ...]:
         if self.counts is None:
             return ()

@@ -31,10 +31,10 @@ from cectflow.learning.scores import (
 )
 from cectflow.learning.task import SemanticLabels, check_statistics
 from cectflow.learning.unlabelled import UnlabelledCubes, WithUnlabelled
-from cectflow.model_card import CARD_FILE, Masking, ModelCard, Role, Task
+from cectflow.model_card import CARD_FILE, Masking, ModelCard, Role, Task, Variant
 from cectflow.networks import create_network, list_networks, network_info
 from cectflow.networks.normalisation import NormalisePerCube
-from cectflow.runtime import load_runtime
+from cectflow.runtime import RuntimeName, load_runtime
 
 __all__ = [
     "TrainedNetwork",
@@ -175,13 +175,14 @@ def train_network(
     trust = None
     if objective.task == "classify":
         trust = measure_trust(evaluate_folder(unfinished, dataset, "validation"), evaluation)
+    measured = measure(unfinished) if measure else {}  # first: variants add files, which cost
     card = card.model_copy(
         update={
             "scores": evaluation.summary(),
             "baselines": baselines(test, objective.task, objective.labels),
             "trust": trust,
             "cost": measure_cost(network, unfinished),
-            **(measure(unfinished) if measure else {}),
+            **measured,
         }
     )
     (unfinished / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
@@ -236,34 +237,46 @@ def fit_and_judge(
     return result, scored
 
 
-def evaluate_folder(folder: Path, dataset: Dataset, split: SplitName = "test") -> Evaluation:
-    """Scores of a model folder's ONNX network on every subtomogram of a split.
+def evaluate_folder(
+    folder: Path,
+    dataset: Dataset,
+    split: SplitName = "test",
+    *,
+    runtime: RuntimeName = "onnxruntime",
+    variant: Variant = "float32",
+) -> Evaluation:
+    """Scores of a model folder's network on every subtomogram of a split.
 
     Raises
     ------
     ValueError
         If the dataset is not of the card's classes, box or voxel size.
     """
-    return evaluate_ensemble((folder,), dataset, split)
+    infer = logits_of(folder, runtime=runtime, variant=variant)
+    return _evaluate((folder,), infer, dataset, split)
 
 
-def evaluate_ensemble(
-    folders: Sequence[Path], dataset: Dataset, split: SplitName = "test"
-) -> Evaluation:
-    """Scores of the mean logits of several model folders of one task and the same classes.
+def evaluate_ensemble(folders: Sequence[Path], dataset: Dataset) -> Evaluation:
+    """Scores of the mean logits of several model folders of one task, on the test split.
 
     Raises
     ------
     ValueError
         If the dataset is not of their classes, box or voxel size.
     """
+    return _evaluate(folders, logits_of(*folders), dataset, "test")
+
+
+def _evaluate(
+    folders: Sequence[Path], infer: Callable[[Tensor], Tensor], dataset: Dataset, split: SplitName
+) -> Evaluation:
     cards = [ModelCard.from_folder(folder) for folder in folders]
     for card in cards:
         check_matches(card, dataset)
     labels = None
     if cards[0].task == "semantic":
         labels = SemanticLabels.of_card(cards[0], dataset.manifest.classes)
-    return evaluate(logits_of(*folders), dataset.split(split), cards[0].task, labels=labels)
+    return evaluate(infer, dataset.split(split), cards[0].task, labels=labels)
 
 
 def evaluate_strangers(folder: Path, dataset: Dataset, split: SplitName = "test") -> Evaluation:
@@ -291,9 +304,11 @@ def evaluate_strangers(folder: Path, dataset: Dataset, split: SplitName = "test"
     return replace(found, scores={})
 
 
-def logits_of(*folders: Path) -> Callable[[Tensor], Tensor]:
-    """The mean logits of model folders' ONNX networks, as a function of tensors."""
-    members = [load_runtime(folder, "onnxruntime") for folder in folders]
+def logits_of(
+    *folders: Path, runtime: RuntimeName = "onnxruntime", variant: Variant = "float32"
+) -> Callable[[Tensor], Tensor]:
+    """The mean logits of model folders' networks, as a function of tensors."""
+    members = [load_runtime(folder, runtime, variant=variant) for folder in folders]
 
     def logits(cubes: Tensor) -> Tensor:
         answers = [torch.from_numpy(infer(cubes.numpy())) for infer in members]

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 
-from cectflow.model_card import Contrast, Masking, ModelCard
-from cectflow.runtime import Infer, RuntimeName, choose_device, load_runtime
+from cectflow.model_card import Contrast, Masking, ModelCard, Variant
+from cectflow.runtime import Infer, choose_device, choose_runtime, load_runtime
 from cectflow.subtomogram import rescale
 
 __all__ = [
@@ -50,6 +50,10 @@ class InputOptions:
         Cubes at a time.
     overwrite
         Replace existing output.
+    runtime
+        ``auto``, ``torch``, ``onnxruntime`` or ``openvino``.
+    variant
+        What the network computes in; its card tells what it loses in each.
     """
 
     voxel_size: float | None = None
@@ -58,6 +62,8 @@ class InputOptions:
     device: str = "auto"
     batch_size: int = 64
     overwrite: bool = False
+    runtime: str = "auto"
+    variant: Variant = "float32"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +98,15 @@ class LoadedNetwork:
         return f"cectflow {self.label}", f"dataset {self.card.dataset_digest[:36]}"
 
 
-def load_network(folder: Path, *, tasks: tuple[str, ...], label: str, device: str) -> LoadedNetwork:
+def load_network(
+    folder: Path,
+    *,
+    tasks: tuple[str, ...],
+    label: str,
+    device: str,
+    runtime: str = "auto",
+    variant: Variant = "float32",
+) -> LoadedNetwork:
     """Network of a model folder.
 
     Parameters
@@ -104,12 +118,18 @@ def load_network(folder: Path, *, tasks: tuple[str, ...], label: str, device: st
     label
         Written into every output.
     device
-        ``auto``, ``cpu`` or ``cuda``. On a CPU onnxruntime runs, on a GPU torch.
+        ``auto``, ``cpu`` or ``cuda``.
+    runtime
+        ``auto`` or a name, see :func:`~cectflow.runtime.choose_runtime`; ``auto`` takes onnxruntime
+        for whole tomograms on a CPU, since it gives back its memory between windows.
+    variant
+        Other ones than ``float32`` are added to the label, such as ``cectflow-student/3+int8``.
 
     Raises
     ------
     ValueError
-        If the card is of another task; the message names the command that fits.
+        If the card is of another task (the message names the command that fits), does not know
+        the variant, or the runtime cannot run it.
     """
     card = ModelCard.from_folder(folder)
     if card.task not in tasks:
@@ -119,9 +139,25 @@ def load_network(folder: Path, *, tasks: tuple[str, ...], label: str, device: st
             f"{', '.join(tasks)}; use `cectflow predict {command}` or another --model"
         )
         raise ValueError(msg)
-    chosen = choose_device(device)
-    runtime: RuntimeName = "torch" if chosen == "cuda" else "onnxruntime"
-    infer = load_runtime(folder, runtime, device=chosen, gives_back=card.task == "semantic")
+    if variant != "float32" and variant not in card.variants:
+        known = ", ".join(["float32", *card.variants])
+        msg = (
+            f"{label} was not judged in {variant}: expected one of {known}, or another version, "
+            f"trained with `variants: [{variant}]` in its recipe"
+        )
+        raise ValueError(msg)
+    chosen = choose_device("cpu" if (device, runtime) == ("auto", "openvino") else device)
+    if runtime == "auto" and (chosen, variant, card.task) == ("cpu", "float32", "semantic"):
+        runtime = "onnxruntime"
+    infer = load_runtime(
+        folder,
+        choose_runtime(runtime, variant, chosen),
+        variant=variant,
+        device=chosen,
+        gives_back=card.task == "semantic",
+    )
+    if variant != "float32":
+        label = f"{label}+{variant}"
     return LoadedNetwork(card, infer, label, chosen)
 
 

@@ -22,9 +22,9 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from cectflow.model_card import CARD_FILE, ModelCard
-from cectflow.runtime import ONNX_FILE, PT2_FILE
+from cectflow.runtime import INT8_FILE, ONNX_FILE, PT2_FILE
 
-__all__ = ["FILE_PLACES", "program_signature", "save_model"]
+__all__ = ["FILE_PLACES", "SIBLING_PLACES", "program_signature", "save_model"]
 
 FILE_PLACES = {
     PT2_FILE: f"data/{PT2_FILE}",
@@ -32,6 +32,8 @@ FILE_PLACES = {
     CARD_FILE: f"extra_files/{CARD_FILE}",
 }
 """Where the layout keeps each file of a model folder."""
+SIBLING_PLACES = {INT8_FILE: f"extra_files/{INT8_FILE}"}
+"""The same of files that only some model folders have."""
 
 
 def save_model(path: str, mlflow_model: Model, folder: Path) -> None:
@@ -52,7 +54,8 @@ def save_model(path: str, mlflow_model: Model, folder: Path) -> None:
         If the program's batch is not dynamic.
     """
     root = Path(path)
-    for name, place in FILE_PLACES.items():
+    siblings = {name: place for name, place in SIBLING_PLACES.items() if (folder / name).is_file()}
+    for name, place in (FILE_PLACES | siblings).items():
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, root / place)
     mlflow_model.signature = program_signature(folder / PT2_FILE)
@@ -63,7 +66,10 @@ def save_model(path: str, mlflow_model: Model, folder: Path) -> None:
         model_data="data",
         pytorch_version=str(torch.__version__),
         code=None,
-        extra_files=[{"path": FILE_PLACES[name]} for name in (ONNX_FILE, CARD_FILE)],
+        extra_files=[
+            *({"path": FILE_PLACES[name]} for name in (ONNX_FILE, CARD_FILE)),
+            *({"path": place} for place in siblings.values()),
+        ],
     )
     mlflow.pyfunc.add_to_model(
         mlflow_model,

@@ -21,7 +21,7 @@ from cectflow.files import sha256_of
 from cectflow.model_card import CARD_FILE, ModelCard
 from cectflow.runtime import PT2_FILE
 from cectflow.tracking import model_layout
-from cectflow.tracking.model_layout import FILE_PLACES
+from cectflow.tracking.model_layout import FILE_PLACES, SIBLING_PLACES
 from cectflow.tracking.runs import Run
 from cectflow.tracking.versions import (
     FORMS,
@@ -188,7 +188,8 @@ def _registered_digests(version: RegisteredVersion) -> dict[str, str]:
             f"verified: expected a version that cectflow registered"
         )
         raise ValueError(msg)
-    return digests
+    siblings = {file: version.tags.get(DIGEST_TAG + file, "") for file in SIBLING_PLACES}
+    return digests | {file: digest for file, digest in siblings.items() if digest}
 
 
 def _download(version: RegisteredVersion, digests: Mapping[str, str], folder: Path) -> None:
@@ -196,7 +197,8 @@ def _download(version: RegisteredVersion, digests: Mapping[str, str], folder: Pa
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
         flat = Path(scratch) / "model"
         flat.mkdir()
-        for file, place in FILE_PLACES.items():
+        places = FILE_PLACES | SIBLING_PLACES
+        for file, place in ((file, places[file]) for file in digests):
             try:
                 fetched = mlflow.artifacts.download_artifacts(
                     artifact_uri=f"{version.uri}/{place}", dst_path=scratch
@@ -278,6 +280,10 @@ def _description(card: ModelCard) -> str:
         f"| {len(card.classes)} classes | {classes if len(classes) < 1000 else 'see card.json'} |",
         *scores,
     ]
+    rows += [
+        f"| {variant} | {figures.difference.value:+.4f}, {figures.speedup:.2f} × as fast |"
+        for variant, figures in card.variants.items()
+    ]
     if card.cost is not None:
         rows += [
             f"| parameters | {card.cost.parameters:,} |",
@@ -291,7 +297,8 @@ def _description(card: ModelCard) -> str:
 
 def _digests(folder: Path) -> dict[str, str]:
     """Tags of a version that name its files."""
-    return {DIGEST_TAG + file: _digest(folder / file) for file in FILE_PLACES}
+    siblings = [file for file in SIBLING_PLACES if (folder / file).is_file()]
+    return {DIGEST_TAG + file: _digest(folder / file) for file in (*FILE_PLACES, *siblings)}
 
 
 def _digest(path: Path) -> str:

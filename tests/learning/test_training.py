@@ -58,7 +58,7 @@ def train(objective: Objective, dataset: Dataset, folder: Path, network: str) ->
 @pytest.fixture(scope="module")
 def _quick_costs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cectflow.cost.SECONDS_PER_REPEAT", 0.01)
+        patch.setattr("cectflow.cost.SECONDS_PER_COST", 0.01)
         yield
 
 

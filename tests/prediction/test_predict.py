@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cectflow.flows.prediction import predict_classes, predict_segments
-from cectflow.model_card import CARD_FILE, ModelCard
+from cectflow.model_card import CARD_FILE, ModelCard, Score, VariantFigures
 from cectflow.particles import read_particles
 from cectflow.prediction.classify import Classification
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.segment import Segmentation, _paste
 from cectflow.prediction.source import InputFiles
+from cectflow.quantise import quantise
 from cectflow.runtime import load_runtime
 from cectflow.volume import read_stack, read_volume, write_stack
 
@@ -101,6 +102,27 @@ def test_probabilities_are_calibrated_and_the_unknown_marked(
     assert rows["cectflowClassNumber"].tolist() == (logits.argmax(axis=1) + 1).tolist()
     assert outcome.num_unknown == 3
     assert "; 3 of them unknown; mean probability" in told[-1]
+
+
+def test_a_variant_is_used_only_if_it_was_judged_and_the_table_names_it(
+    classifier: Path, stack: Path, cubes: np.ndarray, tmp_path: Path
+) -> None:
+    options = InputOptions(batch_size=2, variant="int8")
+    with pytest.raises(ValueError, match=r"was not judged in int8: expected one of float32, or"):
+        classify(classifier, tmp_path / "out.star", options, silent, subtomograms=str(stack))
+    folder = tmp_path / "student"
+    shutil.copytree(classifier, folder)
+    quantise(folder, cubes[:, None])
+    exact = Score(value=1.0, low=1.0, high=1.0)
+    figures = VariantFigures(
+        score=exact, difference=exact, parity=0.1, speedup=2.0, runtime="openvino", threads=1
+    )
+    card = ModelCard.from_folder(folder).model_copy(update={"variants": {"int8": figures}})
+    (folder / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
+    for chosen, label in ((options, "student+int8"), (OPTIONS, "student")):
+        out = tmp_path / f"{label}.star"
+        classify(folder, out, chosen, silent, subtomograms=str(stack))
+        assert set(read_particles(out).rows["cectflowModel"]) == {label}
 
 
 def test_batches_do_not_change_the_answer(classifier: Path, stack: Path, tmp_path: Path) -> None:

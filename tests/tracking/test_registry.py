@@ -74,6 +74,22 @@ def test_registering_keeps_the_very_files_and_tells_their_digests(
         assert version.tags[f"sha256.{name}"] == sha256((root / place).read_bytes()).hexdigest()
 
 
+def test_an_int8_sibling_is_of_the_same_version_and_verified_with_it(
+    store: str, model_folder: Path, lab: Path
+) -> None:
+    folder = lab / "with-int8"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.int8.onnx").write_bytes(b"stands for int8")
+    with start_run("distil") as run:
+        version = register_model(run, folder, name="siblings")
+    resolved, _ = resolve_model("siblings/1")
+    assert (resolved / "model.int8.onnx").read_bytes() == b"stands for int8"
+    assert find_registered(folder, "siblings") == version
+    (resolved / "model.int8.onnx").write_bytes(b"tampered")
+    with pytest.raises(ValueError, match=r"model\.int8\.onnx of siblings v1 is not what was regis"):
+        resolve_model("siblings/1")
+
+
 def test_a_folder_finds_the_newest_version_made_of_its_files(
     registry: str, model_folder: Path, lab: Path
 ) -> None:

@@ -1,0 +1,84 @@
+"""An int8 sibling stays near its network, in any units, and replaces nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from builders import Exported, make_cubes
+
+from cectflow.quantise import quantise
+from cectflow.runtime import RuntimeName, check_variant, load_runtime
+
+pytest_plugins = ("exported",)
+
+
+@pytest.fixture(scope="module")
+def quantised(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised") / "model"
+    shutil.copytree(exported.folder, folder)
+    quantise(folder, make_cubes(20).subtomograms.numpy())
+    return folder
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_int8_gives_nearly_the_logits_of_float32_in_any_units(
+    quantised: Path, runtime: RuntimeName
+) -> None:
+    cubes = make_cubes(6, seed=1).subtomograms.numpy()
+    exact = load_runtime(quantised, runtime)(cubes)
+    rough = load_runtime(quantised, runtime, variant="int8")
+    error = np.abs(rough(cubes) - exact).max()
+    assert 0 < error < 0.1 * exact.std()
+    np.testing.assert_allclose(rough(10 * cubes + 1003.3), rough(cubes), atol=0.05 * exact.std())
+
+
+def test_both_runtimes_read_the_same_int8_network(quantised: Path) -> None:
+    cubes = make_cubes(6, seed=2).subtomograms.numpy()
+    first, second = (
+        load_runtime(quantised, runtime, variant="int8")(cubes)
+        for runtime in ("openvino", "onnxruntime")
+    )
+    np.testing.assert_allclose(first, second, atol=0.02)
+
+
+def test_the_normalisation_is_not_quantised(quantised: Path) -> None:
+    graph = onnx.load(str(quantised / "model.int8.onnx")).graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    quantisers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    sources = {made_by[node.input[0]].op_type for node in quantisers if node.input[0] in made_by}
+    assert "Div" in sources  # the normalised cubes
+    assert not sources & {"Sub", "ReduceMean", "Mul", "Sqrt", "Pow"}
+    readers = {node.op_type for node in graph.node if graph.input[0].name in node.input}
+    assert "QuantizeLinear" not in readers
+
+
+def test_float32_is_left_as_it_was_and_int8_is_not_replaced(
+    exported: Exported, quantised: Path
+) -> None:
+    for name in ("model.onnx", "model.pt2", "card.json"):
+        assert (quantised / name).read_bytes() == (exported.folder / name).read_bytes()
+    with pytest.raises(FileExistsError, match=r"model\.int8\.onnx exists"):
+        quantise(quantised, make_cubes(4).subtomograms.numpy())
+
+
+def has_bfloat16() -> bool:
+    try:
+        check_variant("bfloat16")
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="this CPU does not multiply in bfloat16")
+@pytest.mark.parametrize("mean", [0.0, 1003.3, 100333.0])
+def test_bfloat16_does_not_reach_the_normalisation(exported: Exported, mean: float) -> None:
+    # In bfloat16 1003.3 is 1004, so normalising in it would shift a cube of deviation 1 by 0.7.
+    cubes = make_cubes(6, seed=1).subtomograms.numpy()
+    exact = load_runtime(exported.folder)(cubes)
+    rough = load_runtime(exported.folder, "openvino", variant="bfloat16")(cubes + np.float32(mean))
+    error = np.abs(rough - exact).max()
+    assert 0 < error < 0.05 * exact.std()
