@@ -62,8 +62,11 @@ class Run:
         self._spool = Spool(Path.cwd() / SPOOL_FOLDER, run_id)
 
     def log(self, metrics: Mapping[str, float | int], step: int | None = None) -> None:
-        """Log metrics at a step; this is the callable that ``fit`` receives."""
-        self._spool.log(metrics, step)
+        """Log metrics at a step; this is the callable that ``fit`` receives.
+
+        Characters that MLflow refuses in names, such as the # of ``4v94#1``, become underscores.
+        """
+        self._spool.log({_key(name): value for name, value in metrics.items()}, step)
 
     def log_config(self, config: Config, name: str) -> None:
         """Log a configuration as the artifact ``{name}.yaml`` and as parameters ``cfg.*``.

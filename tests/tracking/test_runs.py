@@ -118,8 +118,14 @@ def test_a_metric_that_mlflow_refuses_is_no_outage(store: str, lab: Path) -> Non
         start_run("train") as run,
         pytest.raises(mlflow.exceptions.MlflowException, match="Invalid value"),
     ):
-        run.log({"loss?": 1.0}, 0)
+        run.log({"../loss": 1.0}, 0)
     assert not (lab / ".cectflow-spool").exists()
+
+
+def test_characters_that_mlflow_refuses_in_names_become_underscores(store: str) -> None:
+    with start_run("judge") as run:
+        run.log({"agreement_4v94#1": 0.5})
+    assert finished(run.run_id).data.metrics == {"agreement_4v94_1": 0.5}
 
 
 class Nested(Config):
