@@ -24,6 +24,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.road --quick --json road-quick.json
 	$(BIN)/python -m benchmarks.simulation --quick --json simulation-quick.json
 	$(BIN)/python -m benchmarks.segmentation --quick --work runs/segmentation --json segmentation-quick.json
+	$(BIN)/python -m benchmarks.distillation --quick --work runs/distillation --json distillation-quick.json
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cectflow needs Python 3.11 or newer; set PYTHON=")'

@@ -9,44 +9,42 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
+from benchmarks.classifiers import (
+    BOX_OF_COST,
+    HEADLINE,
+    OURS,
+    SOFT,
+    Bench,
+    choose_bench,
+    untrained_card,
+)
 from benchmarks.report import parse_options, write_report
-from benchmarks.segmentation import BUILTIN, DATA, REAL
+from benchmarks.ribosomes import judge_ribosomes
+from benchmarks.segmentation import DATA
 from cectflow.config import Config
 from cectflow.cost import count_macs, count_parameters, measure_throughputs
-from cectflow.dataset import BatchSource, Dataset, Manifest, Selection
+from cectflow.dataset import BatchSource, Dataset, Selection
 from cectflow.export import export_network
 from cectflow.files import replacing, sha256_of
-from cectflow.flows.calibration import CalibrationInput, calibrate_recipe
 from cectflow.flows.simulation import load_structures
-from cectflow.learning.fit import Device, FitRecipe, Precision, fit, open_fabric
+from cectflow.learning.fit import FitRecipe, open_fabric
 from cectflow.learning.losses import DistillationLoss
 from cectflow.learning.objective import Classify, Distill, Objective
 from cectflow.learning.scores import bootstrap_score
 from cectflow.learning.teacher import KnownLogits, Teacher
 from cectflow.learning.training import fit_and_judge, make_network
-from cectflow.learning.unlabelled import UnlabelledCubes, WithUnlabelled
-from cectflow.model_card import ModelCard
-from cectflow.particles import read_particles
-from cectflow.prediction.mask import noise_like
-from cectflow.recipe import load_recipe
-from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
-from cectflow.simulation.microscope import Microscope
-from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.timing import Candidate
 from cectflow.turns import allowed_turns
-from cectflow.volume import read_stack
 
 PUBLISHED_TEACHER = FitRecipe(
     network="dsrf3d_v2", arguments={"dropout": 0.3}, epochs=1, batch_size=16, learning_rate=0.0005
@@ -57,23 +55,9 @@ NORMED_TEACHER = FitRecipe(
 PUBLISHED_STUDENT = FitRecipe(
     network="student_1", epochs=1, batch_size=16, learning_rate=0.005, optimiser="sgd",
 )  # fmt: skip
-OURS = FitRecipe(network="strided_micro", epochs=1, batch_size=32, learning_rate=0.004)
-"""All `epochs` are the plan's."""
 MSE = DistillationLoss(mse=1.0)
-SOFT = DistillationLoss(kl=1.0, temperature=2.0)
 TEACHER = "dsrf3d_v2_bn"
 STUDENT = "strided_micro"
-HEADLINE = "snr_0.01_to_0.1"
-RIBOSOME = "4v4r"
-REAL_SNR = (0.001, 0.01)
-"""About what the real cubes have, 0.002: they are not aligned, so it cannot be measured closer."""
-REAL_SHARE = 0.25
-REAL_TEACHER = OURS.model_copy(update={"network": "strided_small", "epochs": 10})
-REAL_STUDENT = OURS.model_copy(update={"epochs": 10})
-NOISE_COPIES = 20
-"""Copies of each real cube with random phases."""
-SNRS = (0.1, 0.03, 0.01)
-BOX_OF_COST = 40
 
 
 @dataclass(frozen=True)
@@ -123,100 +107,6 @@ ARMS: dict[str, Arm] = {
     "dsrf3d_v2": Arm(PUBLISHED_TEACHER, budget="heavy"),
 }
 """In the order in which they are trained: a run that is broken off has the figures that count."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes and budgets of one run of the benchmark.
-
-    Attributes
-    ----------
-    box, voxel_size, field_shape
-        Of all subtomograms.
-    fields
-        Of the splits; about 60 subtomograms each.
-    few
-        Fields of the train split that are the thousand labelled cubes.
-    snr_fields
-        Of each further test set.
-    heavy, light
-        Cubes shown in all, of networks that are slow to train and of ours.
-    epoch
-        Live cubes of an epoch.
-    """
-
-    box: int = 32
-    voxel_size: float = 12.0
-    field_shape: tuple[int, int, int] = (48, 80, 80)
-    fields: tuple[int, int, int] = (170, 10, 54)
-    few: int = 17
-    snr_fields: int = 12
-    heavy: int = 20_000
-    light: int = 20_000
-    epoch: int = 10_000
-    seeds: tuple[int, ...] = (0, 1, 2)
-
-
-CPU = Plan()
-GPU = Plan(
-    box=40, voxel_size=10.0, field_shape=(64, 112, 112), fields=(120, 10, 54), few=12,
-    heavy=200_000, light=200_000,
-)  # fmt: skip
-QUICK = Plan(fields=(12, 3, 4), few=4, snr_fields=2, heavy=700, light=1400, epoch=700, seeds=(0,))
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where a run of the benchmark works, and with what."""
-
-    plan: Plan
-    folder: Path
-    device: Device
-    precision: Precision
-    workers: int
-
-    def simulation(self, **changes: object) -> SimulationRecipe:
-        """The common recipe, with changes."""
-        plan, real = self.plan, DATA.is_dir()
-        sources = (str(DATA / "structures"), str(DATA / "maps" / "4v4r.mrc.gz"))
-        train, validation, test = plan.fields
-        recipe = SimulationRecipe(
-            structures=sources if real else ("builtin",),
-            include=REAL if real else BUILTIN,
-            box=plan.box,
-            voxel_size=plan.voxel_size,
-            field_shape=plan.field_shape,
-            fields={"train": train, "validation": validation, "test": test},
-            occupancy=0.1,
-            blur=0.69 * plan.voxel_size,
-            jitter=plan.voxel_size,
-            snr=(0.01, 0.1),
-            microscope=Microscope(defocus_um=(3.0, 6.0)),
-        )
-        return recipe.model_copy(update=changes)
-
-    def data(self) -> Dataset:
-        """The dataset of all trainings; its test split is the headline's."""
-        recipe = self.simulation()
-        return simulate_dataset(
-            recipe, load_structures(recipe), self.folder / "data", workers=self.workers
-        )
-
-    def tests(self) -> dict[str, Dataset]:
-        """Name → each test set, the headline's first."""
-        fields = {"test": self.plan.snr_fields}
-        sets = {f"snr_{snr:g}": self.simulation(snr=(snr, snr), fields=fields) for snr in SNRS}
-        real = load_recipe("real").simulation
-        names = ("snr", "snr_stage", "ctf_correction", "microscope", "tilts")
-        imaged = {name: getattr(real, name) for name in names}
-        sets["calibrated"] = self.simulation(**imaged, fields=fields)
-        return {HEADLINE: self.data()} | {
-            name: simulate_dataset(
-                recipe, load_structures(recipe), self.folder / "tests" / name, splits=["test"],
-                workers=self.workers,
-            )
-            for name, recipe in sets.items()
-        }  # fmt: skip
 
 
 # --- trainings ------------------------------------------------------------------------------------
@@ -324,97 +214,6 @@ class _InPrecision(nn.Module):
         return logits.float()
 
 
-# --- real cubes -----------------------------------------------------------------------------------
-
-
-def _real(bench: Bench) -> dict[str, float]:
-    """How often cubes are called ribosomes: real ones, their noise, and other complexes."""
-    source = DATA / "real" / "ribosome_70s" / "ribosome_70s"
-    stack, _ = read_stack(source.with_suffix(".mrcs"))
-    tomograms = read_particles(source.with_suffix(".star")).rows["rlnTomoName"].astype(str)
-    names = sorted(set(tomograms))
-    # Protein is bright in the file.
-    cubes = {name: -np.asarray(stack[tomograms == name], np.float32) for name in names}
-    counts: dict[str, list[int]] = {}
-    for learned, judged in permutations(names, 2):
-        data = _simulate_like(bench, source, judged, bench.folder / "real" / learned)
-        ribosome = data.manifest.classes.index(RIBOSOME)
-        noise = np.stack(
-            [noise_like(cube, seed) for cube in cubes[judged] for seed in range(NOISE_COPIES)]
-        ).astype(np.float32)
-        test = data.split("test")
-        others = test.read(np.flatnonzero(test.class_ids != ribosome + 1)).subtomograms
-        shown = {
-            "top1": (torch.from_numpy(cubes[judged])[:, None], 1),
-            "top3": (torch.from_numpy(cubes[judged])[:, None], 3),
-            "noise": (torch.from_numpy(noise)[:, None], 1),
-            "others": (others, 1),
-        }
-        for who, network in _train_for(bench, data, cubes[learned], learned).items():
-            for what, (given, rank) in shown.items():
-                with torch.inference_mode():
-                    logits = torch.cat([network(part) for part in torch.split(given, 64)])
-                best = logits.topk(rank, dim=1).indices
-                tally = counts.setdefault(f"real_{what}_{who}", [0, 0])
-                tally[0] += int((best == ribosome).any(dim=1).sum())
-                tally[1] += len(given)
-    figures: dict[str, float] = {}
-    for key, (hits, number) in counts.items():
-        ends = binomtest(hits, number).proportion_ci(method="wilson")
-        figures |= {key: hits / number, f"{key}_low": ends.low, f"{key}_high": ends.high}
-    return figures | {"real_top1": figures["real_top1_adapted"]}
-
-
-def _simulate_like(bench: Bench, source: Path, held_out: str, folder: Path) -> Dataset:
-    """Dataset of ten complexes, imaged like the cubes of the tomograms that are not held out."""
-    recipe = load_recipe("real")
-    common = bench.simulation()
-    simulation = recipe.simulation.model_copy(
-        update={
-            "structures": common.structures, "include": common.include,
-            "fields": {"train": 30, "validation": 4, "test": 8},
-        }
-    )  # fmt: skip
-    path = folder / "recipe.yaml"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        given = CalibrationInput(
-            str(source.with_suffix(".mrcs")), source.with_suffix(".star"), contrast="light",
-            hold_out=held_out,
-        )  # fmt: skip
-        calibrate_recipe(recipe.model_copy(update={"simulation": simulation}), given, path)
-    fitted = load_recipe(str(path)).simulation.model_copy(update={"snr": REAL_SNR})
-    return simulate_dataset(fitted, load_structures(fitted), folder / "data", workers=bench.workers)
-
-
-def _train_for(
-    bench: Bench, data: Dataset, unlabelled: NDArray[np.float32], name: str
-) -> dict[str, nn.Module]:
-    """Teacher, student, and the student that was shown real cubes as well."""
-    labels = Classify(len(data.manifest.classes))
-    fabric = open_fabric(bench.device, bench.precision)
-    train, validation = data.split("train"), data.split("validation")
-    real = UnlabelledCubes(torch.from_numpy(unlabelled)[:, None], data.manifest, REAL_SHARE)
-
-    def trained(
-        who: str, fit_recipe: FitRecipe, objective: Objective, seen: BatchSource
-    ) -> nn.Module:
-        folder = bench.folder / "real" / name / who
-        network = make_network(fit_recipe, "classify", labels.num_outputs, data.manifest.box)
-        fit(network, objective, seen, validation, fit_recipe, fabric=fabric, folder=folder,
-            log=lambda metrics, step: print(who, step, metrics["validation_accuracy"]))  # fmt: skip
-        return network.to(fabric.device).eval()
-
-    teacher = trained("teacher", REAL_TEACHER, labels, train)
-    asked = Teacher(teacher)
-    soft = Distill(labels, asked, soft=SOFT, weight=0.5)
-    return {
-        "teacher": teacher,
-        "student": trained("student", REAL_STUDENT, soft, train),
-        "adapted": trained("adapted", REAL_STUDENT, soft, WithUnlabelled(train, real)),
-    }
-
-
 # --- figures --------------------------------------------------------------------------------------
 
 
@@ -446,7 +245,9 @@ def main() -> None:
     options = parse_options(main.__doc__ or "", _add_options)
     bench = choose_bench(options)
     parts: dict[str, Callable[[Bench], dict[str, float]]] = {
-        "costs": _costs, "trainings": partial(_accuracies, arms=options.arms), "real": _real,
+        "costs": _costs,
+        "trainings": partial(_accuracies, arms=options.arms),
+        "real": judge_ribosomes,
     }  # fmt: skip
     for name in (options.only,) if options.only else parts:
         figures = parts[name](bench)
@@ -462,15 +263,6 @@ def main() -> None:
         if (bench.folder / f"{name}.json").is_file():
             found |= json.loads((bench.folder / f"{name}.json").read_text(encoding="utf-8"))
     write_report(options.json, found, quick=options.quick)
-
-
-def choose_bench(options: argparse.Namespace) -> Bench:
-    """Plan and folder of the options that this and ``student_search`` share."""
-    cuda = options.device != "cpu" and torch.cuda.is_available()
-    plan = QUICK if options.quick else GPU if cuda else CPU
-    work = options.work / ("quick" if options.quick else f"box-{plan.box}")
-    work.mkdir(parents=True, exist_ok=True)
-    return Bench(plan, work, "cuda" if cuda else "cpu", options.precision, options.workers)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -559,19 +351,6 @@ def _costs(bench: Bench) -> dict[str, float]:
     figures["speedup_cpu"] = figures[f"speedup_{STUDENT}"]
     figures["parameters_ratio"] = figures["parameters_dsrf3d_v2"] / figures[f"parameters_{STUDENT}"]
     return figures
-
-
-def untrained_card(network: str, manifest: Manifest) -> ModelCard:
-    """Card of a network at 40³ that is only there to be timed."""
-    return ModelCard(
-        role="student", task="classify", network=network, num_outputs=len(manifest.classes),
-        classes=manifest.classes, box=BOX_OF_COST, voxel_size=manifest.voxel_size,
-        ctf_correction=manifest.ctf_correction, tilt_range=manifest.tilt_range,
-        snr_stage=manifest.snr_stage, snr=manifest.snr, noise_spectrum=manifest.noise_spectrum,
-        occupancy=manifest.occupancy, jitter=manifest.jitter,
-        dataset_digest=manifest.content_digest(), recipe_digest=manifest.recipe_digest,
-        commit="none",
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

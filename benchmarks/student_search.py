@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks.distillation import BOX_OF_COST, Bench, choose_bench, untrained_card
+from benchmarks.classifiers import BOX_OF_COST, Bench, choose_bench, untrained_card
 from benchmarks.report import parse_options, write_report
 from cectflow.cost import count_macs, count_parameters, measure_throughputs
 from cectflow.dataset import Dataset

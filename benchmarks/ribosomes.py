@@ -1,0 +1,130 @@
+"""Real ribosomes: a student that was shown unlabelled cubes, judged on another tomogram."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from torch import nn
+
+from benchmarks.classifiers import OURS, SOFT, Bench
+from benchmarks.segmentation import DATA
+from cectflow.dataset import BatchSource, Dataset
+from cectflow.flows.calibration import CalibrationInput, calibrate_recipe
+from cectflow.flows.simulation import load_structures
+from cectflow.learning.fit import FitRecipe, fit, open_fabric
+from cectflow.learning.objective import Classify, Distill, Objective
+from cectflow.learning.teacher import Teacher
+from cectflow.learning.training import make_network
+from cectflow.learning.unlabelled import UnlabelledCubes, WithUnlabelled
+from cectflow.particles import read_particles
+from cectflow.prediction.mask import noise_like
+from cectflow.recipe import load_recipe
+from cectflow.simulation.delivery import simulate_dataset
+from cectflow.volume import read_stack
+
+RIBOSOME = "4v4r"
+REAL_SNR = (0.001, 0.01)
+"""About what the real cubes have, 0.002: they are not aligned, so it cannot be measured closer."""
+REAL_SHARE = 0.25
+REAL_TEACHER = OURS.model_copy(update={"network": "strided_small", "epochs": 10})
+REAL_STUDENT = OURS.model_copy(update={"epochs": 10})
+NOISE_COPIES = 20
+"""Copies of each real cube with random phases."""
+
+
+def judge_ribosomes(bench: Bench) -> dict[str, float]:
+    """How often cubes are called ribosomes: real ones, their noise, and other complexes.
+
+    Nothing where the real data are absent.
+    """
+    if not DATA.is_dir():
+        return {}
+    source = DATA / "real" / "ribosome_70s" / "ribosome_70s"
+    stack, _ = read_stack(source.with_suffix(".mrcs"))
+    tomograms = read_particles(source.with_suffix(".star")).rows["rlnTomoName"].astype(str)
+    names = sorted(set(tomograms))
+    # Protein is bright in the file.
+    cubes = {name: -np.asarray(stack[tomograms == name], np.float32) for name in names}
+    counts: dict[str, list[int]] = {}
+    for learned, judged in permutations(names, 2):
+        data = _simulate_like(bench, source, judged, bench.folder / "real" / learned)
+        ribosome = data.manifest.classes.index(RIBOSOME)
+        noise = np.stack(
+            [noise_like(cube, seed) for cube in cubes[judged] for seed in range(NOISE_COPIES)]
+        ).astype(np.float32)
+        test = data.split("test")
+        others = test.read(np.flatnonzero(test.class_ids != ribosome + 1)).subtomograms
+        shown = {
+            "top1": (torch.from_numpy(cubes[judged])[:, None], 1),
+            "top3": (torch.from_numpy(cubes[judged])[:, None], 3),
+            "noise": (torch.from_numpy(noise)[:, None], 1),
+            "others": (others, 1),
+        }
+        for who, network in _train_for(bench, data, cubes[learned], learned).items():
+            for what, (given, rank) in shown.items():
+                with torch.inference_mode():
+                    logits = torch.cat([network(part) for part in torch.split(given, 64)])
+                best = logits.topk(rank, dim=1).indices
+                tally = counts.setdefault(f"real_{what}_{who}", [0, 0])
+                tally[0] += int((best == ribosome).any(dim=1).sum())
+                tally[1] += len(given)
+    figures: dict[str, float] = {}
+    for key, (hits, number) in counts.items():
+        ends = binomtest(hits, number).proportion_ci(method="wilson")
+        figures |= {key: hits / number, f"{key}_low": ends.low, f"{key}_high": ends.high}
+    return figures | {"real_top1": figures["real_top1_adapted"]}
+
+
+def _simulate_like(bench: Bench, source: Path, held_out: str, folder: Path) -> Dataset:
+    """Dataset of ten complexes, imaged like the cubes of the tomograms that are not held out."""
+    recipe = load_recipe("real")
+    common = bench.simulation()
+    simulation = recipe.simulation.model_copy(
+        update={
+            "structures": common.structures, "include": common.include,
+            "fields": {"train": bench.plan.imitated, "validation": 4, "test": 8},
+        }
+    )  # fmt: skip
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        given = CalibrationInput(
+            str(source.with_suffix(".mrcs")), source.with_suffix(".star"), contrast="light",
+            hold_out=held_out,
+        )  # fmt: skip
+        calibrate_recipe(recipe.model_copy(update={"simulation": simulation}), given, path)
+    fitted = load_recipe(str(path)).simulation.model_copy(update={"snr": REAL_SNR})
+    return simulate_dataset(fitted, load_structures(fitted), folder / "data", workers=bench.workers)
+
+
+def _train_for(
+    bench: Bench, data: Dataset, unlabelled: NDArray[np.float32], name: str
+) -> dict[str, nn.Module]:
+    """Teacher, student, and the student that was shown real cubes as well."""
+    labels = Classify(len(data.manifest.classes))
+    fabric = open_fabric(bench.device, bench.precision)
+    train, validation = data.split("train"), data.split("validation")
+    real = UnlabelledCubes(torch.from_numpy(unlabelled)[:, None], data.manifest, REAL_SHARE)
+
+    def trained(
+        who: str, fit_recipe: FitRecipe, objective: Objective, seen: BatchSource
+    ) -> nn.Module:
+        folder = bench.folder / "real" / name / who
+        network = make_network(fit_recipe, "classify", labels.num_outputs, data.manifest.box)
+        fit(network, objective, seen, validation, fit_recipe, fabric=fabric, folder=folder,
+            log=lambda metrics, step: print(who, step, metrics["validation_accuracy"]))  # fmt: skip
+        return network.to(fabric.device).eval()
+
+    teacher = trained("teacher", REAL_TEACHER, labels, train)
+    asked = Teacher(teacher)
+    soft = Distill(labels, asked, soft=SOFT, weight=0.5)
+    return {
+        "teacher": teacher,
+        "student": trained("student", REAL_STUDENT, soft, train),
+        "adapted": trained("adapted", REAL_STUDENT, soft, WithUnlabelled(train, real)),
+    }
