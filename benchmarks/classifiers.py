@@ -135,11 +135,11 @@ def choose_bench(options: argparse.Namespace) -> Bench:
     return Bench(plan, work, "cuda" if cuda else "cpu", options.precision, options.workers)
 
 
-def untrained_card(network: str, manifest: Manifest) -> ModelCard:
-    """Card of a network at 40³ that is only there to be timed."""
+def untrained_card(network: str, manifest: Manifest, box: int = BOX_OF_COST) -> ModelCard:
+    """Card of a student that only the benchmark sees."""
     return ModelCard(
         role="student", task="classify", network=network, num_outputs=len(manifest.classes),
-        classes=manifest.classes, box=BOX_OF_COST, voxel_size=manifest.voxel_size,
+        classes=manifest.classes, box=box, voxel_size=manifest.voxel_size,
         ctf_correction=manifest.ctf_correction, tilt_range=manifest.tilt_range,
         snr_stage=manifest.snr_stage, snr=manifest.snr, noise_spectrum=manifest.noise_spectrum,
         occupancy=manifest.occupancy, jitter=manifest.jitter,

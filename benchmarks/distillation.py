@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,15 +36,20 @@ from cectflow.dataset import BatchSource, Dataset, Selection
 from cectflow.export import export_network
 from cectflow.files import replacing, sha256_of
 from cectflow.flows.simulation import load_structures
+from cectflow.learning.calibration import measure_trust
 from cectflow.learning.fit import FitRecipe, open_fabric
 from cectflow.learning.losses import DistillationLoss
 from cectflow.learning.objective import Classify, Distill, Objective
 from cectflow.learning.scores import bootstrap_score
 from cectflow.learning.teacher import KnownLogits, Teacher
-from cectflow.learning.training import fit_and_judge, make_network
+from cectflow.learning.training import evaluate_folder, fit_and_judge, make_network
+from cectflow.learning.variants import make_variants
+from cectflow.model_card import Variant
+from cectflow.quantise import quantise
+from cectflow.runtime import RuntimeName
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
-from cectflow.timing import Candidate
+from cectflow.timing import Candidate, list_candidates
 from cectflow.turns import allowed_turns
 
 PUBLISHED_TEACHER = FitRecipe(
@@ -58,6 +64,10 @@ PUBLISHED_STUDENT = FitRecipe(
 MSE = DistillationLoss(mse=1.0)
 TEACHER = "dsrf3d_v2_bn"
 STUDENT = "strided_micro"
+SHIPPED = "micro_10k_distilled"
+RUNTIMES: tuple[RuntimeName, ...] = ("torch", "onnxruntime", "openvino")
+VARIANTS: tuple[Variant, ...] = ("float32", "bfloat16", "int8")
+FASTEST: RuntimeName = "openvino"
 
 
 @dataclass(frozen=True)
@@ -195,9 +205,21 @@ def _objective(bench: Bench, arm: Arm, data: Dataset, train: BatchSource) -> Obj
         batch_size=32,
         device=fabric.device,
         store=bench.folder / "logits.npz",
-        identity=f"{sha256_of(best)} {data.manifest.content_digest()}",
+        identity=f"{sha256_of(_weights_of(bench, TEACHER))} {data.manifest.content_digest()}",
     )  # fmt: skip
     return Distill(labels, teacher, known=known, soft=arm.soft, weight=arm.weight)
+
+
+def _weights_of(bench: Bench, name: str) -> Path:
+    return bench.folder / "trainings" / f"{name}-{bench.plan.seeds[0]}" / "best.pt"
+
+
+def _best_of(bench: Bench, name: str) -> nn.Module:
+    """Network of an arm's best epoch, first seed, for evaluation."""
+    classes = len(bench.data().manifest.classes)
+    network = make_network(ARMS[name].fit, "classify", classes, bench.plan.box)
+    network.load_state_dict(torch.load(_weights_of(bench, name), weights_only=True)["network"])
+    return network.eval()
 
 
 class _InPrecision(nn.Module):
@@ -233,8 +255,13 @@ def main() -> None:
     - ``student_minus_teacher``: paired over fields.
     - ``distillation_gain`` (10 k labels), ``distillation_gain_1k``, ``distillation_gain_live``:
       distilled minus from labels alone, paired over fields, seeds averaged.
-    - ``speedup_cpu``, ``speedup_NAME``: over ``dsrf3d_v2`` at 40³, onnxruntime, batches of 16, by
-      turns; ``parameters_ratio``, ``parameters_NAME``, ``mmac_NAME``.
+    - ``per_s_NAME_RUNTIME_VARIANT``: cubes of 40³ per second, batches of 16, all by turns, on
+      ``threads`` threads; ``speedup_NAME_RUNTIME`` over ``dsrf3d_v2`` in the same runtime, float32;
+      ``speedup_cpu`` and ``speedup_student_1``: in openvino, the fastest; ``parameters_ratio``;
+      ``low_precision_speedup``: of the student's better low precision over its float32 there.
+    - ``bfloat16_difference``, ``int8_difference``: of the test accuracy to float32, paired;
+      ``low_precision_accuracy_drop``: of the worse. ``ece_before``, ``ece``: expected calibration
+      error on the test split without and with the temperature of the validation split.
     - ``seconds_NAME``: of a training, on this machine.
     - ``real_top1_…``, ``real_top3_…``: share of real 70S ribosomes that are called so, by a
       ``teacher``, its ``student``, and a student ``adapted`` by the unlabelled cubes of the other
@@ -247,6 +274,7 @@ def main() -> None:
     parts: dict[str, Callable[[Bench], dict[str, float]]] = {
         "costs": _costs,
         "trainings": partial(_accuracies, arms=options.arms),
+        "shipped": _shipped,
         "real": judge_ribosomes,
     }  # fmt: skip
     for name in (options.only,) if options.only else parts:
@@ -267,7 +295,7 @@ def main() -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder to work in and go on in")
-    parser.add_argument("--only", choices=("costs", "trainings", "real"))
+    parser.add_argument("--only", choices=("costs", "trainings", "shipped", "real"))
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS),
                         help="trainings to run and to tell of")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
@@ -332,25 +360,68 @@ def _interval(key: str, values: NDArray[np.float64], fields: NDArray[np.int64]) 
 def _costs(bench: Bench) -> dict[str, float]:
     """Sizes and rates at 40³; weights make no difference to them."""
     networks = ("dsrf3d_v2", "student_1", "student_2", "student_3", "residual_teacher",
-                "strided_small", STUDENT, "strided_nano")  # fmt: skip
-    figures, folders = {}, []
+                "strided_small", "strided_micro", "strided_nano")  # fmt: skip
+    figures: dict[str, float] = {}
+    candidates: list[Candidate] = []
     manifest = bench.data().manifest
+    noise = np.random.default_rng(0).normal(size=(16, 1, *[BOX_OF_COST] * 3)).astype(np.float32)
     for name in networks:
         recipe = OURS.model_copy(update={"network": name})
         network = make_network(recipe, "classify", len(manifest.classes), BOX_OF_COST)
         folder = bench.folder / "costs" / name
         if not folder.is_dir():
             export_network(network, untrained_card(name, manifest), folder)
-        folders.append(folder)
+            quantise(folder, noise)
+        candidates += list_candidates(folder, RUNTIMES, VARIANTS)
         figures[f"parameters_{name}"] = float(count_parameters(network))
         figures[f"mmac_{name}"] = count_macs(network, BOX_OF_COST) / 1e6
-    found = measure_throughputs([Candidate(folder=folder) for folder in folders])
-    rates = dict(zip(networks, found, strict=True))
-    figures |= {f"per_s_{name}": rate for name, rate in rates.items()}
-    figures |= {f"speedup_{n}": rate / rates["dsrf3d_v2"] for n, rate in rates.items()}
-    figures["speedup_cpu"] = figures[f"speedup_{STUDENT}"]
-    figures["parameters_ratio"] = figures["parameters_dsrf3d_v2"] / figures[f"parameters_{STUDENT}"]
-    return figures
+    rates = measure_throughputs(candidates)
+    for candidate, rate in zip(candidates, rates, strict=True):
+        how = f"{candidate.folder.name}_{candidate.runtime}_{candidate.variant}"
+        figures[f"per_s_{how}"] = rate
+    for runtime in RUNTIMES:
+        base = figures[f"per_s_dsrf3d_v2_{runtime}_float32"]
+        for name in networks:
+            rate = figures[f"per_s_{name}_{runtime}_float32"]
+            figures[f"speedup_{name}_{runtime}"] = rate / base
+    best = f"per_s_{STUDENT}_{FASTEST}"
+    low = max(figures[f"{best}_{variant}"] for variant in ("bfloat16", "int8"))
+    return figures | {
+        "threads": float(torch.get_num_threads()),
+        "speedup_cpu": figures[f"speedup_{STUDENT}_{FASTEST}"],
+        "speedup_student_1": figures[f"speedup_student_1_{FASTEST}"],
+        "low_precision_speedup": low / figures[f"{best}_float32"],
+        "parameters_ratio": figures["parameters_dsrf3d_v2"] / figures[f"parameters_{STUDENT}"],
+    }
+
+
+def _shipped(bench: Bench) -> dict[str, float]:
+    """The student as it is exported: its lower precisions on the test split, and its ECE."""
+    data, name = bench.data(), SHIPPED
+    arm, folder = ARMS[name], bench.folder / "shipped"
+    _train(bench, name, bench.plan.seeds[0])
+    network = _best_of(bench, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    card = untrained_card(arm.fit.network, data.manifest, box=bench.plan.box)
+    export_network(network, card, folder)
+    figures: dict[str, float] = {}
+    for variant, found in make_variants(folder, data, ("bfloat16", "int8")).items():
+        figures |= {
+            f"{variant}_difference": found.difference.value,
+            f"{variant}_difference_low": found.difference.low,
+            f"{variant}_difference_high": found.difference.high,
+            f"{variant}_parity": found.parity,
+        }
+    trust = measure_trust(
+        evaluate_folder(folder, data, "validation"), evaluate_folder(folder, data)
+    )
+    drop = -min(figures["bfloat16_difference"], figures["int8_difference"])
+    return figures | {
+        "low_precision_accuracy_drop": drop,
+        "ece_before": trust.ece_before,
+        "ece": trust.ece_after,
+        "temperature": trust.temperature,
+    }
 
 
 if __name__ == "__main__":
