@@ -62,7 +62,7 @@ def make_road(folder: Path) -> Road:
 
 
 def short_recipe() -> str:
-    """The recipe ``tiny`` with one epoch of each training, and no control."""
+    """The recipe ``tiny`` with one epoch of each training, no control, and a student in int8."""
     recipe = load_recipe("tiny")
 
     def shortened(fit: FitRecipe) -> FitRecipe:
@@ -72,6 +72,8 @@ def short_recipe() -> str:
     return recipe.model_copy(
         update={
             "segmenter": segmenter.model_copy(update={"fit": shortened(segmenter.fit)}),
-            "student": student.model_copy(update={"fit": shortened(student.fit), "control": False}),
+            "student": student.model_copy(
+                update={"fit": shortened(student.fit), "control": False, "variants": ("int8",)}
+            ),
         }
     ).to_yaml()

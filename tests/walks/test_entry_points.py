@@ -184,6 +184,14 @@ def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) ->
         assert card.network == "strided_nano"
         assert card.teacher == "models:/cectflow-teacher/1,models:/cectflow-student/1"
         assert card.unlabelled_digest is not None
+        assert card.variants["int8"].speedup > 0
+        out = road.folder / "int8.star"
+        command = [sys.executable, "-m", "cectflow", "predict", "classify", "--variant", "int8",
+                   "--model", "cectflow-student/2", "--subtomograms", str(stack),
+                   "--out", str(out)]  # fmt: skip
+        subprocess.run(command, cwd=road.folder, env=road.environment, check=True)
+        names = set(read_particles(out).rows["cectflowModel"])
+        assert names == {"cectflow-student/2+int8"}
         params = [run.data.params for run in find_runs(road)]
         nano = next(p for p in params if p.get("cfg.student.fit.network") == "strided_nano")
         losses = {name: nano[f"cfg.student.soft.{name}"] for name in ("mse", "kl", "dkd", "hint")}
