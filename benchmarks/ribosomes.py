@@ -66,9 +66,12 @@ def judge_ribosomes(bench: Bench) -> dict[str, float]:
             "others": (others, 1),
         }
         for who, network in _train_for(bench, data, cubes[learned], learned).items():
+            device = next(network.parameters()).device
             for what, (given, rank) in shown.items():
                 with torch.inference_mode():
-                    logits = torch.cat([network(part) for part in torch.split(given, 64)])
+                    logits = torch.cat(
+                        [network(part.to(device)).cpu() for part in torch.split(given, 64)]
+                    )
                 best = logits.topk(rank, dim=1).indices
                 tally = counts.setdefault(f"real_{what}_{who}", [0, 0])
                 tally[0] += int((best == ribosome).any(dim=1).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,11 +105,19 @@ def _network(name: str, data: Dataset, box: int) -> nn.Module:
     return NormalisePerCube(StridedClassifier(classes, box, **CANDIDATES[name]))
 
 
+def _anatomy(name: str) -> str:
+    told = {key: getattr(value, "__name__", value) for key, value in CANDIDATES[name].items()}
+    return str(sorted(told.items()))
+
+
 def _accuracy(bench: Bench, name: str, data: Dataset, epochs: int) -> dict[str, float]:
     """Of a training that an earlier run finished, where there is one."""
     folder = bench.folder / "search" / name
     recipe = FitRecipe(network=name, epochs=epochs, batch_size=32, learning_rate=0.004)
-    finished = folder / f"scores-{recipe.digest()[:16]}.json"
+    content = f"{recipe.digest()} {_anatomy(name)} {data.manifest.content_digest()}"
+    identity = hashlib.sha256(content.encode()).hexdigest()
+    folder = folder / identity[:16]
+    finished = folder / "scores.json"
     if not finished.is_file():
         network = _network(name, data, bench.plan.box)
         fit(
@@ -133,7 +142,8 @@ def _costs(bench: Bench, data: Dataset) -> dict[str, float]:
     figures, folders = {}, []
     for name in CANDIDATES:
         network = _network(name, data, BOX_OF_COST)
-        folder = bench.folder / "search" / f"{name}-{BOX_OF_COST}"
+        identity = hashlib.sha256(_anatomy(name).encode()).hexdigest()
+        folder = bench.folder / "search" / name / f"{BOX_OF_COST}-{identity[:16]}"
         if not folder.is_dir():
             export_network(network, untrained_card(name, data.manifest), folder)
         folders.append(folder)

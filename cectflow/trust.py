@@ -64,5 +64,6 @@ def find_unknown(
 ) -> Bool[NDArray[np.bool_], " n"]:
     """Which cubes look like none of the classes."""
     score = score_known(logits, trust.unknown_score, trust.typical)
-    unknown: NDArray[np.bool_] = score < trust.unknown_threshold
+    # Logits that are not a number are like no class's.
+    unknown: NDArray[np.bool_] = ~(score >= trust.unknown_threshold)
     return unknown

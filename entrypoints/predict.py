@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from cectflow.flows.prediction import predict_classes, predict_segments
 from cectflow.flows.simulation import new_folder
+from cectflow.model_card import Variant
 from cectflow.prediction.source import InputFiles
 from cectflow.tracking.runs import connect, start_run
 from entrypoints.door import Parameters, chosen, walk
@@ -13,14 +16,18 @@ from entrypoints.input_options import INPUT_PARAMETERS, read_input_options
 
 PARAMETERS = (
     "task", "model", "subtomograms", "tomogram", "particles", "out", *INPUT_PARAMETERS, "device",
-    "mask_with",
+    "runtime", "variant", "mask_with",
 )  # fmt: skip
 
 
 def story(given: Parameters) -> None:
     """Predict, and log what came out."""
     task = chosen(given, "task", ("classify", "segment"))
-    options = read_input_options(given)
+    options = replace(
+        read_input_options(given),
+        runtime=chosen(given, "runtime", ("auto", "torch", "onnxruntime", "openvino")),
+        variant=cast("Variant", chosen(given, "variant", ("float32", "bfloat16", "int8"))),
+    )
     files = InputFiles(
         given["subtomograms"],
         Path(given["tomogram"]) if given["tomogram"] else None,
@@ -38,6 +45,8 @@ def story(given: Parameters) -> None:
             outcome = predict_classes(model, files, out, options, print, mask_with=mask_with)
             run.log({f"count/{name}": count for name, count in outcome.counts.items()})
             run.log({"particles": len(outcome.table), "probability": outcome.mean_probability})
+            if outcome.num_unknown is not None:
+                run.log({"unknown": outcome.num_unknown})
         else:
             whole = files.tomogram is not None and files.particles is None
             name = "tomogram-segmenter" if whole else "segmenter"

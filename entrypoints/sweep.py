@@ -27,7 +27,7 @@ def story(given: Parameters) -> None:
         report=tell,
     )  # fmt: skip
     best = outcome.trials[0]
-    tell(f"best: {outcome.monitor} {best.score:.4f}; -e distill -P recipe={outcome.recipe}")
+    tell(f"best: {outcome.monitor} {best.score:.4f}; cectflow distill {outcome.advice}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def test_conda_lists_what_entry_points_need_and_never_the_project() -> None:
     lines = next(entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict))
     assert not [line for line in lines if line.startswith((".", "-e"))]
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [*content["dependencies"], *content["optional-dependencies"]["sweep"]]
+    extras = content["optional-dependencies"]
+    needed = [*content["dependencies"], *extras["sweep"], *extras["openvino"]]
     assert set(pins(lines)) == {canonical(Requirement(text).name) for text in needed}
 
 

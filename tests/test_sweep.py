@@ -11,7 +11,7 @@ from stores import pristine_mlflow, working_folder
 
 from cectflow.flows.sweep import Sweep, sweep, tabulate_sweep
 from cectflow.flows.training import Hardware
-from cectflow.learning.fit import FitRecipe
+from cectflow.learning.fit import DivergedError, FitRecipe, FitResult, fit
 from cectflow.learning.losses import DistillationLoss
 from cectflow.recipe import Recipe, StudentRecipe, load_recipe
 
@@ -50,12 +50,20 @@ def bench(tmp_path: Path, exported: Exported) -> Any:
         yield run
 
 
-def names_of_runs(tmp_path: Path) -> list[str]:
+def runs_of(tmp_path: Path) -> list[Any]:
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/store.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return sorted(run.info.run_name for run in client.search_runs(experiments))
+    return list(client.search_runs(experiments))
+
+
+def names_of_runs(tmp_path: Path) -> list[str]:
+    return sorted(run.info.run_name for run in runs_of(tmp_path))
+
+
+def statuses(tmp_path: Path) -> set[str]:
+    return {run.info.status for run in runs_of(tmp_path)}
 
 
 def test_an_interrupted_sweep_goes_on_to_as_many_trials(bench: Any, tmp_path: Path) -> None:
@@ -89,6 +97,53 @@ def test_an_interrupted_sweep_goes_on_to_as_many_trials(bench: Any, tmp_path: Pa
     before = names_of_runs(tmp_path)
     assert [trial.settings for trial in bench(3).trials] == [t.settings for t in outcome.trials]
     assert names_of_runs(tmp_path) == sorted([*before, "sweep"]), "a finished trial ran again"
+
+
+def test_ctrl_c_within_an_epoch_loses_no_settings_and_no_epoch(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs: list[int] = []
+
+    def stopped(*given: Any, log: Any, **named: Any) -> FitResult:
+        def note(row: Any, epoch: int) -> None:
+            log(row, epoch)
+            epochs.append(epoch)
+            if len(epochs) == 1:
+                raise KeyboardInterrupt
+
+        return fit(*given, log=note, **named)
+
+    monkeypatch.setattr("cectflow.flows.sweep.fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench(2)
+    outcome = bench(2)
+    assert OWN in [trial.settings for trial in outcome.trials]
+    # The first epoch is told again, from the checkpoint, and not trained again.
+    assert epochs == [1, 1, 2, 1, 2]
+    more = bench(4)
+    settings = [tuple(trial.settings.values()) for trial in more.trials]
+    assert len(set(settings)) == 4, "the same settings were tried twice"
+
+
+def test_a_student_that_diverges_ends_its_trial_and_not_the_sweep(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[int] = []
+
+    def diverging(*given: Any, **named: Any) -> FitResult:
+        calls.append(1)
+        if len(calls) == 2:
+            named["folder"].mkdir(parents=True)
+            msg = "the loss is nan"
+            raise DivergedError(msg)
+        return fit(*given, **named)
+
+    monkeypatch.setattr("cectflow.flows.sweep.fit", diverging)
+    told: list[str] = []
+    outcome = bench(3, report=told.append)
+    assert [trial.finished for trial in outcome.trials] == [True, True, False]
+    assert told[1].endswith("broken off, the loss is nan")
+    assert statuses(tmp_path) == {"FINISHED"}
 
 
 def test_a_folder_of_another_sweep_is_refused(bench: Any) -> None:

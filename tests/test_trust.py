@@ -46,3 +46,8 @@ def test_a_cube_at_the_threshold_is_known() -> None:
     trust = make_trust(unknown_score="max_logit", unknown_threshold=2.0)
     logits = np.array([[2.0, 0.0], [1.99, 1.99], [0.0, 5.0]])
     assert find_unknown(logits, trust).tolist() == [False, True, False]
+
+
+def test_a_cube_whose_logits_are_no_numbers_is_unknown() -> None:
+    trust = make_trust(unknown_score="max_logit", unknown_threshold=2.0)
+    assert find_unknown(np.array([[np.nan, np.nan], [3.0, 0.0]]), trust).tolist() == [True, False]

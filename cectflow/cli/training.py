@@ -162,7 +162,7 @@ def sweep(
         allow_weak_teacher=allow_weak_teacher, report=typer.echo,
     )  # fmt: skip
     print_table(*tabulate_sweep(outcome))
-    typer.echo(f"distil with the best: cectflow distill --recipe {outcome.recipe}")
+    typer.echo(f"distil with the best: cectflow distill {outcome.advice}")
 
 
 def _tell_registered(registered: Any) -> None:

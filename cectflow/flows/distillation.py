@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cectflow.dataset import BatchSource, Dataset
+from cectflow.dataset import BatchSource, Dataset, open_dataset
 from cectflow.flows.teachers import Teachers, compare_with_teachers, resolve_teachers
 from cectflow.flows.training import (
     Hardware,
@@ -27,7 +27,7 @@ from cectflow.learning.unlabelled import UnlabelledCubes
 from cectflow.model_card import ModelCard
 from cectflow.recipe import Recipe, StudentRecipe
 from cectflow.runtime import check_variant
-from cectflow.tracking.runs import start_run
+from cectflow.tracking.runs import Run, start_run
 from cectflow.tracking.versions import role_name
 from cectflow.turns import allowed_turns
 
@@ -60,6 +60,13 @@ class Lesson:
     asked: Teacher
     known: KnownLogits | None
     unlabelled: UnlabelledCubes | None
+
+    def log_unlabelled(self, run: Run, given: Unlabelled | None) -> None:
+        """Record where the unlabelled cubes lie, and what they were brought to the card with."""
+        if self.unlabelled is None or given is None:
+            return
+        run.log_dataset("unlabelled", self.unlabelled.digest(), given.pattern, "unlabelled")
+        run.set_tags({"unlabelled.cubes": str(len(self.unlabelled)), **given.tags})
 
     def objective(self, section: StudentRecipe) -> Distill:
         """What a student with these settings learns."""
@@ -106,6 +113,8 @@ def distill(
     """
     teachers = resolve_teachers(teacher)
     recipe, section = choose_student(recipe, teachers.card, student, method)
+    if dataset is not None:
+        teachers.check(open_dataset(dataset))
     if not allow_weak_teacher:
         teachers.refuse_weak(dataset)
     with start_run("distill", tags={"role": "student"}, nested=nested) as run:
@@ -114,6 +123,7 @@ def distill(
         lesson = open_lesson(
             teachers, recipe, section, folder, hardware, dataset=dataset, unlabelled=unlabelled
         )
+        lesson.log_unlabelled(run, unlabelled)
         registered = train_and_register(
             run, "student", lesson.objective(section), lesson.data, section.fit, recipe, folder,
             hardware, teacher=teachers.uri, unlabelled=lesson.unlabelled, variants=section.variants,
@@ -141,6 +151,12 @@ def open_lesson(
         If dataset or unlabelled cubes are not what the teachers expect.
     """
     extra = None
+    if section.soft.hint and hardware.devices > 1:
+        msg = (
+            f"hints go with one device, not with {hardware.devices}: they compare the cubes of a "
+            "whole batch with one another; give --devices 1, or --method kl"
+        )
+        raise ValueError(msg)
     if unlabelled is not None:
         if hardware.devices > 1:
             msg = (

@@ -101,9 +101,11 @@ def walk_road(
             )
         control = ", and its control from labels alone" if recipe.student.control else ""
         report(f"distilling the student {recipe.student.fit.network}{control}")
+        # Of a weak teacher too: the policy of students knows those, and its verdict is told.
         student = distill(
-            recipe, folder, hardware, teacher=teacher.version.uri, dataset=data, nested=True
-        )
+            recipe, folder, hardware, teacher=teacher.version.uri, dataset=data,
+            allow_weak_teacher=True, nested=True,
+        )  # fmt: skip
         report("judging all of them on the test split")
         promotions = [
             promotion

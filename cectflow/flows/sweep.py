@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cectflow.dataset import open_dataset
 from cectflow.files import replacing
 from cectflow.flows.distillation import Lesson, choose_student, open_lesson
 from cectflow.flows.teachers import resolve_teachers
 from cectflow.flows.training import Hardware, open_live_data
 from cectflow.flows.unlabelled import Unlabelled
 from cectflow.learning.figures import draw_sweep
-from cectflow.learning.fit import fit
+from cectflow.learning.fit import DivergedError, fit
 from cectflow.learning.training import make_network
 from cectflow.learning.unlabelled import WithUnlabelled
 from cectflow.recipe import Recipe, StudentRecipe
@@ -44,9 +46,9 @@ class SweepTrial:
     settings
         Name → value.
     score
-        Of its best epoch, on validation.
+        Of its best epoch, on validation; minus infinity where the loss diverged at once.
     finished
-        False if it was broken off, being worse than half of the others at that epoch.
+        False if it was broken off: its loss diverged, or it was worse than half of the others.
     """
 
     settings: Mapping[str, float]
@@ -66,11 +68,14 @@ class Sweep:
         Name of the score.
     recipe
         File of the complete recipe with the best settings.
+    advice
+        Options with which ``distill`` takes them up.
     """
 
     trials: tuple[SweepTrial, ...]
     monitor: str
     recipe: Path
+    advice: str
 
 
 def sweep(
@@ -106,6 +111,8 @@ def sweep(
     _require_optuna()
     teachers = resolve_teachers(teacher)
     recipe, section = choose_student(recipe, teachers.card, student, method)
+    if dataset is not None:
+        teachers.check(open_dataset(dataset))
     if not allow_weak_teacher:
         teachers.refuse_weak(dataset)
     with start_run("sweep", tags={"role": "student"}) as run:
@@ -115,23 +122,30 @@ def sweep(
         lesson = open_lesson(
             teachers, recipe, section, folder, hardware, dataset=dataset, unlabelled=unlabelled
         )
-        study = _open_study(folder, recipe, lesson)
+        lesson.log_unlabelled(run, unlabelled)
+        study = _open_study(folder, recipe, section, lesson)
         _settle_interrupted(study)
-        if not study.trials:
-            study.enqueue_trial(_own_settings(section))
+        if not _is_known(study, own := _own_settings(section)):
+            study.enqueue_trial(own)
 
         def objective(trial: Trial) -> float:
             return _try(trial, lesson, recipe, section, folder, hardware, report)
 
         study.optimize(objective, n_trials=max(0, trials - len(_ended(study))))
         found = sorted(map(_summary, _ended(study)), key=lambda t: (not t.finished, -t.score))
+        if not found[0].finished:
+            msg = f"none of {len(found)} trials finished: lower the recipe's learning_rate"
+            raise ValueError(msg)
         best = _with_settings(section, study.best_trial.params)
         name = "student" if lesson.labels.task == "classify" else "student_segmenter"
         path = folder / BEST_FILE
         with replacing(path, overwrite=True) as temporary:
             content = recipe.model_copy(update={name: best}).to_yaml()
             temporary.write_text(content, encoding="utf-8")
-        outcome = Sweep(tuple(found), lesson.labels.monitor, path)
+        advice = f"--teacher {teacher} --recipe {path} --dataset {lesson.data.folder}"
+        if unlabelled is not None:
+            advice += f" --unlabelled {unlabelled.pattern}"
+        outcome = Sweep(tuple(found), lesson.labels.monitor, path, advice)
         run.log({f"best_validation_{outcome.monitor}": found[0].score, "trials": len(found)})
         run.log_files(path)
         finished = [trial for trial in found if trial.finished]
@@ -149,7 +163,7 @@ def tabulate_sweep(outcome: Sweep) -> tuple[tuple[str, ...], list[tuple[str, ...
     rows = [
         (
             *(f"{trial.settings[name]:.3g}" for name in names),
-            f"{trial.score:.4f}" + ("" if trial.finished else ", broken off"),
+            f"{trial.score:.4f}" if trial.finished else f"{trial.score:.4f}, broken off",
         )
         for trial in outcome.trials
     ]
@@ -165,7 +179,7 @@ def _require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _open_study(folder: Path, recipe: Recipe, lesson: Lesson) -> Study:
+def _open_study(folder: Path, recipe: Recipe, section: StudentRecipe, lesson: Lesson) -> Study:
     """The study of a folder; its journal is of lines of JSON."""
     import optuna
     from optuna.storages import JournalStorage
@@ -182,7 +196,6 @@ def _open_study(folder: Path, recipe: Recipe, lesson: Lesson) -> Study:
         storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE))),
         study_name="sweep",
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=recipe.student.fit.seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=UNHURRIED, n_warmup_steps=1),
         load_if_exists=True,
     )
@@ -195,6 +208,8 @@ def _open_study(folder: Path, recipe: Recipe, lesson: Lesson) -> Study:
         raise ValueError(msg)
     for key, value in origin.items():
         study.set_user_attr(key, value)
+    # Its random numbers start anew with every call: another seed, or it proposes the same again.
+    study.sampler = optuna.samplers.TPESampler(seed=section.fit.seed + len(study.trials))
     return study
 
 
@@ -202,9 +217,21 @@ def _settle_interrupted(study: Study) -> None:
     """Trials that were broken off are tried again, from the last checkpoint on."""
     from optuna.trial import TrialState
 
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params)
+    for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.FAIL)):
+        if trial.state == TrialState.RUNNING:  # killed; Ctrl-C has told it
+            study.tell(trial.number, state=TrialState.FAIL)
+        again = {"again": trial.number}
+        if again not in [other.user_attrs for other in study.trials]:
+            study.enqueue_trial(trial.params, user_attrs=again)
+
+
+def _is_known(study: Study, settings: Mapping[str, float]) -> bool:
+    """Whether a trial of these settings has ended, or waits."""
+    from optuna.trial import TrialState
+
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    fixed = [trial.system_attrs.get("fixed_params") for trial in waiting]
+    return settings in [*fixed, *(trial.params for trial in _ended(study))]
 
 
 def _ended(study: Study) -> list[Any]:
@@ -216,7 +243,8 @@ def _ended(study: Study) -> list[Any]:
 def _summary(trial: Any) -> SweepTrial:
     scores = trial.intermediate_values.values()
     finished = trial.state.name == "COMPLETE"
-    return SweepTrial(trial.params, trial.value if finished else max(scores), finished)
+    score = trial.value if finished else max(scores, default=-math.inf)
+    return SweepTrial(trial.params, score, finished)
 
 
 def _own_settings(section: StudentRecipe) -> dict[str, float]:
@@ -259,6 +287,7 @@ def _try(
     labels, data = lesson.labels, lesson.data
     monitor = f"validation_{labels.monitor}"
     checkpoints = folder / "trials" / chosen.digest()[:16]
+    ended = ""
     with (
         start_run(f"trial {trial.number}", tags={"role": "trial"}, nested=True) as run,
         open_live_data(recipe, data, hardware, role_name("student", labels.task)) as live,
@@ -278,14 +307,18 @@ def _try(
             result = fit(
                 make_network(chosen.fit, labels.task, labels.num_outputs, data.manifest.box),
                 lesson.objective(chosen), train, data.split("validation"), chosen.fit,
-                fabric=hardware.open(), folder=checkpoints,
-                log=log,
+                fabric=hardware.open(), folder=checkpoints, log=log,
             )  # fmt: skip
+            run.log({"best_" + monitor: result.best_score})
+            ended = f"{labels.monitor} {result.best_score:.4f} at epoch {result.best_epoch}"
         except optuna.TrialPruned:
-            shutil.rmtree(checkpoints)
-            report(f"{name}: broken off, worse than half of the others")
-            raise
-        shutil.rmtree(checkpoints)
-        run.log({"best_" + monitor: result.best_score})
-    report(f"{name}: {labels.monitor} {result.best_score:.4f} at epoch {result.best_epoch}")
+            ended = "broken off, worse than half of the others"
+            run.set_tags({"ended": ended})
+        except DivergedError as error:
+            ended = f"broken off, {error}"
+            run.set_tags({"ended": ended})
+    shutil.rmtree(checkpoints)
+    report(f"{name}: {ended}")
+    if ended.startswith("broken off"):
+        raise optuna.TrialPruned
     return result.best_score

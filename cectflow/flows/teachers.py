@@ -38,6 +38,8 @@ class Teachers:
         Of the models, in the order in which they were named.
     versions
         Of those that are registered.
+    names
+        As they were named.
     uri
         Of them all, joined by commas: what a student's card says.
     card
@@ -46,6 +48,7 @@ class Teachers:
 
     folders: tuple[Path, ...]
     versions: tuple[RegisteredVersion, ...]
+    names: tuple[str, ...]
     uri: str
     card: ModelCard
 
@@ -83,7 +86,7 @@ class Teachers:
             With score and chance.
         """
         class_ids = None if dataset is None else open_dataset(dataset).split("test").class_ids
-        for name, folder in zip(self.uri.split(","), self.folders, strict=True):
+        for name, folder in zip(self.names, self.folders, strict=True):
             refuse_weak_teacher(name, ModelCard.from_folder(folder), class_ids)
 
     @property
@@ -127,7 +130,7 @@ def resolve_teachers(names: str) -> Teachers:
                 )
                 raise ValueError(msg)
     versions = tuple(version for _, version in found if version is not None)
-    return Teachers(folders, versions, ",".join(uris), cards[0])
+    return Teachers(folders, versions, tuple(named), ",".join(uris), cards[0])
 
 
 def compare_with_teachers(

@@ -35,6 +35,22 @@ class Unlabelled:
     options: InputOptions
     report: Callable[[str], None]
 
+    @property
+    def pattern(self) -> str:
+        """Where they lie."""
+        return str(self.files.subtomograms or self.files.tomogram)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What the user said of them."""
+        options = self.options
+        return {
+            "unlabelled.contrast": options.contrast,
+            "unlabelled.voxel_size": "header" if options.voxel_size is None else
+            f"{options.voxel_size:g}",
+            "unlabelled.rescale": str(options.rescale).lower(),
+        }  # fmt: skip
+
     def read(self, card: ModelCard) -> Float[Tensor, "n 1 z y x"]:
         """All cubes, as the networks of this card expect them.
 

@@ -27,7 +27,16 @@ from cectflow.learning.precision import MixedInside, refuse_small_grids
 from cectflow.learning.shares import HandOut, Part, Share, read_parts
 from cectflow.turns import allowed_turns
 
-__all__ = ["Device", "FitRecipe", "FitResult", "Log", "Precision", "fit", "open_fabric"]
+__all__ = [
+    "Device",
+    "DivergedError",
+    "FitRecipe",
+    "FitResult",
+    "Log",
+    "Precision",
+    "fit",
+    "open_fabric",
+]
 
 Log = Callable[[Mapping[str, float], int], None]
 Device = Literal["auto", "cpu", "cuda"]
@@ -60,6 +69,10 @@ class FitRecipe(Config):
     augment: bool = True
     """Half turns that keep the missing wedge and the hand."""
     seed: int = Field(0, ge=0)
+
+
+class DivergedError(ValueError):
+    """The loss is no longer finite."""
 
 
 @dataclass
@@ -396,7 +409,7 @@ def _train_epoch(setup: _Setup, parts: Iterator[Part], epoch: int) -> dict[str, 
             f"the loss of {recipe.network} is {row['train_loss']} in epoch {epoch}: "
             f"lower learning_rate ({recipe.learning_rate:g}) or use precision float32"
         )
-        raise ValueError(msg)
+        raise DivergedError(msg)
     return row
 
 
@@ -463,7 +476,9 @@ def _read_checkpoint(folder: Path, origin: Mapping[str, str]) -> dict[str, Any] 
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     found: dict[str, str] = state["origin"]
-    others = [n for n in sorted(found.keys() | origin.keys()) if found.get(n) != origin.get(n)]
+    # What an older checkpoint does not know of was not there.
+    names = sorted(found.keys() | origin.keys())
+    others = [n for n in names if found.get(n, "none") != origin.get(n, "none")]
     if others:
         msg = (
             f"{path} is of another {' and '.join(others)}: give another folder, or remove it to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,8 +153,12 @@ class KnownLogits:
         """Write the answers so far: whoever is interrupted asks for the rest only."""
         if self.store is None:
             return
-        self.store.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.store, overwrite=True) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file, identity=np.array(self.identity), views=known.numpy(), logits=logits.numpy()
-            )
+        try:
+            self.store.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.store, overwrite=True) as temporary, temporary.open("wb") as file:
+                np.savez(
+                    file, identity=np.array(self.identity), views=known.numpy(),
+                    logits=logits.numpy(),
+                )  # fmt: skip
+        except OSError as error:  # others' data may not be written to
+            warnings.warn(f"the teacher's answers are not kept: {error}", stacklevel=2)

@@ -87,9 +87,9 @@ class WithUnlabelled:
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Batches of the labelled source, each with its share of unlabelled cubes at its end."""
-        number = max(1, round(self.unlabelled.share * batch_size))
         cubes = self._endless(generator)
         for batch in self.labelled.batches(batch_size, generator):
+            number = max(1, round(self.unlabelled.share * len(batch)))
             yield _joined(batch, *islice(cubes, number))
 
     def _endless(self, generator: torch.Generator | None) -> Iterator[Batch]:

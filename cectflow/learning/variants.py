@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cectflow.cost import BATCH_SIZE, measure_throughputs
 from cectflow.dataset import Dataset
-from cectflow.learning.task import network_input
+from cectflow.learning.task import MONITORS, network_input
 from cectflow.learning.training import evaluate_folder
 from cectflow.model_card import ModelCard, Variant, VariantFigures
 from cectflow.quantise import quantise
@@ -50,7 +50,7 @@ def make_variants(
     cubes = network_input(batch, card.task).numpy()
     if "int8" in variants:
         quantise(folder, cubes)
-    score_name = "accuracy" if card.task == "classify" else "foreground_iou"
+    score_name = MONITORS[card.task]
     threads = torch.get_num_threads()
     candidates = [
         Candidate(folder=folder, runtime=RUNTIME, variant=variant)

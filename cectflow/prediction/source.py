@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -62,6 +62,7 @@ class StackSource:
             cubes, voxel_size = read_stack(path, voxel_size=self.options.voxel_size)
             for start in range(0, len(cubes), self.options.batch_size):
                 piece = np.asarray(cubes[start : start + self.options.batch_size])
+                _refuse_not_finite(piece, start, f"{path}: subtomogram")
                 yield bring_to_card(piece, voxel_size, self.card, self.options)
 
 
@@ -131,6 +132,7 @@ class TomogramSource:
         for start in range(0, len(self.centres_zyx), self.options.batch_size):
             centres = self.centres_zyx[start : start + self.options.batch_size]
             cubes = cut(self.volume.data, centres, self.box, periodic=False)
+            _refuse_not_finite(cubes, start, "the subtomogram of particle")
             yield bring_to_card(cubes, self.volume.voxel_size, self.card, self.options)
 
 
@@ -198,6 +200,14 @@ class InputFiles:
             )
             raise ValueError(msg)
         return _open_stacks(self.subtomograms, card, options, report)
+
+
+def _refuse_not_finite(cubes: NDArray[Any], start: int, what: str) -> None:
+    """Refuse cubes with NaN or infinity, of which a network makes nothing."""
+    wrong = np.flatnonzero(~np.isfinite(cubes).all(axis=(1, 2, 3)))
+    if wrong.size:
+        msg = f"{what} {start + wrong[0] + 1} holds values that are not finite: leave it out"
+        raise ValueError(msg)
 
 
 def _open_stacks(

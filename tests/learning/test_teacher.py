@@ -118,3 +118,12 @@ def test_answers_of_another_teacher_are_replaced(tmp_path: Path) -> None:
     assert not torch.allclose(first, second)
     with np.load(store) as kept:
         assert str(kept["identity"]) == "two"
+
+
+def test_answers_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "logits").write_text("no folder")
+    network = make_network(1)
+    known = make_known(tmp_path / "data", network, tmp_path / "logits" / "one.npz", "one")
+    with pytest.warns(UserWarning, match="the teacher's answers are not kept"):
+        logits = known(torch.tensor([0, 4]))
+    assert logits.shape == (2, 2)

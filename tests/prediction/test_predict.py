@@ -413,3 +413,15 @@ def test_labels_open_in_mrcfile_without_complaint(
         tomogram=tomogram, particles=picks,
     )  # fmt: skip
     assert mrcfile.validate(tmp_path / "l.mrc")
+
+
+def test_a_cube_with_values_that_are_not_finite_is_named(
+    classifier: Path, cubes: np.ndarray, tmp_path: Path
+) -> None:
+    write_stack(tmp_path / "wrong.mrcs", cubes, 10.0)
+    with mrcfile.open(tmp_path / "wrong.mrcs", mode="r+") as file:
+        file.data[4, 3, 3, 3] = np.nan
+    with pytest.raises(ValueError, match=r"wrong\.mrcs: subtomogram 5 holds values that are not"):
+        classify(classifier, tmp_path / "out.star", OPTIONS, silent,
+                 subtomograms=str(tmp_path / "wrong.mrcs"))  # fmt: skip
+    assert not (tmp_path / "out.star").exists()
