@@ -414,7 +414,6 @@ def _gpu_rate(num_classes: int) -> float:
     """Cubes of 40³ per second that the student takes on a GPU in bfloat16, already there."""
     recipe = OURS.model_copy(update={"network": STUDENT})
     network = make_network(recipe, "classify", num_classes, BOX_OF_COST).cuda().eval()
-    network = network.to(memory_format=torch.channels_last_3d)
     cubes = torch.randn(GPU_BATCH, 1, *[BOX_OF_COST] * 3, device="cuda")
     rates = []
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):

@@ -418,7 +418,7 @@ def test_labels_open_in_mrcfile_without_complaint(
 def test_a_cube_with_values_that_are_not_finite_is_named(
     classifier: Path, cubes: np.ndarray, tmp_path: Path
 ) -> None:
-    write_stack(tmp_path / "wrong.mrcs", cubes, 10.0)
+    write_stack(tmp_path / "wrong.mrcs", cubes, 12.0)
     with mrcfile.open(tmp_path / "wrong.mrcs", mode="r+") as file:
         file.data[4, 3, 3, 3] = np.nan
     with pytest.raises(ValueError, match=r"wrong\.mrcs: subtomogram 5 holds values that are not"):
