@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cectflow.files import appearing, refuse_existing_folder
 from cectflow.model_card import CARD_FILE, ModelCard
-from cectflow.runtime import ONNX_FILE, PT2_FILE, load_runtime
+from cectflow.runtime import ONNX_FILE, PT2_FILE, has_openvino, load_runtime
 
 __all__ = ["export_network", "measure_parity"]
 
@@ -69,6 +69,8 @@ def export_network(
 def measure_parity(folder: Path, *, stride: int | None = None) -> float:
     """Largest absolute difference of logits between model.pt2 and model.onnx on random cubes.
 
+    model.onnx is run by onnxruntime and, where it is installed, by openvino, which predicts there.
+
     A batch of another size than the exported one is used, so that a batch frozen at export
     is found out; with a stride also volumes of another shape, for the same reason.
 
@@ -87,10 +89,15 @@ def measure_parity(folder: Path, *, stride: int | None = None) -> float:
     card = ModelCard.from_folder(folder)
     generator = np.random.default_rng(0)
     first, second = load_runtime(folder, "torch"), load_runtime(folder, "onnxruntime")
+    # Volumes of other shapes, whole tomograms that is, are onnxruntime's.
+    of_cubes = [second, *([load_runtime(folder, "openvino")] if has_openvino() else [])]
+    shapes = [(card.box,) * 3, *([_shape(2 * card.box, stride)] if stride else [])]
     parity = 0.0
-    for shape in [(card.box,) * 3, *([_shape(2 * card.box, stride)] if stride else [])]:
+    for shape, others in zip(shapes, (of_cubes, [second]), strict=False):
         cubes = generator.normal(size=(PARITY_CUBES, 1, *shape)).astype(np.float32)
-        parity = float(np.maximum(parity, np.abs(first(cubes) - second(cubes)).max()))
+        expected = first(cubes)
+        for infer in others:
+            parity = float(np.maximum(parity, np.abs(expected - infer(cubes)).max()))
     if not math.isfinite(parity):
         msg = f"{folder}: {card.network} gives logits that are not finite: train it anew"
         raise ValueError(msg)

@@ -23,9 +23,9 @@ COMMANDS = (
     ("simulate", "calibrate"),
     ("simulate", "tomograms"),
     ("dataset", "info"), ("dataset", "check"), ("dataset", "import"), ("dataset", "export"),
-    ("train",), ("distill",), ("evaluate", "model"), ("evaluate", "picks"),
-    ("evaluate", "generalisation"), ("evaluate", "unknown"), ("models", "list"), ("models", "show"),
-    ("models", "promote"), ("models", "rollback"), ("predict", "classify"),
+    ("train",), ("distill",), ("sweep",), ("evaluate", "model"), ("evaluate", "picks"),
+    ("evaluate", "generalisation"), ("evaluate", "cost"), ("evaluate", "unknown"),
+    ("models", "list"), ("models", "show"), ("models", "promote"), ("models", "rollback"), ("predict", "classify"),
     ("predict", "segment"), ("doctor",),
 )  # fmt: skip
 
