@@ -25,8 +25,8 @@ COMMANDS = (
     ("dataset", "info"), ("dataset", "check"), ("dataset", "import"), ("dataset", "export"),
     ("train",), ("distill",), ("sweep",), ("evaluate", "model"), ("evaluate", "picks"),
     ("evaluate", "generalisation"), ("evaluate", "cost"), ("evaluate", "unknown"),
-    ("models", "list"), ("models", "show"), ("models", "promote"), ("models", "rollback"), ("predict", "classify"),
-    ("predict", "segment"), ("doctor",),
+    ("models", "list"), ("models", "show"), ("models", "promote"), ("models", "rollback"),
+    ("predict", "classify"), ("predict", "segment"), ("doctor",),
 )  # fmt: skip
 
 Run = Callable[..., tuple[int, str, str]]
