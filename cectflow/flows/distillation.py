@@ -31,7 +31,7 @@ from cectflow.tracking.runs import Run, start_run
 from cectflow.tracking.versions import role_name
 from cectflow.turns import allowed_turns
 
-__all__ = ["Lesson", "choose_student", "distill", "open_lesson"]
+__all__ = ["Lesson", "choose_lesson", "distill", "open_lesson"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +111,10 @@ def distill(
         method is unknown, dataset or unlabelled cubes are not what the teacher expects, or the
         teacher is no better than chance.
     """
-    teachers = resolve_teachers(teacher)
-    recipe, section = choose_student(recipe, teachers.card, student, method)
-    if dataset is not None:
-        teachers.check(open_dataset(dataset))
-    if not allow_weak_teacher:
-        teachers.refuse_weak(dataset)
+    teachers, recipe, section = choose_lesson(
+        recipe, teacher=teacher, student=student, method=method, dataset=dataset,
+        allow_weak_teacher=allow_weak_teacher,
+    )  # fmt: skip
     with start_run("distill", tags={"role": "student"}, nested=nested) as run:
         for version in teachers.versions:
             run.log_input_model(version)
@@ -200,17 +198,35 @@ def _train_control(
         return score
 
 
-def choose_student(
-    recipe: Recipe, teacher: ModelCard, student: str | None, method: str | None
-) -> tuple[Recipe, StudentRecipe]:
-    """The recipe with its student changed as asked for, and the section of that student.
+def choose_lesson(
+    recipe: Recipe, *, teacher: str, student: str | None, method: str | None,
+    dataset: Path | None, allow_weak_teacher: bool,
+) -> tuple[Teachers, Recipe, StudentRecipe]:  # fmt: skip
+    """Teachers, the recipe with its student changed as asked for, and that student's section.
+
+    Parameters
+    ----------
+    recipe, teacher, student, method, dataset, allow_weak_teacher
+        As for :func:`distill`.
 
     Raises
     ------
     ValueError
-        If the recipe lacks the section, the student does not suit the teacher's task or box, or
-        the method is unknown.
+        As there, of all that can be told before any work.
     """
+    teachers = resolve_teachers(teacher)
+    recipe, section = _choose_student(recipe, teachers.card, student, method)
+    if dataset is not None:
+        teachers.check(open_dataset(dataset))
+    if not allow_weak_teacher:
+        teachers.refuse_weak(dataset)
+    return teachers, recipe, section
+
+
+def _choose_student(
+    recipe: Recipe, teacher: ModelCard, student: str | None, method: str | None
+) -> tuple[Recipe, StudentRecipe]:
+    """The recipe with its student changed as asked for, and the section of that student."""
     name = "student" if teacher.task == "classify" else "student_segmenter"
     section: StudentRecipe | None = getattr(recipe, name)
     if section is None:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cectflow.dataset import open_dataset
 from cectflow.files import replacing
-from cectflow.flows.distillation import Lesson, choose_student, open_lesson
-from cectflow.flows.teachers import resolve_teachers
+from cectflow.flows.distillation import Lesson, choose_lesson, open_lesson
 from cectflow.flows.training import Hardware, open_live_data
 from cectflow.flows.unlabelled import Unlabelled
 from cectflow.learning.figures import draw_sweep
@@ -109,12 +107,10 @@ def sweep(
         msg = f"trials is {trials}: expected 1 or more"
         raise ValueError(msg)
     _require_optuna()
-    teachers = resolve_teachers(teacher)
-    recipe, section = choose_student(recipe, teachers.card, student, method)
-    if dataset is not None:
-        teachers.check(open_dataset(dataset))
-    if not allow_weak_teacher:
-        teachers.refuse_weak(dataset)
+    teachers, recipe, section = choose_lesson(
+        recipe, teacher=teacher, student=student, method=method, dataset=dataset,
+        allow_weak_teacher=allow_weak_teacher,
+    )  # fmt: skip
     with start_run("sweep", tags={"role": "student"}) as run:
         run.log_config(recipe, "recipe")
         for version in teachers.versions:
