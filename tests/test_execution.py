@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -92,25 +92,43 @@ def test_processes_beside_this_one_leave_ctrl_c_to_it(tmp_path: Path) -> None:
         assert executor.submit(os.getpid).result() == worker
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C raises here even if the tests were started in the background of a shell."""
-    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, earlier)
+INTERRUPTED = """
+import signal, time
+from multiprocessing import active_children
+from pathlib import Path
+from cectflow.execution import run_all, run_together
+
+def wait(_, parent=None):
+    Path("begun").touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    # It is ignored in what a shell starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        list({work})
+    except KeyboardInterrupt:
+        assert not active_children()
+        print("ended")
+"""
 
 
-@pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_in_this_process_waits_for_no_job(tmp_path: Path) -> None:
-    def press() -> None:
+@pytest.mark.parametrize(
+    "work",
+    [
+        "run_all(wait, [1, 2, 3], workers=2, title='endless')",
+        "run_together(wait, [1, 2], answer=divmod, title='endless')",
+    ],
+)
+def test_ctrl_c_waits_for_no_job_and_leaves_no_process(work: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(INTERRUPTED.format(work=work))
+    with subprocess.Popen(
+        [sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as parent:
         wait_for(tmp_path / "begun")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press).start()
-    with pytest.raises(KeyboardInterrupt):
-        # No result ever comes: nobody says go.
-        next(run_all(say_and_wait, [tmp_path] * 3, workers=2, title="endless"))
-    assert not active_children()
+        parent.send_signal(signal.SIGINT)
+        out, _ = parent.communicate(timeout=60)
+    assert out == "ended\n"
 
 
 def die(_: int) -> None:
@@ -205,23 +223,6 @@ def test_the_failure_of_one_process_ends_all(
 ) -> None:
     with pytest.raises(error, match=message):
         list(run_together(fail_or_wait, ["stay", job], answer=divmod, title="cubes"))
-    assert not active_children()
-
-
-def wait_forever(signs: Path, parent: Parent) -> None:
-    (signs / "begun").touch()
-    threading.Event().wait()
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_processes_that_work_together(tmp_path: Path) -> None:
-    def press() -> None:
-        wait_for(tmp_path / "begun")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press).start()
-    with pytest.raises(KeyboardInterrupt):
-        next(run_together(wait_forever, [tmp_path] * 2, answer=divmod, title="endless"))
     assert not active_children()
 
 
