@@ -145,7 +145,8 @@ class Parent:
         return pickle.loads(self._connection.recv_bytes())
 
     def _say(self, kind: str, content: Any) -> None:
-        # Pickled by hand: a connection's own pickler would move tensors into shared memory.
+        # Pickled by hand: a connection's own pickler would move tensors into shared memory. Only
+        # this process and those that it started ever read what passes here.
         self._connection.send_bytes(pickle.dumps((kind, content)))
 
 

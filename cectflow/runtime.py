@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from cectflow.model_card import Variant
+from cectflow.model_card import ModelCard, Variant
 
 if TYPE_CHECKING:  # torch takes 2 s to import; prediction with onnxruntime does without
     from torch import Tensor, nn
@@ -316,8 +316,14 @@ def _normalised_apart(openvino: Any, core: Any, path: Path) -> list[tuple[Any, s
     """
     whole = core.read_model(path)
     normalised = _find_normalised(whole)
-    if normalised is None:  # whoever runs it normalises the whole tomogram
-        return [(whole, "bf16")]
+    if normalised is None:
+        if ModelCard.from_folder(path.parent).normalisation == "cube":
+            msg = (
+                f"{path} does not show where its normalisation ends, which bfloat16 must leave in "
+                "float32: use --variant float32 or int8"
+            )
+            raise ValueError(msg)
+        return [(whole, "bf16")]  # whoever runs it normalises the whole tomogram
     head = openvino.Model([normalised], whole.get_parameters(), "normalisation")
     rest = core.read_model(path)  # a node belongs to one model only
     normalised = _find_normalised(rest)

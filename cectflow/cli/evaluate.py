@@ -271,5 +271,6 @@ def evaluate_unknown(
         print_json(result.model_dump())
         return
     print_table(*unknown.tabulate_unknown(result))
-    accuracy, passed = result.accuracy.value, result.accuracy_of_passed.value
-    typer.echo(f"accuracy {accuracy:.3f}, of what is not called unknown {passed:.3f}")
+    passed = result.accuracy_of_passed
+    told = "nothing passes" if passed is None else f"{passed.value:.3f}"
+    typer.echo(f"accuracy {result.accuracy.value:.3f}, of what is not called unknown {told}")

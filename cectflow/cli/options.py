@@ -68,7 +68,11 @@ CoordsOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Cubes at a time.")]
 RuntimeOption = Annotated[
-    Runtime, typer.Option("--runtime", help="auto: torch on a GPU, else openvino if installed.")
+    Runtime,
+    typer.Option(
+        "--runtime",
+        help="auto: torch on a GPU; else openvino for cubes, if installed, and onnxruntime.",
+    ),
 ]
 VariantOption = Annotated[
     Variant, typer.Option("--variant", help="Precision; the card says what each one loses.")

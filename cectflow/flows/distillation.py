@@ -65,7 +65,7 @@ class Lesson:
         """Record where the unlabelled cubes lie, and what they were brought to the card with."""
         if self.unlabelled is None or given is None:
             return
-        run.log_dataset("unlabelled", self.unlabelled.digest(), given.pattern, "unlabelled")
+        run.log_dataset("unlabelled", self.unlabelled.digest, given.pattern, "unlabelled")
         run.set_tags({"unlabelled.cubes": str(len(self.unlabelled)), **given.tags})
 
     def objective(self, section: StudentRecipe) -> Distill:
@@ -276,7 +276,7 @@ def _known_logits(
             sources.append((unlabelled, turns))
     identity = f"{teachers.digest()} {data.manifest.content_digest()}"
     if unlabelled is not None:
-        identity += f" {unlabelled.digest()}"
+        identity += f" {unlabelled.digest}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return KnownLogits(
         asked,

@@ -30,6 +30,7 @@ from cectflow.flows.training import (
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.source import InputFiles
 from cectflow.recipe import Recipe
+from cectflow.runtime import check_variant
 from cectflow.tracking.runs import start_run
 from cectflow.tracking.versions import stage_holder
 from cectflow.volume import read_volume
@@ -83,7 +84,15 @@ def walk_road(
         To which each role is promoted in turn, as far as its policy lets it.
     report
         Told what is going on.
+
+    Raises
+    ------
+    ValueError
+        Before any work: a student's variant is asked for that nothing here computes.
     """
+    for section in (recipe.student, recipe.student_segmenter):
+        for variant in section.variants if section else ():
+            check_variant(variant)
     with start_run("road") as run:
         run.log_config(recipe, "recipe")
         report("simulating the dataset")

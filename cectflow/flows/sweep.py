@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -138,9 +139,10 @@ def sweep(
         with replacing(path, overwrite=True) as temporary:
             content = recipe.model_copy(update={name: best}).to_yaml()
             temporary.write_text(content, encoding="utf-8")
-        advice = f"--teacher {teacher} --recipe {path} --dataset {lesson.data.folder}"
+        options = {"--teacher": teacher, "--recipe": path, "--dataset": lesson.data.folder}
         if unlabelled is not None:
-            advice += f" --unlabelled {unlabelled.pattern}"
+            options["--unlabelled"] = unlabelled.pattern
+        advice = shlex.join(str(word) for option in options.items() for word in option)
         outcome = Sweep(tuple(found), lesson.labels.monitor, path, advice)
         run.log({f"best_validation_{outcome.monitor}": found[0].score, "trials": len(found)})
         run.log_files(path)
@@ -185,7 +187,7 @@ def _open_study(folder: Path, recipe: Recipe, section: StudentRecipe, lesson: Le
         "recipe": recipe.digest(),
         "teacher": lesson.teachers.uri,
         "dataset": lesson.data.manifest.content_digest(),
-        "unlabelled": "none" if lesson.unlabelled is None else lesson.unlabelled.digest(),
+        "unlabelled": "none" if lesson.unlabelled is None else lesson.unlabelled.digest,
     }
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(

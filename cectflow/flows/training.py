@@ -26,7 +26,6 @@ from cectflow.learning.unlabelled import UnlabelledCubes
 from cectflow.learning.variants import make_variants
 from cectflow.model_card import ModelCard, Role, Variant
 from cectflow.recipe import Recipe, TomogramSegmenterRecipe
-from cectflow.runtime import check_variant
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
 from cectflow.tracking.registry import find_registered, register_model
@@ -123,9 +122,6 @@ class TrainingRequest:
                 make_network(recipe.student.fit, "classify", 2, box)
             if with_students and student is not None:
                 make_network(student.fit, "target" if tomogram is None else "semantic", 2, box)
-        for section in (recipe.student, student) if with_students else ():
-            for variant in section.variants if section else ():
-                check_variant(variant)
         folder = self.out or new_folder(Path(name).stem)
         report(f"files under {folder}")
         return recipe, folder

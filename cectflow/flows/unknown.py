@@ -125,6 +125,7 @@ def evaluate_unknown(
     card = ModelCard.from_folder(folder)
     trust = _trust_of(model, card)
     data = judged_dataset(version, dataset)
+    check_matches(card, data)
     given = _open_strangers(card, request.against)
     with start_run("unknown", tags={"role": card.role}) as run:
         if version is not None:

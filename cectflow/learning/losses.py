@@ -176,14 +176,14 @@ class DistillationLoss(Config):
             True classes, counted like the logits; where it is negative nobody knows it, and the
             teacher's class takes its place.
         """
-        truth = torch.where(truth < 0, teacher_logits.argmax(dim=1), truth)
         total = logits.new_zeros(())
         if self.mse:
             total = total + self.mse * F.mse_loss(logits, teacher_logits)
         if self.kl:
             total = total + self.kl * softened_kl(logits, teacher_logits, self.temperature)
         if self.dkd:
-            apart = decoupled_kl(logits, teacher_logits, truth, self.temperature, self.non_target)
+            known = torch.where(truth < 0, teacher_logits.argmax(dim=1), truth)
+            apart = decoupled_kl(logits, teacher_logits, known, self.temperature, self.non_target)
             total = total + self.dkd * apart
         return total
 

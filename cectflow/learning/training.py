@@ -129,7 +129,7 @@ def train_network(
     """
     manifest = dataset.manifest
     live_digest = None if live is None else live.manifest.content_digest()
-    unlabelled_digest = None if unlabelled is None else unlabelled.digest()
+    unlabelled_digest = None if unlabelled is None else unlabelled.digest
     model_folder = folder / "model"
     if model_folder.exists():
         _refuse_other(

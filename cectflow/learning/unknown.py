@@ -39,16 +39,15 @@ class UnknownReport(Config):
     """Share of the known test cubes that are not called ``unknown``."""
     accuracy: Score
     """Of all of them."""
-    accuracy_of_passed: Score
-    """Of those that are not called ``unknown``."""
+    accuracy_of_passed: Score | None
+    """Of those that are not called ``unknown``; None: all are."""
     kinds: tuple[StrangerKind, ...] = ()
 
     def figures(self) -> dict[str, float]:
         """Flat: name → number, for runs."""
-        named = {
-            name: getattr(self, name)
-            for name in ("true_positive_rate", "accuracy", "accuracy_of_passed")
-        }
+        named = {"true_positive_rate": self.true_positive_rate, "accuracy": self.accuracy}
+        if self.accuracy_of_passed is not None:
+            named["accuracy_of_passed"] = self.accuracy_of_passed
         for kind in self.kinds:
             named[f"unknown_{kind.name}"] = kind.unknown
             named |= {f"auroc_{score}_{kind.name}": found for score, found in kind.auroc.items()}
@@ -68,7 +67,9 @@ def judge_known(trust: Trust, known: Evaluation) -> UnknownReport:
         known_cubes=len(right),
         true_positive_rate=bootstrap_score(passed.astype(np.float64), known.fields),
         accuracy=bootstrap_score(right, known.fields),
-        accuracy_of_passed=bootstrap_score(right[passed], known.fields[passed]),
+        accuracy_of_passed=(
+            bootstrap_score(right[passed], known.fields[passed]) if passed.any() else None
+        ),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -43,9 +44,10 @@ class UnlabelledCubes:
             )
             raise ValueError(msg)
 
+    @cached_property
     def digest(self) -> str:
         """Name of the data: sha256 of all voxels."""
-        return hashlib.sha256(self.cubes.contiguous().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.cubes.contiguous().numpy().data).hexdigest()
 
     def __len__(self) -> int:
         return len(self.cubes)

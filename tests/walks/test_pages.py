@@ -59,7 +59,6 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.usefixtures("by_hand")
 def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> None:
     if not (road.folder / "tomogram.mrc").is_file():
         written = write_tomogram(load_recipe("tiny").simulation, road.folder / "example")
