@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 
 from cectflow.dataset import BatchSource, Dataset, open_dataset
-from cectflow.flows.teachers import Teachers, compare_with_teachers, resolve_teachers
+from cectflow.flows.teachers import (
+    Teachers,
+    compare_with_teachers,
+    log_embeddings,
+    resolve_teachers,
+)
 from cectflow.flows.training import (
     Hardware,
     Registered,
@@ -26,7 +31,7 @@ from cectflow.learning.training import make_network, train_network
 from cectflow.learning.unlabelled import UnlabelledCubes
 from cectflow.model_card import ModelCard
 from cectflow.recipe import Recipe, StudentRecipe
-from cectflow.runtime import check_variant
+from cectflow.runtime import Program, check_variant
 from cectflow.tracking.runs import Run, start_run
 from cectflow.tracking.versions import role_name
 from cectflow.turns import allowed_turns
@@ -130,6 +135,14 @@ def distill(
             run, registered.trained.card, registered.trained.evaluation, teachers,
             teachers.evaluate(lesson.data),
         )  # fmt: skip
+        if lesson.labels.task == "classify":
+            device = hardware.open().device
+            trained = registered.trained
+            networks = {
+                f"teacher {teachers.networks}": lesson.asked,
+                f"student {trained.card.network}": Teacher(Program(trained.folder, device.type)),
+            }
+            log_embeddings(run, networks, lesson.data, device)
         if section.control:
             control = _train_control(recipe, section.fit, lesson, folder, hardware)
             metrics[f"labels_only_{lesson.labels.monitor}"] = control

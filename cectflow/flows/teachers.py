@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
 
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.files import sha256_of
-from cectflow.learning.figures import draw_confusion
+from cectflow.learning.figures import draw_confusion, draw_embeddings
 from cectflow.learning.scores import Evaluation
 from cectflow.learning.task import MONITORS
 from cectflow.learning.teacher import Teacher
@@ -22,10 +24,19 @@ from cectflow.tracking.registry import resolve_model
 from cectflow.tracking.runs import Run
 from cectflow.tracking.versions import RegisteredVersion
 
-__all__ = ["Teachers", "compare_with_teachers", "refuse_weak_teacher", "resolve_teachers"]
+__all__ = [
+    "Teachers",
+    "compare_with_teachers",
+    "log_embeddings",
+    "refuse_weak_teacher",
+    "resolve_teachers",
+]
 
 COMMON = ("task", "num_outputs", "classes", "labels", "box", "contrast", "normalisation")
 """What the cards of an ensemble must say alike."""
+
+EMBEDDED_CUBES = 400
+"""Of the test split, that a picture of embeddings shows: more would not be told apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +186,37 @@ def compare_with_teachers(
     figure = draw_confusion(student.class_ids, panels, card.classes)
     run.log_figure(figure, "figures/teacher_and_student.png")
     return figures
+
+
+def log_embeddings(
+    run: Run, networks: Mapping[str, Teacher], data: Dataset, device: torch.device
+) -> None:
+    """Log where classifiers put the same test cubes, each network's in a plane of its own.
+
+    Parameters
+    ----------
+    run
+        Receives the picture.
+    networks
+        Title → one network, or an ensemble.
+    data
+        Of whose test split up to :data:`EMBEDDED_CUBES` are shown, evenly spread.
+    device
+        Of the networks.
+    """
+    split = data.split("test")
+    shown = np.unique(
+        np.linspace(0, len(split) - 1, min(EMBEDDED_CUBES, len(split))).astype(np.int64)
+    )
+    cubes = split.read(shown).subtomograms
+    panels = {
+        title: torch.cat([
+            network.embed(part.to(device))[1].float().cpu() for part in torch.split(cubes, 32)
+        ]).numpy()
+        for title, network in networks.items()
+    }  # fmt: skip
+    figure = draw_embeddings(panels, split.class_ids[shown], data.manifest.classes)
+    run.log_figure(figure, "figures/embeddings.png")
 
 
 def refuse_weak_teacher(

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cectflow.learning.calibration import NUM_BINS, Reliability
 
-__all__ = ["draw_confusion", "draw_known_scores", "draw_reliability", "draw_sweep"]
+__all__ = [
+    "draw_confusion",
+    "draw_embeddings",
+    "draw_known_scores",
+    "draw_reliability",
+    "draw_sweep",
+]
 
 
 def draw_confusion(
@@ -58,6 +66,55 @@ def _draw_matrix(
     axes.set_xticks(range(number), classes, rotation=45, ha="right")
     axes.set_yticks(range(number), names)
     axes.set(xlabel="predicted", ylabel="true (number)")
+
+
+def draw_embeddings(
+    panels: Mapping[str, Float[NDArray[np.float32], "n _"]],
+    class_ids: Int[NDArray[np.int64], " n"],
+    classes: Sequence[str],
+) -> Figure:
+    """Embeddings of the same cubes in the plane, side by side: which classes a network mixes up.
+
+    Projected by t-SNE (van der Maaten and Hinton 2008) from their first two principal components;
+    who is whose neighbour means something, distances between groups do not.
+
+    Parameters
+    ----------
+    panels
+        Title of a plane → embedding of each cube.
+    class_ids
+        True class of each, from 1.
+    classes
+        Names in the order of the ids.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 4 cubes.
+    """
+    from sklearn import manifold  # 1 s
+
+    project: Any = manifold.TSNE
+    number = len(class_ids)
+    if number < 4:
+        msg = f"{number} cubes have no neighbourhoods to draw: expected 4 or more"
+        raise ValueError(msg)
+    figure = Figure(figsize=(4.4 * len(panels) + 1.4, 4.4), layout="constrained")
+    axes_of = figure.subplots(1, len(panels), squeeze=False)[0]
+    colours = colormaps["tab20"](np.arange(len(classes)) % 20)
+    for axes, (title, features) in zip(axes_of, panels.items(), strict=True):
+        method = project(init="pca", perplexity=min(30.0, (number - 1) / 3), random_state=0)
+        plane = method.fit_transform(features)
+        for class_id, (name, colour) in enumerate(zip(classes, colours, strict=True), start=1):
+            x, y = plane[class_ids == class_id].T
+            axes.plot(x, y, "o", color=colour, ms=3, mew=0, alpha=0.8, label=name)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, fontsize=10)
+    figure.legend(
+        *axes_of[0].get_legend_handles_labels(), loc="outside right upper", frameon=False,
+        fontsize=8, markerscale=2,
+    )  # fmt: skip
+    return figure
 
 
 def draw_reliability(panels: Mapping[str, Reliability], title: str) -> Figure:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from io import BytesIO
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from cectflow.learning.calibration import NUM_BINS, Reliability
-from cectflow.learning.figures import draw_confusion, draw_known_scores, draw_reliability
+from cectflow.learning.figures import (
+    draw_confusion,
+    draw_embeddings,
+    draw_known_scores,
+    draw_reliability,
+)
 
 
 def save(figure: Figure) -> None:
@@ -34,6 +40,31 @@ def test_a_class_without_subtomograms_has_an_empty_row() -> None:
     figure = draw_confusion(np.array([1, 1]), {"tiny": np.array([1, 2])}, ("a", "b"))
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[50, 50], [0, 0]])
     save(figure)
+
+
+def test_embeddings_keep_neighbours_and_are_drawn_alike_twice() -> None:
+    generator = np.random.default_rng(0)
+    class_ids = np.repeat(np.array([1, 2]), 12)
+    near = generator.normal(size=(24, 5)).astype(np.float32)
+    apart = near + 30.0 * (class_ids == 2)[:, None].astype(np.float32)
+    first, second = (
+        draw_embeddings({"mixed": near, "apart": apart}, class_ids, ("a", "b")) for _ in range(2)
+    )
+    for one, other in zip(first.axes, second.axes, strict=True):
+        groups = [np.transpose(line.get_data()) for line in one.lines]
+        assert [len(group) for group in groups] == [12, 12]
+        for group, line in zip(groups, other.lines, strict=True):
+            np.testing.assert_array_equal(group, np.transpose(line.get_data()))
+    shown = np.concatenate([np.transpose(line.get_data()) for line in first.axes[1].lines])
+    distances = np.linalg.norm(shown[:, None] - shown[None], axis=-1) + 1e9 * np.eye(24)
+    np.testing.assert_array_equal(class_ids[distances.argmin(axis=1)], class_ids)
+    assert [axes.get_title() for axes in first.axes] == ["mixed", "apart"]
+    save(first)
+
+
+def test_embeddings_of_too_few_cubes_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 cubes have no neighbourhoods"):
+        draw_embeddings({"x": np.zeros((3, 2), np.float32)}, np.array([1, 1, 2]), ("a", "b"))
 
 
 def test_a_reliability_diagram_shows_bins_and_error() -> None:

@@ -111,6 +111,7 @@ def test_the_run_holds_recipe_pictures_and_lineage(road: Road) -> None:
                 "slices",
                 "groups",
                 "teacher_and_student",
+                "embeddings",
             },
         ),
         (segmented, {"learning_curves", "gallery", "slices", "groups"}),
