@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.segmentation import BUILTIN, DATA, REAL
 from cectflow.dataset import Dataset, Manifest
@@ -147,3 +150,31 @@ def untrained_card(network: str, manifest: Manifest, box: int = BOX_OF_COST) -> 
         dataset_digest=manifest.content_digest(), recipe_digest=manifest.recipe_digest,
         commit="none",
     )  # fmt: skip
+
+
+def draw_front(points: Mapping[str, tuple[float, str]], figures: Mapping[str, float]) -> Figure:
+    """Accuracy against time, with the Pareto front: those that none beats in both.
+
+    Parameters
+    ----------
+    points
+        Label → milliseconds a cube, and NAME of the figures ``accuracy_NAME`` with its ends.
+    figures
+        Of the benchmark.
+    """
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    best, front = -math.inf, []
+    for label, (time, name) in sorted(points.items(), key=lambda point: point[1]):
+        accuracy = figures[f"accuracy_{name}"]
+        if accuracy > best:
+            best = accuracy
+            front.append((time, accuracy))
+        ends = [[abs(figures[f"accuracy_{name}_{end}"] - accuracy)] for end in ("low", "high")]
+        axes.errorbar(time, accuracy, ends, fmt="o", capsize=2, ms=4)
+        axes.annotate(label, (time, accuracy), xytext=(5, 3), textcoords="offset points",
+                      fontsize=8)  # fmt: skip
+    axes.plot(*zip(*front, strict=True), "-", color="0.7", zorder=0)
+    axes.set(xlabel=f"ms a cube of {BOX_OF_COST}³", ylabel="accuracy, test", xscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

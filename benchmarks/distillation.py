@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from benchmarks.classifiers import (
     SOFT,
     Bench,
     choose_bench,
+    draw_front,
     untrained_card,
 )
 from benchmarks.report import parse_options, write_report
@@ -37,7 +39,9 @@ from cectflow.dataset import BatchSource, Dataset, Selection
 from cectflow.export import export_network
 from cectflow.files import replacing, sha256_of
 from cectflow.flows.simulation import load_structures
+from cectflow.flows.teachers import EMBEDDED_CUBES
 from cectflow.learning.calibration import measure_trust
+from cectflow.learning.figures import draw_calibration, draw_confusion, draw_embeddings
 from cectflow.learning.fit import FitRecipe, open_fabric
 from cectflow.learning.losses import DistillationLoss
 from cectflow.learning.objective import Classify, Distill, Objective
@@ -65,11 +69,12 @@ PUBLISHED_STUDENT = FitRecipe(
 MSE = DistillationLoss(mse=1.0)
 TEACHER = "dsrf3d_v2_bn"
 STUDENT = "strided_micro"
-SHIPPED = "micro_10k_distilled"
+SHIPPED = "micro_long_distilled"
 RUNTIMES: tuple[RuntimeName, ...] = ("torch", "onnxruntime", "openvino")
 VARIANTS: tuple[Variant, ...] = ("float32", "bfloat16", "int8")
 FASTEST: RuntimeName = "openvino"
 GPU_BATCH, GPU_REPEATS = 1024, 7
+PARTS = ("costs", "trainings", "shipped", "real", "figures")
 
 
 @dataclass(frozen=True)
@@ -253,18 +258,19 @@ def main() -> None:
     """Measure the parts asked for, and write all that the working folder has.
 
     Each training is a folder below ``--work``: a rerun goes on from its last epoch, and takes
-    finished ones as they are. ``cubes_heavy`` and ``cubes_light`` are the budgets: cubes shown in
-    all to the papers' networks, and to ours.
+    finished ones as they are. ``cubes_heavy``, ``cubes_light`` and ``cubes_long`` are the budgets:
+    cubes shown in all to the papers' networks, and to ours.
 
     - ``accuracy_NAME``: on the test split, SNR 0.01 to 0.1, with its 95 % interval over fields
       (mean over seeds where there are several); ``…_snr_0.1`` …, ``…_calibrated``: of further
       test sets, the last imaged as the recipe ``real``, which no network was trained on.
       ``accuracy_teacher`` is the better of ``dsrf3d_v2`` and ``dsrf3d_v2_bn``,
-      ``accuracy_student`` ``strided_micro`` distilled on 10 k labelled cubes,
-      ``accuracy_labels_only`` the same without the teacher, ``accuracy_student_1`` the papers'.
+      ``accuracy_student`` that of the student of :data:`SHIPPED`, ``accuracy_labels_only`` the same
+      without the teacher, ``accuracy_student_1`` the papers'.
     - ``student_minus_teacher``: paired over fields.
-    - ``distillation_gain`` (10 k labels), ``distillation_gain_1k``, ``distillation_gain_live``:
-      distilled minus from labels alone, paired over fields, seeds averaged.
+    - ``distillation_gain`` (10 k labels), ``distillation_gain_1k``, ``distillation_gain_live``,
+      ``distillation_gain_long`` (10 k labels, ``cubes_long``): distilled minus from labels alone,
+      paired over fields, seeds averaged.
     - ``per_s_NAME_RUNTIME_VARIANT``: cubes of 40³ per second, batches of 16, all by turns, on
       ``threads`` threads; ``speedup_NAME_RUNTIME`` over ``dsrf3d_v2`` in the same runtime, float32;
       ``speedup_cpu`` and ``speedup_student_1``: in openvino, the fastest; ``parameters_ratio``;
@@ -279,6 +285,9 @@ def main() -> None:
       tomogram; both ways, twenty cubes in all. ``real_noise_…`` and ``real_others_…``: the same
       of their copies with random phases, and of simulated other complexes: the controls, without
       which the first say nothing. Wilson intervals.
+
+    Beside the table: accuracy against time, both confusion matrices, the reliability diagram of
+    the student, and where both networks put the same test cubes.
     """
     options = parse_options(main.__doc__ or "", _add_options)
     bench = choose_bench(options)
@@ -287,6 +296,7 @@ def main() -> None:
         "trainings": partial(_accuracies, arms=options.arms),
         "shipped": _shipped,
         "real": judge_ribosomes,
+        "figures": partial(_draw, stem=options.json),
     }  # fmt: skip
     for name in (options.only,) if options.only else parts:
         figures = parts[name](bench)
@@ -306,7 +316,7 @@ def main() -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder to work in and go on in")
-    parser.add_argument("--only", choices=("costs", "trainings", "shipped", "real"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS),
                         help="trainings to run and to tell of")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
@@ -324,6 +334,7 @@ def _accuracies(bench: Bench, arms: Sequence[str]) -> dict[str, float]:
     figures = {
         "cubes_heavy": float(plan.heavy),
         "cubes_light": float(plan.light),
+        "cubes_long": float(plan.long),
         "labels_10k": float(len(bench.data().split("train"))),
         "test_cubes": float(len(splits[HEADLINE])),
         "test_fields": float(len(np.unique(splits[HEADLINE].fields))),
@@ -348,14 +359,15 @@ def _accuracies(bench: Bench, arms: Sequence[str]) -> dict[str, float]:
 
     teachers = [name for name in (TEACHER, "dsrf3d_v2") if name in right]
     teacher = max(teachers, key=lambda name: figures[f"accuracy_{name}"], default="none")
-    student, labels = "micro_10k_distilled", "micro_10k_labels"
+    student, labels = SHIPPED, SHIPPED.replace("distilled", "labels")
     roles = {"teacher": teacher, "student": student, "labels_only": labels}
     for role, name in roles.items():
         if name in right:
             for end in ("", "_low", "_high"):
                 figures[f"accuracy_{role}{end}"] = figures[f"accuracy_{name}{end}"]
     figures |= difference("student_minus_teacher", student, teacher)
-    figures |= difference("distillation_gain", student, labels)
+    figures |= difference("distillation_gain", "micro_10k_distilled", "micro_10k_labels")
+    figures |= difference("distillation_gain_long", student, labels)
     for cubes in ("1k", "live"):
         figures |= difference(
             f"distillation_gain_{cubes}", f"micro_{cubes}_distilled", f"micro_{cubes}_labels"
@@ -370,8 +382,8 @@ def _interval(key: str, values: NDArray[np.float64], fields: NDArray[np.int64]) 
 
 def _costs(bench: Bench) -> dict[str, float]:
     """Sizes and rates at 40³; weights make no difference to them."""
-    networks = ("dsrf3d_v2", "student_1", "student_2", "student_3", "residual_teacher",
-                "strided_small", "strided_micro", "strided_nano")  # fmt: skip
+    networks = ("dsrf3d_v2", "dsrf3d_v2_bn", "residual_teacher", "student_1", "student_2",
+                "student_3", "strided_small", "strided_micro", "strided_nano")  # fmt: skip
     figures: dict[str, float] = {}
     candidates: list[Candidate] = []
     manifest = bench.data().manifest
@@ -454,6 +466,49 @@ def _shipped(bench: Bench) -> dict[str, float]:
         "ece": trust.ece_after,
         "temperature": trust.temperature,
     }
+
+
+def _draw(bench: Bench, stem: Path) -> dict[str, float]:
+    """Pictures of the trainings and costs that the working folder has."""
+    figures: dict[str, float] = {}
+    for part in ("costs", "trainings", "shipped"):
+        path = bench.folder / f"{part}.json"
+        if not path.is_file():
+            msg = f"{path} is missing: run --only {part} first"
+            raise FileNotFoundError(msg)
+        figures |= json.loads(path.read_text(encoding="utf-8"))
+
+    def save(figure: Figure, name: str) -> None:
+        figure.savefig(stem.with_name(f"{stem.stem}{name}.png"), dpi=110)
+
+    shown = [name for name in ARMS if f"accuracy_{name}" in figures]
+    points = {
+        name: (1e3 / figures[f"per_s_{ARMS[name].fit.network}_{FASTEST}_float32"], name)
+        for name in shown
+    }
+    save(draw_front(points, figures), "")
+    data, seed = bench.data(), bench.plan.seeds[0]
+    split = data.split("test")
+    answers = {
+        title: np.array(_train(bench, name, seed).predicted[HEADLINE])
+        for title, name in ((f"teacher {TEACHER}", TEACHER), (f"student {STUDENT}", SHIPPED))
+    }
+    save(draw_confusion(split.class_ids, answers, data.manifest.classes), "_confusion")
+    few = np.unique(np.linspace(0, len(split) - 1, EMBEDDED_CUBES).astype(np.int64))
+    cubes = torch.split(split.read(few).subtomograms, 32)
+    panels = {}
+    for title, name in zip(answers, (TEACHER, SHIPPED), strict=True):
+        network = Teacher(_best_of(bench, name))
+        panels[title] = torch.cat([network.embed(part)[1] for part in cubes]).numpy()
+    figure = draw_embeddings(panels, split.class_ids[few], data.manifest.classes)
+    save(figure, "_embeddings")
+    evaluation = evaluate_folder(bench.folder / "shipped", data)
+    assert evaluation.logits is not None
+    figure = draw_calibration(
+        evaluation.logits, split.class_ids, figures["temperature"], f"{STUDENT} on test"
+    )
+    save(figure, "_reliability")
+    return {}
 
 
 if __name__ == "__main__":

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks.classifiers import BOX_OF_COST, Bench, choose_bench, untrained_card
+from benchmarks.classifiers import (
+    BOX_OF_COST,
+    Bench,
+    choose_bench,
+    draw_front,
+    untrained_card,
+)
 from benchmarks.report import parse_options, write_report
 from cectflow.cost import count_macs, count_parameters, measure_throughputs
 from cectflow.dataset import Dataset
@@ -91,7 +94,8 @@ def main() -> None:
         print(name, round(figures[f"accuracy_{name}"], 4), flush=True)
     figures |= _costs(bench, data)
     write_report(options.json, figures, quick=options.quick)
-    _draw(figures).savefig(options.json.with_suffix(".png"), dpi=130)
+    points = {name: (figures[f"ms_{name}"], name) for name in CANDIDATES}
+    draw_front(points, figures).savefig(options.json.with_suffix(".png"), dpi=130)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -151,27 +155,6 @@ def _costs(bench: Bench, data: Dataset) -> dict[str, float]:
         figures[f"parameters_{name}"] = float(count_parameters(network))
     rates = measure_throughputs([Candidate(folder=folder) for folder in folders])
     return figures | {f"ms_{n}": 1e3 / rate for n, rate in zip(CANDIDATES, rates, strict=True)}
-
-
-def _draw(figures: Mapping[str, float]) -> Figure:
-    """Accuracy against time, with the front of those that none beats in both."""
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    points = sorted((figures[f"ms_{n}"], figures[f"accuracy_{n}"], n) for n in CANDIDATES)
-    best, front = -np.inf, []
-    for time, accuracy, _ in points:
-        if accuracy > best:
-            best = accuracy
-            front.append((time, accuracy))
-    axes.plot(*zip(*front, strict=True), "-", color="0.7", zorder=0)
-    for time, accuracy, name in points:
-        ends = [[accuracy - figures[f"accuracy_{name}_low"]],
-                [figures[f"accuracy_{name}_high"] - accuracy]]  # fmt: skip
-        axes.errorbar(time, accuracy, ends, fmt="o", capsize=2, ms=4)
-        axes.annotate(name, (time, accuracy), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="ms a cube of 40³", ylabel="accuracy, test", xscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 if __name__ == "__main__":

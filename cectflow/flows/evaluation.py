@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 from cectflow.dataset import Dataset
 from cectflow.figures import draw_groups, draw_slices
 from cectflow.learning.breakdown import Group, break_down
-from cectflow.learning.calibration import measure_reliability
-from cectflow.learning.figures import draw_confusion, draw_reliability
+from cectflow.learning.figures import draw_calibration, draw_confusion
 from cectflow.learning.scores import Evaluation
 from cectflow.learning.task import SemanticLabels, network_input, segmentation_truth
 from cectflow.model_card import ModelCard
 from cectflow.runtime import load_runtime
 from cectflow.tracking.runs import Run
-from cectflow.trust import probabilities_of
 
 __all__ = ["log_evaluation"]
 
@@ -72,16 +70,10 @@ def log_evaluation(
         )
         run.log_figure(figure, "figures/confusion.png")
     if evaluation.logits is not None and card.trust is not None:
-        panels = {
-            name: measure_reliability(
-                probabilities_of(evaluation.logits, temperature), evaluation.class_ids
-            )
-            for name, temperature in (
-                ("as trained", 1.0),
-                (f"at temperature {card.trust.temperature:.2f}", card.trust.temperature),
-            )
-        }
-        run.log_figure(draw_reliability(panels, title), "figures/reliability.png")
+        figure = draw_calibration(
+            evaluation.logits, evaluation.class_ids, card.trust.temperature, title
+        )
+        run.log_figure(figure, "figures/reliability.png")
     number = len(evaluation.class_ids)
     shown = np.linspace(0, number - 1, min(6, number)).astype(np.int64)
     run.log_figure(_draw_cubes(folder, card, data, shown, {}), "figures/slices.png")

@@ -12,9 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cectflow.learning.calibration import NUM_BINS, Reliability
+from cectflow.learning.calibration import NUM_BINS, Reliability, measure_reliability
+from cectflow.trust import probabilities_of
 
 __all__ = [
+    "draw_calibration",
     "draw_confusion",
     "draw_embeddings",
     "draw_known_scores",
@@ -142,6 +144,30 @@ def draw_reliability(panels: Mapping[str, Reliability], title: str) -> Figure:
             axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def draw_calibration(
+    logits: Float[NDArray[np.float32], "n c"],
+    class_ids: Int[NDArray[np.int64], " n"],
+    temperature: float,
+    title: str,
+) -> Figure:
+    """Reliability diagrams of a classifier without and with its temperature.
+
+    Parameters
+    ----------
+    logits, class_ids
+        Of the same cubes; true classes from 1.
+    temperature
+        That divides the logits.
+    title
+        Over both.
+    """
+    panels = {
+        name: measure_reliability(probabilities_of(logits, value), class_ids)
+        for name, value in (("as trained", 1.0), (f"at temperature {temperature:.2f}", temperature))
+    }
+    return draw_reliability(panels, title)
 
 
 def draw_known_scores(
