@@ -11,10 +11,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cectflow.model_card import Cost, ModelCard
+from cectflow.model_card import Cost, ModelCard, Timing
 from cectflow.networks import create_network, network_info
-from cectflow.runtime import INT8_FILE, ONNX_FILE, PT2_FILE, Infer
-from cectflow.timing import Candidate, make_cubes, time_here
+from cectflow.runtime import INT8_FILE, ONNX_FILE, PT2_FILE, RUNTIMES, Infer
+from cectflow.timing import (
+    MIN_CALLS,
+    WARM_UP_CALLS,
+    Candidate,
+    list_candidates,
+    make_cubes,
+    time_here,
+)
 
 __all__ = [
     "count_macs",
@@ -28,7 +35,11 @@ __all__ = [
 BATCH_SIZE = 16
 REPEATS = 7
 SECONDS_PER_REPEAT = 0.25
-SECONDS_PER_COST = 1.5
+SECONDS_PER_COST = 1.0
+BATCH_SIZES = (1, 8, 64)
+SECONDS_PER_TIMING = 0.1
+LONGEST_TIMING = 3.0
+"""Seconds above which a batch of a slow network is left out of its card."""
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -105,22 +116,34 @@ def measure_throughputs(
 
 
 def measure_cost(network: nn.Module, folder: Path) -> Cost:
-    """Cost of a network and its model folder on this machine's CPU, in a second or two.
+    """Cost of a network and its model folder on this machine's CPU, in a few seconds.
 
-    The table over runtimes, variants and batches is `cectflow evaluate cost`'s.
+    Latencies are float32's, of every runtime that is installed, in this process, for batches of 1,
+    8 and 64; batches that would take longer than :data:`LONGEST_TIMING` are left out. The whole
+    table, with variants and peak memories, is `cectflow evaluate cost`'s.
     """
     card = ModelCard.from_folder(folder)
     threads = torch.get_num_threads()
-    found = time_here(Candidate(folder=folder), BATCH_SIZE, threads, seconds=SECONDS_PER_COST)
+    timings: list[Timing] = []
+    for candidate in list_candidates(folder, RUNTIMES, ("float32",)):
+        infer = candidate.load(threads)
+        if candidate.runtime == "onnxruntime":
+            common = time_here(infer, candidate, BATCH_SIZE, threads, seconds=SECONDS_PER_COST)
+        expected = 0.0  # seconds of a timing, for each cube of its batch
+        for batch_size in BATCH_SIZES:
+            if expected * batch_size <= LONGEST_TIMING:
+                found = time_here(infer, candidate, batch_size, threads, seconds=SECONDS_PER_TIMING)
+                timings.append(found)
+                expected = (MIN_CALLS + WARM_UP_CALLS) / found.subtomograms_per_s
     return Cost(
         parameters=count_parameters(network),
         macs=count_macs(network, card.box),
-        subtomograms_per_s=found.subtomograms_per_s,
+        subtomograms_per_s=common.subtomograms_per_s,
         batch_size=BATCH_SIZE,
-        device=found.device,
+        device=common.device,
         threads=threads,
         weights_bytes=weigh_files(folder),
-        timings=(found,),
+        timings=tuple(timings),
     )
 
 

@@ -26,11 +26,21 @@ from cectflow.runtime import (
     load_runtime,
 )
 
-__all__ = ["Candidate", "list_candidates", "make_cubes", "own_peak", "time_alone", "time_here"]
+__all__ = [
+    "MIN_CALLS",
+    "WARM_UP_CALLS",
+    "Candidate",
+    "list_candidates",
+    "make_cubes",
+    "own_peak",
+    "time_alone",
+    "time_here",
+]
 
 SECONDS = 2.0
 """For which a timing goes on, but for at least ``MIN_CALLS`` calls."""
 MIN_CALLS = 5
+WARM_UP_CALLS = 2
 
 
 class Candidate(Config):
@@ -72,16 +82,18 @@ def make_cubes(folder: Path, number: int) -> Float[NDArray[np.float32], "n 1 z y
 
 
 def time_here(
-    candidate: Candidate, batch_size: int, threads: int, *, seconds: float = SECONDS
+    infer: Infer, candidate: Candidate, batch_size: int, threads: int, *, seconds: float = SECONDS
 ) -> Timing:
-    """Latency of a candidate in this process; torch's threads are the caller's to set.
+    """Latency of a candidate that is loaded; torch's threads are the caller's to set.
 
     Two calls warm up; those of one size of batch are then timed one by one.
 
     Parameters
     ----------
+    infer
+        As :meth:`Candidate.load` gives it.
     candidate
-        What is run.
+        What it is.
     batch_size
         Cubes of a call.
     threads
@@ -89,8 +101,8 @@ def time_here(
     seconds
         For which it goes on; at least five calls.
     """
-    infer, cubes = candidate.load(threads), make_cubes(candidate.folder, batch_size)
-    for _ in range(2):
+    cubes = make_cubes(candidate.folder, batch_size)
+    for _ in range(WARM_UP_CALLS):
         infer(cubes)
     latencies: list[float] = []
     while len(latencies) < MIN_CALLS or sum(latencies) < seconds:
@@ -159,7 +171,8 @@ def main() -> None:
     """``python -m cectflow.timing CANDIDATE BATCH THREADS SECONDS``: print a timing as JSON."""
     candidate, batch_size, threads, seconds = sys.argv[1:]
     runtime = Candidate.from_json(candidate)
-    found = time_here(runtime, int(batch_size), int(threads), seconds=float(seconds))
+    infer = runtime.load(int(threads))
+    found = time_here(infer, runtime, int(batch_size), int(threads), seconds=float(seconds))
     peak = 1e3 * own_peak() if sys.platform == "linux" else None
     print(found.model_copy(update={"peak_memory_mb": peak}).model_dump_json())
 

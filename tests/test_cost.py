@@ -70,11 +70,22 @@ def test_the_cost_names_device_batch_and_threads(exported: Exported) -> None:
     assert cost.macs == BOX**3 * 27 * 4 + 4 * (BOX // 4) ** 3 * 2
     assert cost.subtomograms_per_s > 0
     assert (cost.device, cost.batch_size, cost.threads) == ("cpu", 16, 1)
-    (timing,) = cost.timings
-    assert timing.subtomograms_per_s == cost.subtomograms_per_s
+    assert [(t.runtime, t.batch_size) for t in cost.timings] == [
+        (runtime, batch) for runtime in RUNTIMES for batch in (1, 8, 64)
+    ]
+    assert {(t.variant, t.device, t.threads) for t in cost.timings} == {("float32", "cpu", 1)}
     assert cost.weights_bytes == {
         name: (exported.folder / name).stat().st_size for name in ("model.pt2", "model.onnx")
     }
+
+
+@pytest.mark.usefixtures("_quick")
+def test_batches_that_would_take_long_are_left_out(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cectflow.cost.LONGEST_TIMING", 0.0)
+    cost = measure_cost(exported.network, exported.folder)
+    assert [(t.runtime, t.batch_size) for t in cost.timings] == [(r, 1) for r in RUNTIMES]
 
 
 @pytest.mark.usefixtures("_quick")

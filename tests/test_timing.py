@@ -13,7 +13,8 @@ pytest_plugins = ("exported",)
 
 
 def test_a_timing_names_what_was_run_and_its_quartiles_are_in_order(exported: Exported) -> None:
-    timing = time_here(Candidate(folder=exported.folder), 3, 1, seconds=0.0)
+    candidate = Candidate(folder=exported.folder)
+    timing = time_here(candidate.load(1), candidate, 3, 1, seconds=0.0)
     assert (timing.runtime, timing.variant, timing.device) == ("onnxruntime", "float32", "cpu")
     assert (timing.threads, timing.batch_size, timing.calls) == (1, 3, 5)
     assert 0 < timing.latency_ms_low <= timing.latency_ms <= timing.latency_ms_high
