@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from builders import BOX, make_card, write_dataset
-from lightning_fabric import Fabric
 
 import cectflow.flows.masking as masking_module
 from cectflow.cli import main
@@ -18,7 +17,7 @@ from cectflow.dataset import Dataset, ShardRecord, Subtomograms, check_dataset, 
 from cectflow.export import export_network
 from cectflow.flows.masking import mask_cubes_of, mask_dataset
 from cectflow.flows.prediction import predict_classes
-from cectflow.learning.fit import FitRecipe
+from cectflow.learning.fit import FitRecipe, open_fabric
 from cectflow.learning.objective import Classify, Segment
 from cectflow.learning.training import check_matches, train_network
 from cectflow.model_card import Masking, ModelCard
@@ -124,7 +123,7 @@ def classifier(masked: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Pat
     trained = train_network(
         "teacher", Classify(2), masked,
         FitRecipe(network="strided_micro", epochs=1, batch_size=6, learning_rate=0.005),
-        recipe_digest="e" * 64, fabric=Fabric(accelerator="cpu"),
+        recipe_digest="e" * 64, fabric=open_fabric("cpu"),
         folder=tmp_path_factory.mktemp("teacher"), log=lambda metrics, step: None,
     )  # fmt: skip
     return trained.folder
@@ -171,7 +170,7 @@ def test_a_segmenter_does_not_learn_from_masked_cubes(masked: Dataset, tmp_path:
         train_network(
             "segmenter", Segment(), masked,
             FitRecipe(network="strided_ed_small", epochs=1, batch_size=6, learning_rate=0.005),
-            recipe_digest="e" * 64, fabric=Fabric(accelerator="cpu"), folder=tmp_path,
+            recipe_digest="e" * 64, fabric=open_fabric("cpu"), folder=tmp_path,
             log=lambda metrics, step: None,
         )  # fmt: skip
 
