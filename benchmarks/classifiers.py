@@ -62,7 +62,7 @@ class Plan:
     light: int = 20_000
     long: int = 100_000
     epoch: int = 10_000
-    imitated: int = 60
+    imitated: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
