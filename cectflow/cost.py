@@ -68,7 +68,7 @@ def count_program(folder: Path) -> tuple[int, int]:
 
 
 def _count_macs(network: nn.Module, box: int) -> int:
-    device = next(network.parameters()).device
+    device = next((each.device for each in network.parameters()), torch.device("cpu"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 1, box, box, box, device=device))
     flops: int = counter.get_total_flops()

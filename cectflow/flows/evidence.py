@@ -80,12 +80,12 @@ def measure(
     """
     answers = evaluate_folder(folder, data)
     candidate = Judged.of(version.label, (folder,), answers, data.manifest)
-    card = candidate.card
+    rarest = min(each.subtomograms for each in candidate.classes)
     teacher, of_teacher, taught = _measure_teacher(run, candidate, data)
     timings, not_timed = time_networks(candidate, teacher, incumbents, policy.timings(stages))
     figures, notes = _merge(
         (candidate.figures(), candidate.notes()),
-        ({"smallest_class": min(each.subtomograms for each in candidate.classes)}, {}),
+        ({"smallest_class": float(rarest)}, {}),
         ({"parity": measure_parity(folder)}, {}),
         (_measure_margin(candidate, data), {}),
         (_measure_cost(folder), {}),
@@ -98,7 +98,7 @@ def measure(
     evidence = Evidence(
         figures=figures,
         notes=notes,
-        lineage=_trace(card) | {"teacher": taught},
+        lineage=_trace(candidate.card) | {"teacher": taught},
         variants=_carried(candidate),
         context={"dataset": data.manifest.content_digest(), "run": run.run_id},
     )
@@ -210,7 +210,7 @@ def _measure_margin(candidate: Judged, data: Dataset) -> dict[str, float]:
 def _measure_cost(folder: Path) -> dict[str, float]:
     parameters, macs = count_program(folder)
     heaviest = max(weigh_files(folder).values())
-    return {"parameters": parameters, "macs": macs, "weights_mb": heaviest / 1e6}
+    return {"parameters": float(parameters), "macs": float(macs), "weights_mb": heaviest / 1e6}
 
 
 def _measure_teacher(

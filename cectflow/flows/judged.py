@@ -124,7 +124,9 @@ def _class_scores(
         return tuple(found)
     values = evaluation.scores[CLASS_SCORES[card.task][0]]
     for class_id, name in enumerate(manifest.classes, start=1):
-        of_class = np.equal(evaluation.class_ids, class_id) & np.isfinite(values)
+        of_class: NDArray[np.bool_] = np.logical_and(
+            evaluation.class_ids == class_id, np.isfinite(values)
+        )
         score = None
         if of_class.any():
             score = bootstrap_score(values[of_class], evaluation.fields[of_class])

@@ -179,9 +179,9 @@ def promote(
             )  # fmt: skip
             page = write_report(promotion, measured, rival, rules, data, pictures)
             run.log_text(page, f"report-{stage}.html")
-            run.log_json(promotion.facts(), f"verdict-{stage}.json")
             run.set_tags({f"verdict.{stage}": verdict.refusal or "passed"})
             promotions.append(promotion if dry_run else _settle(promotion))
+            run.log_json(promotions[-1].facts(), f"verdict-{stage}.json")
             if not promotion.granted:
                 break
     return tuple(promotions)

@@ -123,6 +123,15 @@ class Caption(NamedTuple):
     text: str
 
 
+CONFUSION = Caption("Confusion", "Rows are the truth.")
+RATIOS = Caption(
+    "Retention and gain", "Intervals from a paired bootstrap over fields; bounds of rules in red."
+)
+CLASSES = Caption("Classes", "A class of few subtomograms has a wide interval.")
+LATENCY = Caption("Latency", "Measured by turns, for this promotion.")
+SAMPLES = Caption("Samples", "Test subtomograms: right and wrong, or best, median and worst.")
+
+
 class Pictures:
     """Pictures of a page as PNG in base64; those that no stage changes are drawn once.
 
@@ -134,7 +143,7 @@ class Pictures:
 
     def __init__(self, measured: Measured, data: Dataset) -> None:
         self._measured, self._data = measured, data
-        self._samples = ""
+        self._drawn: dict[tuple[str, str], str] = {}
 
     def draw(self, verdict: Verdict, incumbent: Judged | None) -> list[tuple[Caption, str]]:
         """All pictures of one stage.
@@ -146,33 +155,23 @@ class Pictures:
         incumbent
             The version now in it, where it was judged.
         """
-        networks = _networks(self._measured, incumbent)
-        drawn = [
-            (Caption("Confusion", "Rows are the truth."), lambda: _draw_confusion(networks)),
-            (
-                Caption(
-                    "Retention and gain",
-                    "Intervals from a paired bootstrap over fields; bounds of the rules in red.",
-                ),
-                lambda: _draw_ratios(self._measured, verdict),
-            ),
-            (
-                Caption("Classes", "A class of few subtomograms has a wide interval."),
-                lambda: _draw_classes(networks),
-            ),
-            (
-                Caption("Latency", "Measured by turns, for this promotion."),
-                lambda: _draw_latency(self._measured, networks),
-            ),
-        ]
-        found = [(caption, _encode(draw)) for caption, draw in drawn]
-        own = self._measured.candidate
-        if not self._samples:
-            self._samples = _encode(
-                lambda: draw_samples(own.folders[0], own.card, self._data, own.evaluation)
-            )
-        found.append((Caption("Samples", "Test subtomograms, right and wrong."), self._samples))
-        return [(caption, picture) for caption, picture in found if picture]
+        measured, own = self._measured, self._measured.candidate
+        networks = _networks(measured, incumbent)
+        rival = incumbent.label if incumbent else ""
+        # What a picture depends on besides the candidate, and how it is drawn.
+        drawn: list[tuple[Caption, str, Callable[[], Figure | None]]] = [
+            (CONFUSION, rival, lambda: _draw_confusion(networks)),
+            (RATIOS, verdict.digest(), lambda: _draw_ratios(measured, verdict)),
+            (CLASSES, rival, lambda: _draw_classes(networks)),
+            (LATENCY, rival, lambda: _draw_latency(measured, networks)),
+            (SAMPLES, "",
+             lambda: draw_samples(own.folders[0], own.card, self._data, own.evaluation)),
+        ]  # fmt: skip
+        for caption, key, draw in drawn:
+            if (caption.title, key) not in self._drawn:
+                self._drawn[caption.title, key] = _encode(draw)
+        pictures = [(caption, self._drawn[caption.title, key]) for caption, key, _ in drawn]
+        return [(caption, picture) for caption, picture in pictures if picture]
 
 
 def write_report(
@@ -205,20 +204,34 @@ def write_report(
     # Everything is escaped, whatever the name of the template.
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     source = resources.files("cectflow.flows").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    networks = _networks(measured, incumbent)
+    networks, notes = _networks(measured, incumbent), dict(verdict.notes())
     return environment.from_string(source).render(
         title=f"{promotion.version.label} to {promotion.stage}",
         passed=promotion.granted,
         outcome=_outcome(promotion),
         remarks=[each for each in (verdict.refusal, promotion.reason, promotion.note) if each],
         header=VERDICT_HEADER,
-        findings=list(zip(verdict.findings, verdict.table(), strict=True)),
+        findings=[
+            (_mark(finding), row, _remark(finding, notes))
+            for finding, row in zip(verdict.findings, verdict.table(), strict=True)
+        ],
         facts=_describe(promotion, measured, policy, data),
         pictures=pictures.draw(verdict, incumbent),
         networks=[_title(role, network) for role, network in networks.items()],
         classes=_rows(list(networks.values())),
         figures=[(name, f"{value:.6g}") for name, value in promotion.figures.items()],
     )
+
+
+def _mark(finding: Finding) -> str:
+    """Style of an outcome."""
+    if not finding.passed:
+        return "refused"
+    return "passed" if finding.asked else "note"
+
+
+def _remark(finding: Finding, notes: Mapping[str, str]) -> str:
+    return " — ".join(each for each in (notes.get(finding.figure, ""), finding.why) if each)
 
 
 def _outcome(promotion: Promotion) -> str:

@@ -48,6 +48,8 @@ Target = Literal["staging", "production"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Ancestor = Literal["commit", "dataset", "recipe", "teacher"]
 """What a version descends from: a clean git commit, the digests of dataset and recipe, teachers."""
+LINEAGE = "lineage."
+"""Before the name of an ancestor in findings."""
 VERDICT_HEADER = ("figure", "candidate", "teacher", "incumbent", "bound", "outcome")
 
 
@@ -253,8 +255,12 @@ class Verdict:
         return tuple(_row(finding) for finding in self.findings)
 
     def notes(self) -> tuple[tuple[str, str], ...]:
-        """Figure and what there is to say of it, in the order of the table."""
-        return tuple((each.figure, each.note) for each in self.findings if each.note)
+        """Figure and what there is to say of it besides the table, in its order."""
+        return tuple(
+            (each.figure, each.note)
+            for each in self.findings
+            if each.note and not each.figure.startswith(LINEAGE)
+        )
 
     def tags(self) -> dict[str, str]:
         """What a version is tagged with below ``verdict.{stage}``: figures and context."""
@@ -322,7 +328,7 @@ def _apply(rule: Rule, evidence: Evidence) -> Finding:
     else:
         assert rule.at_most is not None
         words, threshold, kept = "at most", rule.at_most, value <= rule.at_most
-    text = f"{rule.figure} {words} {_number(threshold)}"
+    text = f"{rule.figure} {words} {threshold:.6g}"
     if rule.device is not None:
         text += f" on {rule.device} with {rule.runtime}"
     moot = _why_not_asked(rule.figure, evidence)
@@ -353,7 +359,7 @@ def _trace(requirement: Requirement, evidence: Evidence) -> Finding:
     name = requirement.known
     known, words = evidence.lineage.get(name, (False, "not known"))
     return Finding(
-        f"{name} known", f"lineage.{name}", float(known), 1.0, known, requirement.why, note=words
+        f"{name} known", f"{LINEAGE}{name}", float(known), 1.0, known, requirement.why, note=words
     )
 
 
@@ -377,10 +383,11 @@ def _no_regression(policy: Policy, evidence: Evidence) -> Finding:
 
 
 def _complaint(finding: Finding) -> str:
-    if finding.figure.startswith("lineage."):
-        said = f"{finding.figure.partition('.')[2]} is not known"
+    if finding.figure.startswith(LINEAGE):
+        said = f"{finding.figure.removeprefix(LINEAGE)} is not known"
     else:
-        said = f"{finding.figure} is {_number(finding.value)}, expected {finding.rule}"
+        value = "missing" if math.isnan(finding.value) else f"{finding.value:.6g}"
+        said = f"{finding.figure} is {value}, expected {finding.rule}"
     remarks = [each for each in (finding.note, finding.why) if each]
     return said + (f" ({'; '.join(remarks)})" if remarks else "")
 
@@ -393,7 +400,7 @@ def _row(finding: Finding) -> tuple[str, str, str, str, str, str]:
     subject = subject_of(finding.figure)
     if not finding.asked:
         own = ""
-    elif finding.figure.startswith("lineage."):
+    elif finding.figure.startswith(LINEAGE):
         own = finding.note
     elif subject == "teacher":
         own, others[0] = "", own
