@@ -86,50 +86,6 @@ def test_every_figure_that_is_measured_may_be_named_and_the_reverse(register: Re
     assert set(known) - siblings <= measured
 
 
-def test_a_worse_version_is_refused_by_the_paired_gain_and_stays_where_it_is(
-    register: Register,
-) -> None:
-    register(GOOD)
-    register(FAIR)
-    (first,) = promote("cectflow-teacher/1", "production")
-    before = registry_state("cectflow-teacher")["aliases"]
-    (second,) = promote("cectflow-teacher/2", "production", policy="teacher")
-    assert (first.outcome, second.outcome) == ("promoted", "refused")
-    gain = next(each for each in second.verdict.findings if each.figure == "gain")
-    assert gain.value == pytest.approx(-1 / 6)
-    # Two of three fields lose a cube of four; a resample may be of these alone, or of the third.
-    assert (gain.low, gain.high) == (-0.25, 0.0)
-    assert gain.incumbent == 1.0
-    assert "accuracy no worse than that of cectflow-teacher v1" in second.verdict.refusal
-    assert registry_state("cectflow-teacher")["aliases"] == before == {"production": "1"}
-    assert (
-        "gain is -0.166667" in find_version("cectflow-teacher/2").tags["verdict.production.refusal"]
-    )
-
-
-def test_a_tie_passes_and_both_are_measured_on_the_same_cubes(register: Register) -> None:
-    register(GOOD)
-    register(GOOD)
-    promote("cectflow-teacher/1", "production")
-    (second,) = promote("cectflow-teacher/2", "production")
-    assert second.outcome == "promoted"
-    assert second.figures["gain"] == second.figures["gain_low"] == 0.0
-    assert find_version("cectflow-teacher/1").stages == ("archived",)
-
-
-@pytest.mark.parametrize(("bound", "outcome"), [("0.6", "promoted"), ("0.7", "refused")])
-def test_floors_of_classes_say_on_how_many_subtomograms_they_rest(
-    register: Register, lab: Path, bound: str, outcome: str
-) -> None:
-    register(FAIR)
-    rules = policy(lab, f"figure: worst_class, at_least: {bound}")
-    (promotion,) = promote("cectflow-teacher", "staging", policy=rules)
-    assert promotion.outcome == outcome
-    (finding,) = promotion.verdict.findings
-    assert finding.value == pytest.approx(4 / 6)
-    assert finding.note == "large: 6 subtomograms of 3 fields"
-
-
 def test_a_class_without_a_test_subtomogram_has_no_floor(register: Register, lab: Path) -> None:
     data = write_dataset(lab / "three", classes=("small", "large", "rare"))
     register(GOOD, data=data, num_outputs=3)
@@ -138,29 +94,6 @@ def test_a_class_without_a_test_subtomogram_has_no_floor(register: Register, lab
     assert "worst_class is missing" in promotion.verdict.refusal
     assert "no test subtomogram of rare" in promotion.verdict.refusal
     assert "smallest_class is 0" in promotion.verdict.refusal
-
-
-def test_a_device_that_is_not_here_is_not_measured_and_refuses(
-    register: Register, lab: Path
-) -> None:
-    register(GOOD)
-    rule = "figure: latency_ms, at_most: 1000000, device: {}, runtime: {}"
-    rules = policy(lab, rule.format("cpu", "torch"), rule.format("cuda", "openvino"))
-    (promotion,) = promote("cectflow-teacher", "staging", policy=rules)
-    outcomes = {each.figure: each.outcome for each in promotion.verdict.findings}
-    assert outcomes == {"latency_ms.cpu.torch": "passed", "latency_ms.cuda.openvino": "refused"}
-    assert "latency_ms.cuda.openvino is missing" in promotion.verdict.refusal
-    assert "not measured: " in promotion.verdict.refusal
-
-
-def test_a_sibling_in_lower_precision_that_cannot_be_measured_refuses(register: Register) -> None:
-    figures = VariantFigures(
-        score=ONE, difference=ONE, parity=0.1, speedup=2.0, runtime="openvino", threads=1
-    )
-    register(GOOD, variants={"int8": figures})  # the card promises what the folder does not have
-    (promotion,) = promote("cectflow-teacher", "staging")
-    assert "variant_difference is missing" in promotion.verdict.refusal
-    assert "has no int8" in promotion.verdict.refusal
 
 
 def test_a_student_of_a_registered_teacher_keeps_what_it_knows_or_is_refused(
@@ -184,77 +117,6 @@ def test_a_teacher_that_is_gone_refuses_its_student(register: Register) -> None:
     assert "retention is missing, expected retention at least 0.98" in promotion.verdict.refusal
     assert "no registered model 'cectflow-teacher'" in promotion.verdict.refusal
     assert "teacher is not known" in promotion.verdict.refusal
-
-
-def test_the_git_commit_may_be_required(register: Register, lab: Path) -> None:
-    register(GOOD, commit="a" * 40)
-    register(GOOD, commit="a" * 40 + "-dirty")
-    more = "lineage: [{known: commit, why: Because.}]\n"
-    rules = policy(lab, "figure: accuracy, at_least: 0.5", more=more)
-    clean, dirty = (
-        promote(f"cectflow-teacher/{number}", "staging", policy=rules, dry_run=True)[0]
-        for number in (1, 2)
-    )
-    assert clean.verdict.passed
-    assert "commit is not known (aaaaaaaaaaaa, not a clean git commit" in dirty.verdict.refusal
-
-
-@pytest.mark.parametrize(("choice", "outcome"), [("accept", "promoted"), ("refuse", "refused")])
-def test_a_version_in_the_stage_that_serves_other_data(
-    register: Register, lab: Path, choice: str, outcome: str
-) -> None:
-    other = write_dataset(lab / "other", classes=("round", "flat"))
-    register(GOOD, data=other)
-    register(GOOD)
-    promote("cectflow-teacher/1", "production")
-    rules = policy(lab, "figure: accuracy, at_least: 0.5", more=f"incomparable: {choice}\n")
-    (promotion,) = promote("cectflow-teacher/2", "production", policy=rules)
-    assert promotion.outcome == outcome
-    assert "classes is" in promotion.note
-    if outcome == "promoted":
-        assert "classes is" in history("cectflow-teacher")[-1]["reason"]
-
-
-@pytest.mark.parametrize("threshold", [GOOD, FAIR])
-def test_a_dry_run_writes_nothing_but_a_run_that_says_so(
-    register: Register, threshold: float
-) -> None:
-    register(GOOD)
-    register(threshold)
-    promote("cectflow-teacher/1", "staging")
-    before = registry_state("cectflow-teacher")
-    (promotion,) = promote(
-        "cectflow-teacher/2", "staging", dry_run=True, force=True, reason="to see"
-    )
-    assert promotion.outcome == "dry run"
-    assert promotion.verdict.passed == (threshold == GOOD)
-    assert registry_state("cectflow-teacher") == before
-    dry = [run for run in runs_of("promote_teacher") if run.data.tags.get("dry_run") == "true"]
-    assert len(dry) == 1
-
-
-@pytest.mark.parametrize("reason", ["", "  "])
-def test_force_without_a_reason_is_refused_before_any_work(register: Register, reason: str) -> None:
-    register(FAIR)
-    with pytest.raises(ValueError, match="--force needs --reason"):
-        promote("cectflow-teacher", "staging", force=True, reason=reason)
-    assert runs_of("promote_teacher") == []
-
-
-def test_force_is_recorded_with_reason_and_refusal(register: Register) -> None:
-    register(GOOD)
-    register(FAIR)
-    promote("cectflow-teacher/1", "production")
-    (promotion,) = promote(
-        "cectflow-teacher/2", "production", force=True, reason="fits the old camera"
-    )
-    assert promotion.outcome == "forced"
-    version = find_version("cectflow-teacher@production")
-    assert version.version == "2"
-    assert version.tags["verdict.production"] == "refused"
-    assert "gain is -0.166667" in version.tags["verdict.production.refusal"]
-    assert version.tags["verdict.production.forced"] == "fits the old camera"
-    assert history("cectflow-teacher")[-1]["reason"] == "forced: fits the old camera"
 
 
 def test_a_refusal_ends_the_way_through_the_stages(register: Register, lab: Path) -> None:
@@ -339,3 +201,95 @@ def test_the_score_of_pooled_voxels_is_compared_in_pairs() -> None:
     assert [gain.value, gain.low, gain.high] == pytest.approx([0.1, 0.1, 0.1])
     same = better.difference(better, "mean_iou")
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_a_tie_passes_a_worse_version_is_refused_rehearsed_and_overruled(
+    register: Register,
+) -> None:
+    register(GOOD)
+    register(GOOD)
+    register(FAIR)
+    promote("cectflow-teacher/1", "production")
+    (tie,) = promote("cectflow-teacher/2", "production")
+    assert tie.outcome == "promoted"
+    assert tie.figures["gain"] == tie.figures["gain_low"] == 0.0
+    assert find_version("cectflow-teacher/1").stages == ("archived",)
+
+    before = registry_state("cectflow-teacher")
+    (dry,) = promote("cectflow-teacher/3", "production", dry_run=True, force=True, reason="to see")
+    assert (dry.outcome, dry.verdict.passed) == ("dry run", False)
+    assert registry_state("cectflow-teacher") == before
+    (marked,) = [run for run in runs_of("promote_teacher") if "dry_run" in run.data.tags]
+    assert marked.data.tags["dry_run"] == "true"
+
+    (worse,) = promote("cectflow-teacher/3", "production")
+    assert worse.outcome == "refused"
+    gain = next(each for each in worse.verdict.findings if each.figure == "gain")
+    assert gain.value == pytest.approx(-1 / 6)
+    # Two of three fields lose a cube of four; a resample may be of these alone, or of the third.
+    assert (gain.low, gain.high, gain.incumbent) == (-0.25, 0.0, 1.0)
+    assert "accuracy no worse than that of cectflow-teacher v2" in worse.verdict.refusal
+    assert registry_state("cectflow-teacher")["aliases"] == before["aliases"] == {"production": "2"}
+    tags = find_version("cectflow-teacher/3").tags
+    assert "gain is -0.166667" in tags["verdict.production.refusal"]
+
+    with pytest.raises(ValueError, match="--force needs --reason"):
+        promote("cectflow-teacher/3", "production", force=True, reason="  ")
+    (forced,) = promote("cectflow-teacher/3", "production", force=True, reason="the old camera")
+    assert forced.outcome == "forced"
+    version = find_version("cectflow-teacher@production")
+    assert version.version == "3"
+    assert version.tags["verdict.production"] == "refused"
+    assert "gain is -0.166667" in version.tags["verdict.production.refusal"]
+    assert version.tags["verdict.production.forced"] == "the old camera"
+    assert history("cectflow-teacher")[-1]["reason"] == "forced: the old camera"
+
+
+def test_rules_on_classes_devices_siblings_and_commit_pass_and_refuse(
+    register: Register, lab: Path
+) -> None:
+    figures = VariantFigures(
+        score=ONE, difference=ONE, parity=0.1, speedup=2.0, runtime="openvino", threads=1
+    )
+    # The card promises a sibling that the folder does not have.
+    register(FAIR, variants={"int8": figures}, commit="a" * 40 + "-dirty")
+    latency = "figure: latency_ms, at_most: 1000000, device: {}, runtime: {}"
+    rules = policy(
+        lab, "figure: worst_class, at_least: 0.6", "figure: worst_class_low, at_least: 0.6",
+        latency.format("cpu", "torch"), latency.format("cuda", "openvino"),
+        "figure: variant_difference, at_least: -1", "figure: bfloat16_parity, at_most: 0",
+        "figure: parameters, at_most: 4", "figure: macs, at_most: 1",
+        more="lineage: [{known: commit, why: Because.}, {known: dataset, why: Because.}]\n",
+    )  # fmt: skip
+    (promotion,) = promote("cectflow-teacher", "staging", policy=rules)
+    found = {each.figure: each for each in promotion.verdict.findings}
+    assert {name: each.outcome for name, each in found.items()} == {
+        "worst_class": "passed", "worst_class_low": "refused",
+        "latency_ms.cpu.torch": "passed", "latency_ms.cuda.openvino": "refused",
+        "variant_difference": "refused", "bfloat16_parity": "not asked",
+        "parameters": "passed", "macs": "refused",
+        "lineage.commit": "refused", "lineage.dataset": "passed",
+    }  # fmt: skip
+    assert found["worst_class"].value == pytest.approx(4 / 6)
+    assert found["worst_class"].note == "large: 6 subtomograms of 3 fields"
+    for words in (
+        "latency_ms.cuda.openvino is missing", "not measured: ", "has no int8",
+        "commit is not known (aaaaaaaaaaaa, not a clean git commit", "macs is 2, expected",
+    ):  # fmt: skip
+        assert words in promotion.verdict.refusal
+
+
+def test_a_version_in_the_stage_that_serves_other_data_is_the_policys_to_decide(
+    register: Register, lab: Path
+) -> None:
+    register(GOOD, data=write_dataset(lab / "other", classes=("round", "flat")))
+    register(GOOD)
+    promote("cectflow-teacher/1", "production")
+    outcomes = {}
+    for choice in ("refuse", "accept"):
+        rules = policy(lab, "figure: accuracy, at_least: 0.5", more=f"incomparable: {choice}\n")
+        (promotion,) = promote("cectflow-teacher/2", "production", policy=rules)
+        outcomes[choice] = promotion.outcome
+        assert "classes is" in promotion.note
+    assert outcomes == {"refuse": "refused", "accept": "promoted"}
+    assert "classes is" in history("cectflow-teacher")[-1]["reason"]
