@@ -117,7 +117,7 @@ def _class_scores(
     found = []
     if evaluation.counts is not None:
         for number, name in enumerate(evaluation.labels, start=1):
-            member = evaluation.counts[:, number].any(axis=1)
+            member: NDArray[np.bool_] = np.any(evaluation.counts[:, number], axis=1)
             score_name = "mean_iou" if len(evaluation.labels) == 1 else f"iou_{name}"
             score = evaluation.interval(score_name) if member.any() else None
             found.append(_of_members(name, member, evaluation, score))

@@ -255,3 +255,12 @@ def test_a_policy_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     path.write_text("role: teacher\nscore: accuracy\nrules: []\nrule: []\n", encoding="utf-8")
     with pytest.raises(ValueError, match="rule: no such key"):
         Policy.from_yaml(path)
+
+
+def test_the_policy_of_the_page_is_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/registry.md").read_text(encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(page.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    policy = load_policy(str(path))
+    policy.check_suits("student", "classify", ("ribosome", "proteasome"))
+    assert policy.timings(["staging"]) == (("cuda", "torch"),)
