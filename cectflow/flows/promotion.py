@@ -22,7 +22,7 @@ from cectflow.learning.breakdown import Group
 from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.model_card import ModelCard, Score
 from cectflow.tracking.policy import Evidence, Target, judge, load_policy
-from cectflow.tracking.promotion import REASON_LENGTH, record_refusal, set_stage
+from cectflow.tracking.promotion import record_refusal, set_stage
 from cectflow.tracking.registry import resolve_model
 from cectflow.tracking.runs import start_run
 from cectflow.tracking.versions import (
@@ -45,6 +45,8 @@ __all__ = [
     "promote",
 ]
 
+TAG_LENGTH = 5000
+"""Characters of a tag of a run that every store takes."""
 JUDGING_SPLITS: tuple[SplitName, ...] = ("validation", "test")
 """Test judges; validation gives the cubes on which siblings in lower precision are compared."""
 
@@ -168,7 +170,7 @@ def promote(
             verdict = judge(rules, stage, evidence)
             overruled = force and not verdict.passed
             if overruled:
-                context = {**verdict.context, "forced": reason[:REASON_LENGTH]}
+                context = {**verdict.context, "forced": reason}
                 verdict = replace(verdict, context=context)
             promotion = Promotion(
                 version, stage, verdict, evidence.figures,
@@ -179,7 +181,7 @@ def promote(
             )  # fmt: skip
             page = write_report(promotion, measured, rival, rules, data, pictures)
             run.log_text(page, f"report-{stage}.html")
-            run.set_tags({f"verdict.{stage}": verdict.refusal or "passed"})
+            run.set_tags({f"verdict.{stage}": verdict.refusal[:TAG_LENGTH] or "passed"})
             promotions.append(promotion if dry_run else _settle(promotion))
             run.log_json(promotions[-1].facts(), f"verdict-{stage}.json")
             if not promotion.granted:
