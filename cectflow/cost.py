@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cectflow.model_card import Cost, ModelCard, Timing
 from cectflow.networks import create_network, network_info
-from cectflow.runtime import INT8_FILE, ONNX_FILE, PT2_FILE, RUNTIMES, Infer
+from cectflow.runtime import INT8_FILE, ONNX_FILE, PT2_FILE, RUNTIMES, Infer, load_program
 from cectflow.timing import (
     MIN_CALLS,
     WARM_UP_CALLS,
@@ -26,8 +26,10 @@ from cectflow.timing import (
 __all__ = [
     "count_macs",
     "count_parameters",
+    "count_program",
     "measure_cost",
     "measure_throughputs",
+    "measure_timings",
     "weigh_files",
     "widest_layer",
 ]
@@ -49,12 +51,37 @@ def count_parameters(network: nn.Module) -> int:
 
 def count_macs(network: nn.Module, box: int) -> int:
     """Multiply-accumulate operations of one cube of this edge (convolutions and dense layers)."""
-    device = next(network.parameters()).device
     was_training = network.training
     network.eval()
+    macs = _count_macs(network, box)
+    network.train(was_training)
+    return macs
+
+
+def count_program(folder: Path) -> tuple[int, int]:
+    """Parameters and multiply-accumulates of one cube of a model folder's exported program.
+
+    Its batch norms are part of its convolutions, so a network that has some counts a few
+    parameters more before it is exported.
+
+    Parameters
+    ----------
+    folder
+        A model folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it lacks the program.
+    """
+    program = load_program(folder)
+    return count_parameters(program), _count_macs(program, ModelCard.from_folder(folder).box)
+
+
+def _count_macs(network: nn.Module, box: int) -> int:
+    device = next((each.device for each in network.parameters()), torch.device("cpu"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 1, box, box, box, device=device))
-    network.train(was_training)
     flops: int = counter.get_total_flops()
     return flops // 2
 
@@ -88,12 +115,20 @@ def widest_layer(name: str) -> float:
 def measure_throughputs(
     candidates: Sequence[Candidate], *, batch_size: int = BATCH_SIZE
 ) -> tuple[float, ...]:
-    """Subtomograms per second of several candidates on the CPU, measured by turns.
+    """Subtomograms per second of several candidates; see :func:`measure_timings`."""
+    timings = measure_timings(candidates, batch_size=batch_size)
+    return tuple(timing.subtomograms_per_s for timing in timings)
+
+
+def measure_timings(
+    candidates: Sequence[Candidate], *, batch_size: int = BATCH_SIZE
+) -> tuple[Timing, ...]:
+    """Timings of several candidates, measured by turns.
 
     Every runtime gets as many threads as torch has.
 
     The candidates take turns within each repeat, so that a machine that is slow for a while is
-    slow for all; the median over repeats is returned, after a warm-up.
+    slow for all; median and quartiles are over repeats, after a warm-up.
 
     Parameters
     ----------
@@ -105,14 +140,31 @@ def measure_throughputs(
     threads = torch.get_num_threads()
     runners = [(c.load(threads), make_cubes(c.folder, batch_size)) for c in candidates]
     counts = [_calls_per_repeat(infer, cubes) for infer, cubes in runners]
-    rates: list[list[float]] = [[] for _ in runners]
+    latencies: list[list[float]] = [[] for _ in runners]
     for _ in range(REPEATS):
-        for (infer, cubes), count, found in zip(runners, counts, rates, strict=True):
+        for (infer, cubes), count, found in zip(runners, counts, latencies, strict=True):
             began = time.perf_counter()
             for _ in range(count):
                 infer(cubes)
-            found.append(count * batch_size / (time.perf_counter() - began))
-    return tuple(float(np.median(found)) for found in rates)
+            found.append((time.perf_counter() - began) / count)
+    timings = []
+    for candidate, count, found in zip(candidates, counts, latencies, strict=True):
+        low, median, high = np.quantile(found, [0.25, 0.5, 0.75])
+        timings.append(
+            Timing(
+                runtime=candidate.runtime,
+                variant=candidate.variant,
+                device=candidate.device,
+                threads=threads,
+                batch_size=batch_size,
+                calls=count * REPEATS,
+                latency_ms=1e3 * median,
+                latency_ms_low=1e3 * low,
+                latency_ms_high=1e3 * high,
+                subtomograms_per_s=batch_size / median,
+            )
+        )
+    return tuple(timings)
 
 
 def measure_cost(network: nn.Module, folder: Path) -> Cost:

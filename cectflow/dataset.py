@@ -51,6 +51,7 @@ __all__ = [
     "Subtomograms",
     "batch_indices",
     "check_dataset",
+    "check_files",
     "field_statistics",
     "open_dataset",
     "read_manifest",
@@ -570,6 +571,15 @@ def check_dataset(folder: Path) -> tuple[str, ...]:
                     faults.append(f"field {record.field} is in {seen[record.field]} and {split}")
                 seen.setdefault(record.field, split)
     return tuple(faults)
+
+
+def check_files(dataset: Dataset, split: SplitName) -> tuple[str, ...]:
+    """Files of a split that are missing or not those of the manifest's digests."""
+    return tuple(
+        fault
+        for shard in dataset.manifest.shards.get(split, ())
+        for fault in _check_files(dataset, shard)
+    )
 
 
 def _check_shard(dataset: Dataset, shard: ShardRecord) -> list[str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -44,15 +45,18 @@ WARM_UP_CALLS = 2
 
 
 class Candidate(Config):
-    """A model folder, and how its network is run on the CPU."""
+    """A model folder, and how its network is run."""
 
     folder: Path
     runtime: RuntimeName = "onnxruntime"
     variant: Variant = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def load(self, threads: int) -> Infer:
         """Callable from cubes to logits; see :func:`~cectflow.runtime.load_runtime`."""
-        return load_runtime(self.folder, self.runtime, variant=self.variant, threads=threads)
+        return load_runtime(
+            self.folder, self.runtime, variant=self.variant, device=self.device, threads=threads
+        )
 
 
 def list_candidates(
@@ -113,7 +117,7 @@ def time_here(
     return Timing(
         runtime=candidate.runtime,
         variant=candidate.variant,
-        device="cpu",
+        device=candidate.device,
         threads=threads,
         batch_size=batch_size,
         calls=len(latencies),

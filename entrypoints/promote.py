@@ -7,6 +7,7 @@ from typing import cast
 
 from cectflow.exit_codes import REFUSED
 from cectflow.flows.promotion import Target, newest_of_role, promote
+from cectflow.tracking.policy import VERDICT_HEADER
 from cectflow.tracking.runs import connect
 from entrypoints.door import Parameters, chosen, walk
 
@@ -14,24 +15,30 @@ from entrypoints.door import Parameters, chosen, walk
 def story(given: Parameters) -> int:
     """Promote, print the verdict, and exit with 3 when it is a refusal."""
     stage = chosen(given, "stage", ("staging", "production"))
+    dry_run, force = (chosen(given, name, ("false", "true")) for name in ("dry_run", "force"))
     connect()
     (promotion,) = promote(
         given["model"] or newest_of_role(given["role"] or "student"),
         cast("Target", stage),
         policy=given["policy"],
         dataset=Path(given["dataset"]) if given["dataset"] else None,
+        dry_run=dry_run == "true",
+        force=force == "true",
+        reason=given["reason"] or "",
     )
-    for row in promotion.verdict.table():
+    for row in (VERDICT_HEADER, *promotion.verdict.table()):
         print("  ".join(row))
-    if promotion.note:
-        print(promotion.note)
-    label = promotion.version.label
-    if promotion.verdict.passed:
-        print(f"{label} is in {', '.join(promotion.version.stages)}")
-        return 0
-    print(f"{label} stays where it is: {promotion.verdict.refusal}")
-    return REFUSED
+    for figure, note in promotion.verdict.notes():
+        print(f"{figure}: {note}")
+    print(promotion.summary())
+    print(f"report: {promotion.report}")
+    granted = promotion.granted and promotion.outcome != "superseded"
+    return 0 if granted else REFUSED
 
 
 if __name__ == "__main__":
-    walk("promote", ("role", "model", "stage", "policy", "dataset"), story)
+    walk(
+        "promote",
+        ("role", "model", "stage", "policy", "dataset", "dry_run", "force", "reason"),
+        story,
+    )

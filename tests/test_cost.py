@@ -7,7 +7,14 @@ import torch
 from builders import BOX, Exported
 from torch import nn
 
-from cectflow.cost import count_macs, count_parameters, measure_cost, measure_throughputs
+from cectflow.cost import (
+    count_macs,
+    count_parameters,
+    count_program,
+    measure_cost,
+    measure_throughputs,
+    measure_timings,
+)
 from cectflow.execution import single_thread
 from cectflow.runtime import RUNTIMES, RuntimeName
 from cectflow.timing import Candidate
@@ -38,6 +45,24 @@ def test_parameters_and_macs_are_those_on_paper(
 ) -> None:
     assert count_parameters(network) == parameters
     assert count_macs(network, 8) == macs
+
+
+def test_an_exported_program_counts_as_its_network(exported: Exported) -> None:
+    network = exported.network
+    assert count_program(exported.folder) == (count_parameters(network), count_macs(network, BOX))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_timings_name_device_and_runtime_and_have_quartiles(exported: Exported) -> None:
+    candidates = [Candidate(folder=exported.folder, runtime=name) for name in ("torch", "openvino")]
+    timings = measure_timings(candidates, batch_size=2)
+    assert [(each.device, each.runtime) for each in timings] == [
+        ("cpu", "torch"),
+        ("cpu", "openvino"),
+    ]
+    for each in timings:
+        assert each.latency_ms_low <= each.latency_ms <= each.latency_ms_high
+        assert each.subtomograms_per_s == pytest.approx(2e3 / each.latency_ms)
 
 
 def test_counting_leaves_the_network_as_it_was() -> None:

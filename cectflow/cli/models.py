@@ -79,6 +79,9 @@ def models_show(
 @app.command("promote")
 def models_promote(
     model: Annotated[str, typer.Argument(help="NAME (newest version) or NAME/VERSION.")],
+    version: Annotated[
+        str | None, typer.Argument(help="Number, where NAME is given alone; default: the newest.")
+    ] = None,
     to: Annotated[Stage, typer.Option("--to", help="Stage.")] = "staging",
     policy: Annotated[
         str | None, typer.Option("--policy", help="Name or YAML file; default: the role's.")
@@ -86,21 +89,41 @@ def models_promote(
     dataset: Annotated[
         Path | None, typer.Option("--dataset", help="Folder; default: the one it was trained on.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure and judge; change nothing in the registry.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Set the stage against a refusal; needs --reason.")
+    ] = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why; it stays in the history.")] = "",
     tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Promote a version if its role's policy says that it has earned it; exit 3 if refused."""
     from cectflow.flows.promotion import promote
+    from cectflow.tracking.policy import VERDICT_HEADER
     from cectflow.tracking.runs import connect
 
     connect(tracking_uri)
-    (promotion,) = promote(model, to, policy=policy, dataset=dataset)
-    print_table(("figure", "value", "rule", "outcome"), promotion.verdict.table())
-    if promotion.note:
-        typer.echo(promotion.note)
-    if not promotion.verdict.passed:
-        typer.echo(f"{promotion.version.label}: {promotion.verdict.refusal}")
+    (promotion,) = promote(
+        model if version is None else f"{model}/{version}",
+        to,
+        policy=policy,
+        dataset=dataset,
+        dry_run=dry_run,
+        force=force,
+        reason=reason,
+    )
+    if json:
+        print_json(promotion.facts())
+    else:
+        print_table(VERDICT_HEADER, promotion.verdict.table())
+        for figure, note in promotion.verdict.notes():
+            typer.echo(f"{figure}: {note}")
+        typer.echo(promotion.summary())
+        typer.echo(f"report: {promotion.report}")
+    if not promotion.granted or promotion.outcome == "superseded":
         raise typer.Exit(REFUSED)
-    typer.echo(f"{promotion.version.label} is in {', '.join(promotion.version.stages)}")
 
 
 @app.command("rollback")

@@ -19,8 +19,12 @@ from cectflow.learning.task import SemanticLabels, network_input, segmentation_t
 from cectflow.model_card import ModelCard
 from cectflow.runtime import load_runtime
 from cectflow.tracking.runs import Run
+from cectflow.trust import probabilities_of
 
-__all__ = ["log_evaluation"]
+__all__ = ["draw_samples", "log_evaluation"]
+
+SAMPLES = 3
+"""Cubes that are shown of those that are right, and of those that are wrong."""
 
 
 def log_evaluation(
@@ -84,6 +88,35 @@ def log_evaluation(
         extremes = np.array(list(chosen), np.int64)
         run.log_figure(_draw_cubes(folder, card, data, extremes, notes), "figures/gallery.png")
     return groups
+
+
+def draw_samples(folder: Path, card: ModelCard, data: Dataset, evaluation: Evaluation) -> Figure:
+    """Slices of test cubes that a network gets right and wrong.
+
+    Of a classifier up to three that are right, spread over the split, and the three of which it is
+    wrong and most sure; of a segmenter the best, the median and the worst, outlined.
+
+    Parameters
+    ----------
+    folder, card, data, evaluation
+        As of :func:`log_evaluation`.
+    """
+    if evaluation.predicted is None or evaluation.logits is None:
+        values = evaluation.scores["foreground_iou"]
+        notes = {
+            row: f"{word} {values[row]:.2f} " for row, word in _choose_extremes(values).items()
+        }
+    else:
+        hits = evaluation.predicted == evaluation.class_ids
+        right = np.flatnonzero(hits)
+        right = right[np.linspace(0, len(right) - 1, min(SAMPLES, len(right))).astype(np.int64)]
+        sure = probabilities_of(evaluation.logits).max(axis=1)
+        wrong = np.flatnonzero(~hits)
+        wrong = wrong[np.argsort(-sure[wrong], kind="stable")][:SAMPLES]
+        said = [data.manifest.classes[i - 1] for i in evaluation.predicted]
+        notes = {int(row): "right: " for row in right}
+        notes |= {int(row): f"wrong: {said[row]} for " for row in wrong}
+    return _draw_cubes(folder, card, data, np.array(list(notes), np.int64), notes)
 
 
 def _place(group: Group) -> tuple[str, float, tuple[float, float, float]]:

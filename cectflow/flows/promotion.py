@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from cectflow.cost import measure_throughputs
-from cectflow.dataset import Dataset, open_dataset
-from cectflow.export import measure_parity
+from cectflow.dataset import Dataset, SplitName, check_files, open_dataset
 from cectflow.flows.evaluation import log_evaluation
-from cectflow.flows.teachers import compare_with_teachers, resolve_teachers
+from cectflow.flows.evidence import (
+    Measured,
+    compare_with_incumbent,
+    judge_incumbent,
+    measure,
+    trivial_methods,
+)
+from cectflow.flows.judged import Judged
+from cectflow.flows.promotion_report import Outcome, Pictures, Promotion, write_report
 from cectflow.flows.training import DATASET_TAG
 from cectflow.learning.breakdown import Group
-from cectflow.learning.scores import Evaluation, baselines
-from cectflow.learning.task import SemanticLabels
 from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.model_card import ModelCard, Score
-from cectflow.timing import Candidate
-from cectflow.tracking.policy import Policy, Verdict, judge, load_policy
+from cectflow.tracking.policy import Evidence, Target, judge, load_policy
 from cectflow.tracking.promotion import record_refusal, set_stage
 from cectflow.tracking.registry import resolve_model
-from cectflow.tracking.runs import Run, start_run
+from cectflow.tracking.runs import start_run
 from cectflow.tracking.versions import (
     PREFIX,
     ROLE_NAMES,
@@ -33,34 +35,20 @@ from cectflow.tracking.versions import (
     stage_holder,
 )
 
-__all__ = ["Promotion", "Report", "evaluate_model", "judged_dataset", "newest_of_role", "promote"]
+__all__ = [
+    "Promotion",
+    "Report",
+    "Target",
+    "evaluate_model",
+    "judged_dataset",
+    "newest_of_role",
+    "promote",
+]
 
-Target = Literal["staging", "production"]
-
-
-@dataclass(frozen=True, eq=False)
-class Promotion:
-    """What became of a request for promotion.
-
-    Attributes
-    ----------
-    version
-        As it is now, stages included.
-    stage
-        That was asked for.
-    verdict
-        Of the role's policy.
-    figures
-        All that were measured for it.
-    note
-        What the verdict does not say, such as an incumbent that could not be compared.
-    """
-
-    version: RegisteredVersion
-    stage: Target
-    verdict: Verdict
-    figures: Mapping[str, float]
-    note: str = ""
+TAG_LENGTH = 5000
+"""Characters of a tag of a run that every store takes."""
+JUDGING_SPLITS: tuple[SplitName, ...] = ("validation", "test")
+"""Test judges; validation gives the cubes on which siblings in lower precision are compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +83,10 @@ def evaluate_model(model: str, dataset: Path | None, *, nested: bool = False) ->
             data.manifest.kind, data.manifest.content_digest(), str(data.folder.resolve()), "test"
         )
         evaluation = evaluate_folder(folder, data)
-        trivial = _trivial_methods(card, data)
+        trivial = trivial_methods(card, data)
         groups = log_evaluation(run, folder, card, data, evaluation, trivial)
         run.log({f"baseline_{name}_iou": value for name, value in trivial.items()})
     return Report(evaluation.summary(), trivial, groups)
-
-
-def _trivial_methods(card: ModelCard, data: Dataset) -> dict[str, float]:
-    labels = None
-    if card.task == "semantic":
-        labels = SemanticLabels.of_card(card, data.manifest.classes)
-    return baselines(data.split("test"), card.task, labels)
 
 
 def promote(
@@ -113,13 +94,17 @@ def promote(
     *stages: Target,
     policy: str | None = None,
     dataset: Path | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    reason: str = "",
     nested: bool = False,
 ) -> tuple[Promotion, ...]:
     """Promotion of a version to a stage, or through several, if its role's policy allows it.
 
-    Every figure is measured here and now on one frozen test split: the candidate's, its
-    teacher's, and that of the version now in the stage. A refused version stays where it is, and
-    no later stage is tried; the verdict becomes tags of the version either way.
+    Every figure is measured here and now on one frozen test split, whose files are compared with
+    the digests of its manifest: the candidate's, its teacher's, and those of the version now in
+    the stage. A refused version stays where it is, and no later stage is tried; the verdict
+    becomes tags of the version either way, and a page of the run (``report-{stage}.html``).
 
     Parameters
     ----------
@@ -131,6 +116,12 @@ def promote(
         Name or path; by default that of the role and task.
     dataset
         Folder; by default the one that the version was trained on, found by its tag and digest.
+    dry_run
+        Measure and judge; write no tag, stage or history. The run is tagged ``dry_run``.
+    force
+        Set the stage against a refusal.
+    reason
+        Why, for the history; ``force`` needs one.
     nested
         Inside an open run.
 
@@ -138,44 +129,122 @@ def promote(
     -------
     tuple of Promotion
         One for each stage that was tried.
+
+    Raises
+    ------
+    ValueError
+        Before any work: force without a reason, a policy that does not suit the network, a version
+        in production asked back to staging, or files of the dataset that were changed.
+    FileNotFoundError
+        If dataset or model are gone.
     """
+    reason = reason.strip()
+    if force and not reason:
+        msg = "--force needs --reason: what is set against its policy is recorded with the cause"
+        raise ValueError(msg)
     version = find_version(model) if _names_a_version(model) else newest_version(model)
+    if "staging" in stages and "production" in version.stages:
+        msg = f"{version.label} is in production: staging is for candidates; give another version"
+        raise ValueError(msg)
     folder, _ = resolve_model(version.uri)
     card = ModelCard.from_folder(folder)
-    data = judged_dataset(version, dataset)
     rules = load_policy(policy or role_name(card.role, card.task))
-    promotions = []
-    with start_run(f"promote_{card.role}", tags={"role": card.role}, nested=nested) as run:
+    data = judged_dataset(version, dataset)
+    check_matches(card, data)
+    named = card.labels if card.task == "semantic" else data.manifest.classes
+    rules.check_suits(card.role, card.task, named)
+    _refuse_changed(data)
+    rivals = _Rivals(version, card, data)
+    tags = {"role": card.role} | ({"dry_run": "true"} if dry_run else {})
+    promotions: list[Promotion] = []
+    with start_run(f"promote_{card.role}", tags=tags, nested=nested) as run:
         run.log_input_model(version)
-        figures = _measure(run, card, folder, data, evaluate_folder(folder, data))
-        run.log(figures)
+        run.log_config(rules, "policy")
+        digest = data.manifest.content_digest()
+        run.log_dataset(data.manifest.kind, digest, str(data.folder.resolve()), "test")
+        measured = measure(run, version, folder, data, rules, stages, rivals.judged(stages))
+        run.log(measured.evidence.figures)
+        pictures = Pictures(measured, data)
         for stage in stages:
-            promotion = _decide(run, version, stage, rules, figures, data)
-            promotions.append(promotion)
-            if not promotion.verdict.passed:
+            evidence, rival = rivals.compare(measured, stage, rules.score)
+            verdict = judge(rules, stage, evidence)
+            overruled = force and not verdict.passed
+            if overruled:
+                context = {**verdict.context, "forced": reason}
+                verdict = replace(verdict, context=context)
+            promotion = Promotion(
+                version, stage, verdict, evidence.figures,
+                note=f"not compared: {evidence.incomparable}" if evidence.incomparable else "",
+                outcome="dry run" if dry_run else "refused",
+                reason=f"forced: {reason}" if overruled else reason,
+                report=f"runs:/{run.run_id}/report-{stage}.html",
+            )  # fmt: skip
+            page = write_report(promotion, measured, rival, rules, data, pictures)
+            run.log_text(page, f"report-{stage}.html")
+            run.set_tags({f"verdict.{stage}": verdict.refusal[:TAG_LENGTH] or "passed"})
+            promotions.append(promotion if dry_run else _settle(promotion))
+            run.log_json(promotions[-1].facts(), f"verdict-{stage}.json")
+            if not promotion.granted:
                 break
     return tuple(promotions)
 
 
-def _decide(
-    run: Run,
-    version: RegisteredVersion,
-    stage: Target,
-    policy: Policy,
-    figures: Mapping[str, float],
-    data: Dataset,
-) -> Promotion:
-    """Judge for one stage, and write down what was decided."""
-    incumbent, note = _incumbent_figures(version, stage, data)
-    verdict = judge(policy, figures, incumbent=incumbent)
-    content = {"version": version.uri, "passed": verdict.passed, "note": note}
-    run.log_json({**content, "findings": verdict.table()}, f"verdict-{stage}.json")
-    if verdict.passed:
-        set_stage(version, stage, verdict=verdict, reason=note)
-    else:
+def _settle(promotion: Promotion) -> Promotion:
+    """Write down what was decided, and set the stage unless it is a refusal."""
+    version, stage, verdict = promotion.version, promotion.stage, promotion.verdict
+    if not promotion.granted:
         record_refusal(version, stage, verdict)
-    run.set_tags({f"verdict.{stage}": verdict.refusal or "passed"})
-    return Promotion(find_version(version.uri), stage, verdict, figures, note)
+        return replace(promotion, version=find_version(version.uri))
+    reason = "; ".join(each for each in (promotion.reason, promotion.note) if each)
+    set_stage(version, stage, verdict=verdict, reason=reason)
+    now = find_version(version.uri)
+    outcome: Outcome = "promoted" if verdict.passed else "forced"
+    if stage not in now.stages:  # another promotion was at work at the same time
+        outcome = "superseded"
+    return replace(promotion, version=now, outcome=outcome)
+
+
+class _Rivals:
+    """Versions in the stages, each judged once on the candidate's test split."""
+
+    def __init__(self, version: RegisteredVersion, card: ModelCard, data: Dataset) -> None:
+        self._version, self._card, self._data = version, card, data
+        self._found: dict[str, Judged | str] = {}
+
+    def judged(self, stages: Sequence[Target]) -> list[Judged]:
+        """Those that could be judged, each once."""
+        found = {each.label: each for stage in stages
+                 if isinstance(each := self._of(stage)[1], Judged)}  # fmt: skip
+        return list(found.values())
+
+    def compare(
+        self, measured: Measured, stage: Target, score: str
+    ) -> tuple[Evidence, Judged | None]:
+        """Evidence with the version now in a stage, which is looked up again, and that version."""
+        label, rival = self._of(stage)
+        if rival is None:
+            return measured.evidence, None
+        evidence = compare_with_incumbent(measured, rival, label, score)
+        return evidence, rival if isinstance(rival, Judged) else None
+
+    def _of(self, stage: Target) -> tuple[str, Judged | str | None]:
+        holder = stage_holder(self._version.name, stage)
+        if holder is None or holder.version == self._version.version:
+            return "", None
+        if holder.label not in self._found:
+            self._found[holder.label] = judge_incumbent(holder, self._card, self._data)
+        return holder.label, self._found[holder.label]
+
+
+def _refuse_changed(data: Dataset) -> None:
+    """Refuse a dataset whose files are not those that its digest stands for."""
+    faults = [fault for split in JUDGING_SPLITS for fault in check_files(data, split)]
+    if faults:
+        msg = (
+            f"{data.folder} is not what its manifest says, so it judges nothing: "
+            f"{'; '.join(faults[:3])}; restore it, or give another with --dataset"
+        )
+        raise ValueError(msg)
 
 
 def newest_of_role(role: str) -> str:
@@ -190,57 +259,6 @@ def newest_of_role(role: str) -> str:
         msg = f"unknown role {role!r}: expected {', '.join(ROLE_NAMES.values())}"
         raise ValueError(msg)
     return newest_version(f"{PREFIX}-{role}").uri
-
-
-def _measure(
-    run: Run, card: ModelCard, folder: Path, data: Dataset, evaluation: Evaluation
-) -> dict[str, float]:
-    """Figures of the candidate that policies may judge."""
-    figures = {"parity": measure_parity(folder)}
-    for name, score in evaluation.summary().items():
-        figures |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
-    trivial = _trivial_methods(card, data)
-    if trivial:
-        figures |= {f"baseline_{name}_iou": value for name, value in trivial.items()}
-        figures["iou_margin"] = figures["foreground_iou"] - max(trivial.values())
-    if card.role == "student":
-        figures |= _measure_against_teacher(run, card, folder, data, evaluation)
-    return figures
-
-
-def _measure_against_teacher(
-    run: Run, card: ModelCard, folder: Path, data: Dataset, evaluation: Evaluation
-) -> dict[str, float]:
-    if card.teacher is None:
-        return {}
-    teachers = resolve_teachers(card.teacher)
-    compared = compare_with_teachers(run, card, evaluation, teachers, teachers.evaluate(data))
-    student_rate, *teacher_rates = measure_throughputs(
-        [Candidate(folder=each) for each in (folder, *teachers.folders)]
-    )
-    # An ensemble asks one member after the other.
-    teacher_rate = 1.0 / sum(1.0 / rate for rate in teacher_rates)
-    return compared | {
-        "speedup": student_rate / teacher_rate,
-        "subtomograms_per_s": student_rate,
-        "teacher_subtomograms_per_s": teacher_rate,
-    }
-
-
-def _incumbent_figures(
-    version: RegisteredVersion, stage: Target, data: Dataset
-) -> tuple[dict[str, float] | None, str]:
-    """Scores of the version now in the stage on the same data, and what hinders the comparison."""
-    holder = stage_holder(version.name, stage)
-    if holder is None or holder.version == version.version:
-        return None, ""
-    folder, _ = resolve_model(holder.uri)
-    try:
-        check_matches(ModelCard.from_folder(folder), data)
-    except ValueError as error:
-        return None, f"not compared with {holder.label}, which serves other data: {error}"
-    evaluation = evaluate_folder(folder, data)
-    return {name: score.value for name, score in evaluation.summary().items()}, ""
 
 
 def judged_dataset(version: RegisteredVersion | None, dataset: Path | None) -> Dataset:

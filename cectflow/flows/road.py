@@ -190,7 +190,7 @@ def _collect(
         "retention": judged["retention"],
         "retention_low": judged["retention_low"],
         "retention_high": judged["retention_high"],
-        "speedup_cpu": judged["speedup"],
+        "speedup_cpu": judged["speedup.cpu.onnxruntime"],
         "teacher_parameters": teacher_cost.parameters,
         "student_parameters": student_cost.parameters,
         "parameters_ratio": teacher_cost.parameters / student_cost.parameters,

@@ -13,15 +13,20 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cectflow.learning.calibration import NUM_BINS, Reliability, measure_reliability
+from cectflow.model_card import Score, Timing
 from cectflow.trust import probabilities_of
 
 __all__ = [
     "draw_calibration",
+    "draw_comparison",
     "draw_confusion",
     "draw_embeddings",
+    "draw_intervals",
     "draw_known_scores",
+    "draw_latencies",
     "draw_reliability",
     "draw_sweep",
+    "draw_voxel_confusion",
 ]
 
 
@@ -50,24 +55,139 @@ def draw_confusion(
     return figure
 
 
+def draw_voxel_confusion(
+    counts: Mapping[str, Int[NDArray[np.int64], "truth predicted"]], labels: Sequence[str]
+) -> Figure:
+    """Confusion matrices of voxels in percent of each true label (rows), side by side.
+
+    Parameters
+    ----------
+    counts
+        Title of a matrix → voxels by true and predicted label, background first.
+    labels
+        Names from 1 on.
+    """
+    names = ["background", *labels]
+    edge = 2.2 + 0.5 * len(names)
+    figure = Figure(figsize=((edge + 0.6) * len(counts), edge), layout="constrained")
+    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    for axes, (title, voxels) in zip(panels, counts.items(), strict=True):
+        _draw_counts(axes, voxels.astype(np.float64), names, names)
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.set_title(f"{title}\n% of the voxels of each true label", fontsize=10)
+    return figure
+
+
 def _draw_matrix(
     axes: Axes, truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: Sequence[str]
 ) -> None:
-    number = len(classes)
-    counts = np.zeros((number, number))
+    counts = np.zeros((len(classes), len(classes)))
     np.add.at(counts, (truth - 1, predicted - 1), 1.0)
+    names = [f"{name} ({int(n)})" for name, n in zip(classes, counts.sum(axis=1), strict=True)]
+    _draw_counts(axes, counts, names, classes)
+    axes.set(xlabel="predicted", ylabel="true (number)")
+
+
+def _draw_counts(
+    axes: Axes, counts: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str]
+) -> None:
     shares = 100.0 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for row in range(number):
-        for column in range(number):
-            share = shares[row, column]
-            if share >= 0.5:
-                colour = "white" if share > 55 else "black"
-                axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
-    names = [f"{name} ({int(n)})" for name, n in zip(classes, counts.sum(axis=1), strict=True)]
-    axes.set_xticks(range(number), classes, rotation=45, ha="right")
-    axes.set_yticks(range(number), names)
-    axes.set(xlabel="predicted", ylabel="true (number)")
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.5:
+            colour = "white" if share > 55 else "black"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+
+
+def draw_comparison(
+    names: Sequence[str], networks: Mapping[str, Sequence[Score | None]], score: str
+) -> Figure:
+    """A score of several networks by class, with intervals.
+
+    Parameters
+    ----------
+    names
+        Of the classes, from top to bottom.
+    networks
+        Label → score in each class; None where there is none.
+    score
+        Label of the abscissa.
+    """
+    figure = Figure(figsize=(7.0, 1.4 + 0.45 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, scores) in enumerate(networks.items()):
+        shift = 0.2 * (number - (len(networks) - 1) / 2)
+        found = [(row + shift, s) for row, s in enumerate(scores) if s is not None]
+        _draw_intervals(axes, [row for row, _ in found], [s for _, s in found], f"C{number}", label)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel=f"{score}, 95 % over fields", ylim=(len(names) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def draw_intervals(
+    panels: Mapping[str, tuple[Score, float, Mapping[str, float]]],
+) -> Figure:
+    """Figures with their intervals, each beside what it is compared with.
+
+    Parameters
+    ----------
+    panels
+        Title → figure; the value at which two networks are alike; rule in words → its bound.
+    """
+    figure = Figure(figsize=(7.0, 1.5 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, (title, (score, alike, bounds)) in zip(rows, panels.items(), strict=True):
+        _draw_intervals(axes, [0.0], [score], "C0", "measured, 95 % over fields")
+        axes.axvline(alike, color="grey", ls=":", lw=1, label="alike")
+        for number, (rule, bound) in enumerate(bounds.items()):
+            axes.axvline(bound, color="C3", ls=("--", "-.", ":")[number % 3], lw=1, label=rule)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_yticks([])
+        axes.margins(x=0.1)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def draw_latencies(timings: Mapping[str, Timing]) -> Figure:
+    """Time that a batch takes, with quartiles over repeats.
+
+    Parameters
+    ----------
+    timings
+        Name of a bar → what was measured, from top to bottom.
+    """
+    figure = Figure(figsize=(7.0, 0.9 + 0.45 * len(timings)), layout="constrained")
+    axes = figure.subplots()
+    for row, timing in enumerate(timings.values()):
+        value = timing.latency_ms
+        spread = [[value - timing.latency_ms_low], [timing.latency_ms_high - value]]
+        axes.barh(row, value, 0.6, color="C0", xerr=spread, capsize=3)
+        axes.annotate(f"{value:.3g} ms", (timing.latency_ms_high, row), (6, 0),
+                      textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+    axes.set_yticks(range(len(timings)), list(timings))
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    batches = {timing.batch_size for timing in timings.values()}
+    axes.set_xlabel(f"ms a batch of {', '.join(map(str, sorted(batches)))}, median and quartiles")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw_intervals(
+    axes: Axes, rows: Sequence[float], scores: Sequence[Score], colour: str, label: str
+) -> None:
+    values = np.array([score.value for score in scores])
+    # Of a few fields a mean may lie outside the interval of its own resamples.
+    low = np.maximum(values - [score.low for score in scores], 0.0)
+    high = np.maximum([score.high for score in scores] - values, 0.0)
+    axes.errorbar(values, rows, xerr=(low, high), fmt="o", ms=5, capsize=3, color=colour,
+                  label=label)  # fmt: skip
 
 
 def draw_embeddings(

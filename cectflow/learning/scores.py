@@ -226,8 +226,15 @@ class Evaluation:
         return found
 
     def difference(self, reference: Evaluation, name: str) -> Score:
-        """A score of each subtomogram less that of another network on the same ones, paired."""
-        return bootstrap_score(self.scores[name] - reference.scores[name], self.fields)
+        """A score less that of another network on the same subtomograms, paired.
+
+        Of a score per subtomogram it is the mean difference over subtomograms.
+        """
+        if name in self.scores:
+            return bootstrap_score(self.scores[name] - reference.scores[name], self.fields)
+        (value, drawn), (base, base_drawn) = self._overlap(name), reference._overlap(name)
+        low, high = np.quantile(drawn - base_drawn, [0.025, 0.975])
+        return Score(value=value - base, low=float(low), high=float(high))
 
     def _overlap_names(self) -> tuple[str, ...]:
         if self.counts is None:

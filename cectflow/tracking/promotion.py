@@ -194,7 +194,7 @@ def _write_verdict(version: RegisteredVersion, stage: str, verdict: Verdict | No
     if verdict is None:
         return
     client = mlflow.MlflowClient()
-    tags = {f"verdict.{stage}.{each.figure}": f"{each.value:.6g}" for each in verdict.findings}
+    tags = {f"verdict.{stage}.{key}": value for key, value in verdict.tags().items()}
     tags[f"verdict.{stage}"] = "passed" if verdict.passed else "refused"
     if not verdict.passed:
         tags[f"verdict.{stage}.refusal"] = verdict.refusal[:REASON_LENGTH]
