@@ -21,6 +21,7 @@ __all__ = [
     "RegisteredVersion",
     "check_name",
     "find_version",
+    "list_model",
     "list_versions",
     "newest_version",
     "registered_name",
@@ -64,6 +65,8 @@ class RegisteredVersion:
     tags: dict[str, str] = field(default_factory=dict)
     created: str = ""
     """ISO 8601, UTC."""
+    mlflow_stage: str = "None"
+    """Of MLflow's own stages, which mirror ours; ``None`` also where MLflow has none any more."""
 
     @property
     def uri(self) -> str:
@@ -159,21 +162,28 @@ def list_versions(name: str | None = None) -> tuple[RegisteredVersion, ...]:
     ValueError
         If the name is not registered; the message lists those that are.
     """
-    client = mlflow.MlflowClient()
-    names = _registered_names() if name is None else (check_name(name),)
-    versions: list[RegisteredVersion] = []
-    for each in names:
-        try:
-            aliases = client.get_registered_model(each).aliases
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            known = ", ".join(_registered_names()) or "none yet"
-            msg = f"no registered model {each!r} in {current_store()}; registered: {known}"
-            raise ValueError(msg) from None
-        rows = [_describe(row, aliases) for row in _all_rows(each)]
-        versions += sorted(rows, key=lambda version: int(version.version))
-    return tuple(versions)
+    names = _registered_names() if name is None else (name,)
+    return tuple(version for each in names for version in list_model(each)[1])
+
+
+def list_model(name: str) -> tuple[dict[str, str], tuple[RegisteredVersion, ...]]:
+    """Tags of one registered model, and its versions by rising number.
+
+    The aliases and the tags are read at once, and before the versions.
+
+    Raises
+    ------
+    ValueError
+        If the name is not registered; the message lists those that are.
+    """
+    try:
+        model = mlflow.MlflowClient().get_registered_model(check_name(name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ValueError(_unknown(name)) from None
+    rows = [_describe(row, model.aliases) for row in _all_rows(name)]
+    return dict(model.tags), tuple(sorted(rows, key=lambda version: int(version.version)))
 
 
 def newest_version(name: str) -> RegisteredVersion:
@@ -194,6 +204,11 @@ def newest_version(name: str) -> RegisteredVersion:
 def stage_holder(name: str, stage: str) -> RegisteredVersion | None:
     """Version of a registered model that holds a stage now, or None."""
     return next((version for version in list_versions(name) if stage in version.stages), None)
+
+
+def _unknown(name: str) -> str:
+    known = ", ".join(_registered_names()) or "none yet"
+    return f"no registered model {name!r} in {current_store()}; registered: {known}"
 
 
 def _registered_names() -> tuple[str, ...]:
@@ -236,6 +251,7 @@ def _describe(row: ModelVersion, aliases: Mapping[str, str | int]) -> Registered
         stages=tuple(stages),
         tags=tags,
         created=created.isoformat(timespec="seconds"),
+        mlflow_stage=getattr(row, "current_stage", None) or "None",
     )
 
 
