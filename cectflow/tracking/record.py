@@ -119,7 +119,7 @@ def read_record(tags: Mapping[str, str]) -> Record:
     placed = []
     for id, (at, change) in begun.items():
         own = marks.get(id, {})
-        outcome = next((each for each in OUTCOMES if each in own), "begun")
+        outcome: Outcome = next((each for each in OUTCOMES if each in own), "begun")
         placed.append((own.get("done", at), id, replace(change, outcome=outcome)))
     return _walk([change for *_, change in sorted(placed, key=lambda each: each[:2])], stamp)
 

@@ -13,15 +13,17 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlflow
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from cectflow.tracking.record import Change, Record, begin, close, read_record, write
 from cectflow.tracking.store import explain
-from cectflow.tracking.versions import STAGES, RegisteredVersion, list_model
+from cectflow.tracking.versions import STAGES, RegisteredVersion, find_model, versions_of
 
-__all__ = ["State", "Write", "find_writes", "read_state", "settle"]
+__all__ = ["State", "Write", "find_writes", "read_state", "settle", "take_away"]
 
 PASSES = 40
 MIRROR = "transition_model_version_stage"
@@ -33,23 +35,30 @@ class State:
 
     Attributes
     ----------
-    name
-        Registered name.
+    model
+        As MLflow has it.
     aliases
         Stage → version that its alias names.
     record
         Of the changes.
-    versions
-        Number → version.
     stamp
         For what this reading shows: later than the record, and taken before the reading began.
     """
 
-    name: str
+    model: RegisteredModel
     aliases: Mapping[str, str]
     record: Record
-    versions: Mapping[str, RegisteredVersion]
     stamp: int
+
+    @property
+    def name(self) -> str:
+        """Registered name."""
+        return str(self.model.name)
+
+    @cached_property
+    def versions(self) -> dict[str, RegisteredVersion]:
+        """Number → version; read when first asked for, since that is slow where they are many."""
+        return {version.version: version for version in versions_of(self.model)}
 
 
 @dataclass(frozen=True)
@@ -73,16 +82,10 @@ def read_state(name: str) -> State:
         If the name is not registered; the message lists those that are.
     """
     now = time.time_ns() // 1000
-    tags, versions = list_model(name)
-    record = read_record(tags)
-    aliases = {
-        stage: version.version
-        for version in versions
-        for stage in STAGES
-        if stage in version.stages
-    }
-    known = {version.version: version for version in versions}
-    return State(name, aliases, record, known, record.next_stamp(now))
+    model = find_model(name)
+    record = read_record(model.tags)
+    aliases = {stage: str(model.aliases[stage]) for stage in STAGES if stage in model.aliases}
+    return State(model, aliases, record, record.next_stamp(now))
 
 
 def find_writes(state: State) -> tuple[Write, ...]:
