@@ -20,7 +20,7 @@ from cectflow.tracking.record import (
     close,
     write,
 )
-from cectflow.tracking.repair import State, read_state, settle
+from cectflow.tracking.repair import State, observe, read_state, settle, take_away
 from cectflow.tracking.versions import STAGES, RegisteredVersion
 
 __all__ = ["archive", "history", "record_refusal", "rollback", "set_stage"]
@@ -73,7 +73,7 @@ def set_stage(
         raise ValueError(msg)
     if stage == "archived":
         return archive(version, reason=reason)
-    state = settle(version.name)
+    state = observe(version.name)
     _refuse_demotion(state, version, stage)
     _write_verdict(version, stage, verdict)
     digest = None if verdict is None else verdict.digest()
@@ -93,11 +93,13 @@ def archive(version: RegisteredVersion, *, reason: str) -> Change:
     reason
         Why, in the words of whoever did it.
     """
-    state = settle(version.name)
-    id = begin(
-        version.name, "archive", "archived", version.version, stamp=state.stamp, reason=reason
-    )
-    return settle(version.name).record.find(id)
+    name, number = version.name, version.version
+    state = observe(name)
+    id = begin(name, "archive", "archived", number, stamp=state.stamp, reason=reason)
+    for stage in STAGES:
+        take_away(name, stage, number)
+    close(name, id, "done", stamp=read_state(name).stamp)
+    return settle(name).record.find(id)
 
 
 def rollback(name: str, stage: str = "production", *, reason: str = "") -> Change:
@@ -112,7 +114,7 @@ def rollback(name: str, stage: str = "production", *, reason: str = "") -> Chang
         If the stage is unknown, or no earlier version is; the message names those passed over.
     """
     _check_stage(stage, STAGES)
-    state = settle(name)
+    state = observe(name)
     holder = state.aliases.get(stage)
     held = [number for number in _held(state.record, stage) if number in state.versions]
     while held and held[-1] == holder:
@@ -133,6 +135,7 @@ def rollback(name: str, stage: str = "production", *, reason: str = "") -> Chang
 def record_refusal(version: RegisteredVersion, stage: str, verdict: Verdict) -> None:
     """Tag a version with the verdict that kept it out of a stage; its stages stay as they are."""
     _write_verdict(version, stage, verdict)
+    settle(version.name)
 
 
 def history(name: str) -> tuple[dict[str, Any], ...]:

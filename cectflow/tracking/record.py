@@ -99,9 +99,10 @@ class Record:
 def read_record(tags: Mapping[str, str]) -> Record:
     """Record that the tags of a registered model hold.
 
-    A mark's stamp is taken before the alias is read, so marks of changes that overtook one another
-    have the order of the alias's values. Stamps never run backwards, whatever the clocks say: each
-    is later than all that its writer had seen.
+    A mark's stamp is taken before the alias is read, so none is later than the alias's next value,
+    and that of the change's own command, which counts as the last, is later than the alias was set:
+    changes that overtook one another have the order of the alias's values. Stamps never run
+    backwards, whatever the clocks say: each is later than all that its writer had seen.
     """
     begun: dict[str, tuple[int, Change]] = {}
     marks: dict[str, dict[str, int]] = {}
@@ -113,7 +114,7 @@ def read_record(tags: Mapping[str, str]) -> Record:
         at, id = int(match["stamp"]), match["id"]
         stamp = max(stamp, at)
         if match["outcome"]:
-            marks.setdefault(id, {}).setdefault(match["outcome"], at)
+            marks.setdefault(id, {})[match["outcome"]] = at
         else:
             begun[id] = at, _parse(id, tags[key])
     placed = []

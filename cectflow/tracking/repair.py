@@ -9,6 +9,7 @@ of commands may repair at once: the last one that writes leaves everything in ag
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 import warnings
 from collections.abc import Mapping
@@ -23,10 +24,18 @@ from cectflow.tracking.record import Change, Record, begin, close, read_record, 
 from cectflow.tracking.store import explain
 from cectflow.tracking.versions import STAGES, RegisteredVersion, find_model, versions_of
 
-__all__ = ["State", "Write", "find_writes", "read_state", "settle", "take_away"]
+__all__ = ["State", "Write", "find_writes", "observe", "read_state", "settle", "take_away"]
 
-PASSES = 40
+PASSES = 100
+PATIENCE = (0.1, 0.2, 0.4, 0.8, 1.6, 1.6, 1.6, 1.6)
+"""Seconds between readings while others are at work; up to twice as long, each one differently."""
+WRITES = 6
+"""After so many a state is read again: someone else may have written the rest."""
 MIRROR = "transition_model_version_stage"
+
+
+class MirrorError(Exception):
+    """MLflow's own stages did not follow."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +104,40 @@ def find_writes(state: State) -> tuple[Write, ...]:
     )
 
 
-def settle(name: str) -> State:
-    """State of a registered model after everything in it was brought into agreement.
+def observe(name: str) -> State:
+    """State of a registered model after the record was told what the aliases show.
 
     Raises
     ------
     ValueError
         If the name is not registered.
+    TimeoutError
+        If others change the model all the time.
+    """
+    before: tuple[Write, ...] = ()
+    others = _Others()
+    for _ in range(PASSES):
+        state = read_state(name)
+        found = _archives(state) or _sightings(state)
+        if not found:
+            return state
+        if not others.awaited(state):
+            _carry_out(state, _believed(found, before))
+        before = found
+    raise TimeoutError(_restless(name))
+
+
+def settle(name: str) -> State:
+    """State of a registered model after everything in it was brought into agreement.
+
+    While other changes are at work it waits for them, so that the last one does this work for all.
+
+    Raises
+    ------
+    ValueError
+        If the name is not registered.
+    TimeoutError
+        If others change the model all the time.
 
     Warns
     -----
@@ -110,32 +146,53 @@ def settle(name: str) -> State:
     """
     mirrored = True
     before: tuple[Write, ...] = ()
+    others = _Others()
     for _ in range(PASSES):
         state = read_state(name)
         found = tuple(each for each in find_writes(state) if mirrored or each.kind != "mirror")
         if not found:
             return state
-        for each in found:
-            # A database may show an alias before the entry written first: believed when seen twice.
-            if each.action == "begin" and each not in before:
-                continue
-            try:
-                _carry_out(state, each)
-            except MlflowException as error:
-                if each.kind != "mirror":
-                    raise
-                mirrored = False
-                msg = (
-                    f"MLflow's own stages of {name} did not follow ({explain(error)}): use "
-                    + " or ".join(f"models:/{name}@{stage}" for stage in state.aliases)
-                )
-                warnings.warn(msg, stacklevel=3)
+        if others.awaited(state):
+            continue
+        chosen = _believed(found, before)
+        if others.waited:  # whoever waited with us is at it too: each begins elsewhere
+            start = secrets.randbelow(len(found))
+            chosen = chosen[start:] + chosen[:start]
+        try:
+            _carry_out(state, chosen[:WRITES])
+        except MirrorError as error:
+            mirrored = False
+            msg = f"MLflow's own stages of {name} did not follow ({error}): use " + " or ".join(
+                f"models:/{name}@{stage}" for stage in state.aliases
+            )
+            warnings.warn(msg, stacklevel=3)
         before = found
-    msg = (
+    raise TimeoutError(_restless(name))
+
+
+class _Others:
+    """Patience with other commands: what they have begun they will mostly finish themselves."""
+
+    def __init__(self) -> None:
+        self.waited = 0
+        self._stamp = -1
+
+    def awaited(self, state: State) -> bool:
+        """Whether others were at work, and some time was left to them."""
+        at_work = any(change.outcome == "begun" for change in state.record.changes)
+        if not at_work or state.record.stamp == self._stamp or self.waited == len(PATIENCE):
+            return False
+        time.sleep(PATIENCE[self.waited] * (1 + secrets.randbelow(100) / 100))
+        self.waited += 1
+        self._stamp = state.record.stamp
+        return True
+
+
+def _restless(name: str) -> str:
+    return (
         f"{name} did not come to rest in {PASSES} readings, others change it all the time: look "
         f"at `cectflow models doctor {name}` later"
     )
-    raise TimeoutError(msg)
 
 
 def take_away(name: str, stage: str, version: str) -> None:
@@ -155,27 +212,43 @@ def take_away(name: str, stage: str, version: str) -> None:
         write("set_registered_model_alias", name, stage, taken[-1])
 
 
-def _carry_out(state: State, each: Write) -> None:
-    name, arguments = state.name, each.arguments
-    texts = [argument for argument in arguments if argument is not None]
-    if each.action == "begin":
-        stage, version = arguments
-        assert stage is not None
-        # Whoever sees the same writes the same, so that two repairers leave one entry.
-        stamp = state.record.stamp + 1
-        id = hashlib.sha256(f"{stage} {version} {stamp}".encode()).hexdigest()[:8]
-        begin(name, "found", stage, version, stamp=stamp, reason=each.why, id=id)
-        close(name, id, "done", stamp=stamp)
-    elif each.action == "close":
-        close(name, texts[0], "done", stamp=state.stamp)
-    elif each.action == "take_away":
-        take_away(name, *texts)
-    elif each.action == MIRROR:
+def _believed(found: tuple[Write, ...], before: tuple[Write, ...]) -> tuple[Write, ...]:
+    """Writes of one reading, those of changes by other hands only if the reading before had them.
+
+    A database may show an alias before the entry that was written first.
+    """
+    return tuple(each for each in found if each.action != "begin" or each in before)
+
+
+def _carry_out(state: State, writes: tuple[Write, ...]) -> None:
+    name = state.name
+    for each in writes:
+        texts = [argument for argument in each.arguments if argument is not None]
+        if each.action == "begin":
+            stage, version = each.arguments
+            assert stage is not None
+            # Whoever sees the same writes the same, so that two repairers leave one entry.
+            stamp = state.record.stamp + 1
+            id = hashlib.sha256(f"{stage} {version} {stamp}".encode()).hexdigest()[:8]
+            begin(name, "found", stage, version, stamp=stamp, reason=each.why, id=id)
+            close(name, id, "done", stamp=stamp)
+        elif each.action == "close":
+            close(name, texts[0], "done", stamp=state.stamp)
+        elif each.action == "take_away":
+            take_away(name, *texts)
+        elif each.action == MIRROR:
+            _transition(name, *texts)
+        else:
+            write(each.action, name, *texts)
+
+
+def _transition(name: str, number: str, stage: str) -> None:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            write(MIRROR, name, *texts)
-    else:
-        write(each.action, name, *texts)
+            write(MIRROR, name, number, stage)
+    except MlflowException as error:
+        raise MirrorError(explain(error)) from None
 
 
 def _archives(state: State) -> tuple[Write, ...]:
