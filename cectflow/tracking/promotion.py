@@ -193,14 +193,19 @@ def _assign(
 ) -> Change:
     name, number = version.name, version.version
     id = begin(name, action, stage, number, stamp=state.stamp, verdict=verdict, reason=reason)
+    won = False
     for _ in range(ATTEMPTS):
         write("set_registered_model_alias", name, stage, number)
         state = read_state(name)
-        # Whoever took the alias from another version just now has taken it from ours.
+        if state.aliases.get(stage) == number:
+            won = True
+            close(name, id, "done", stamp=state.stamp)
+            state = read_state(name)
+        # Whoever took the alias from another version just now may have taken it from ours.
         if stage in state.aliases or _is_withdrawn(state.record, number):
             break
-    won = state.aliases.get(stage) == number
-    close(name, id, "done" if won else "superseded", stamp=state.stamp)
+    if not won:
+        close(name, id, "superseded", stamp=state.stamp)
     return settle(name).record.find(id)
 
 
