@@ -84,11 +84,13 @@ def examine_registry(
 
 def _examine_stages(name: str, *, fix: bool) -> Iterator[Fault]:
     state = read_state(name)
-    for write in find_writes(state):
-        remedy = f"cectflow models doctor {name} --fix"
-        yield Fault(KINDS[write.kind], name, write.why, remedy, fix)
+    asked = find_writes(state)
     if fix:
         state = settle(name)
+    left = find_writes(state)
+    for write in asked:
+        remedy = f"cectflow models doctor {name} --fix"
+        yield Fault(KINDS[write.kind], name, write.why, remedy, write not in left)
     for change in state.record.changes:
         if change.outcome != "begun" or change.action == "archive":
             continue

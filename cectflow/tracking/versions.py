@@ -231,7 +231,8 @@ def _find_row(name: str, number: str | None, stage: str) -> ModelVersion | None:
     try:
         if number is not None:
             return client.get_model_version(name, number)
-        return client.get_model_version_by_alias(name, stage)
+        row = client.get_model_version_by_alias(name, stage)
+        return row if stage in row.aliases else None  # MLflow takes `latest` for an alias
     except MlflowException as error:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             raise
