@@ -1,4 +1,4 @@
-# make demo | test | lint | bench, on a fresh clone with Python >= 3.11, pip and make.
+# make demo | test | test-servers | lint | bench, on a fresh clone with Python >= 3.11, pip and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_OPTIONS := -q --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-servers lint bench clean
 
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" mlflow run . --env-manager local -P recipe=demo -P workers=2
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-servers: $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[servers]'
+	.ci/postgres $(BIN)/python -m pytest -q tests/tracking/test_server.py tests/tracking/test_facility.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from cectflow.cli.options import (
 )
 from cectflow.cli.output import print_json, print_table
 from cectflow.exit_codes import REFUSED
+
+if TYPE_CHECKING:
+    from cectflow.tracking.record import Change
 
 __all__ = ["app"]
 
@@ -126,15 +129,104 @@ def models_promote(
         raise typer.Exit(REFUSED)
 
 
+ReasonOption = Annotated[str, typer.Option("--reason", help="Kept on record.")]
+
+
 @app.command("rollback")
 def models_rollback(
     name: Annotated[str, typer.Argument(help="Registered name.")],
     stage: Annotated[Stage, typer.Option("--stage")] = "production",
+    reason: ReasonOption = "",
     tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Give a stage back to the version that held it before."""
     from cectflow.tracking.promotion import rollback
     from cectflow.tracking.runs import connect
 
     connect(tracking_uri)
-    typer.echo(f"{rollback(name, stage).label} is in {stage} again")
+    _tell(name, rollback(name, stage, reason=reason), f"is in {stage} again", json)
+
+
+@app.command("archive")
+def models_archive(
+    model: Annotated[str, typer.Argument(help="NAME/VERSION or NAME@stage.")],
+    reason: Annotated[str, typer.Option("--reason", help="Kept on record.")],
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Withdraw a version: it loses every stage, and no rollback brings it back."""
+    from cectflow.tracking.promotion import archive
+    from cectflow.tracking.runs import connect
+    from cectflow.tracking.versions import find_version
+
+    if not reason.strip():
+        msg = "an archive needs a reason: give it with --reason"
+        raise ValueError(msg)
+    connect(tracking_uri)
+    version = find_version(model)
+    _tell(version.name, archive(version, reason=reason), "is archived", json)
+
+
+@app.command("history")
+def models_history(
+    name: Annotated[str, typer.Argument(help="Registered name.")],
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print what became of each change of a model's stages, the oldest first."""
+    from cectflow.tracking.promotion import history
+    from cectflow.tracking.runs import connect
+
+    connect(tracking_uri)
+    changes = history(name)
+    if json:
+        print_json(changes)
+        return
+    columns = ("time", "action", "stage", "version", "previous", "outcome", "by", "reason")
+    rows = [[str(change[each] or "") for each in columns] for change in changes]
+    print_table(columns, rows)
+
+
+@app.command("doctor")
+def models_doctor(
+    name: Annotated[str | None, typer.Argument(help="Registered name; default: all.")] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Verify the files of every version, not of stages only.")
+    ] = False,
+    hours: Annotated[
+        float, typer.Option("--hours", min=0.0, help="After which a RUNNING run counts as stuck.")
+    ] = 24.0,
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Find, and with --fix mend, what is wrong in the registry; exit 3 if something is left."""
+    from cectflow.tracking.doctor import examine_registry
+    from cectflow.tracking.runs import connect
+
+    connect(tracking_uri)
+    faults = examine_registry(name, fix=fix, every=every, hours=hours)
+    if json:
+        print_json([fault._asdict() for fault in faults])
+    elif faults:
+        rows = [(f.kind, f.subject, f.found, "mended" if f.mended else f.remedy) for f in faults]
+        print_table(("fault", "of", "found", "remedy"), rows)
+    else:
+        typer.echo("no fault found")
+    if not all(fault.mended for fault in faults):
+        raise typer.Exit(REFUSED)
+
+
+def _tell(name: str, change: Change, became: str, json: bool) -> None:
+    """Print what became of a change; exit 3 if another took the stage at the same time."""
+    if json:
+        from dataclasses import asdict
+
+        print_json(asdict(change))
+    elif change.outcome == "done":
+        typer.echo(f"{name} v{change.version} {became}")
+    else:
+        typer.echo(f"{name} v{change.version}: {change.outcome}, see `cectflow models history`")
+    if change.outcome != "done":
+        raise typer.Exit(REFUSED)

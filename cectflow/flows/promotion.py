@@ -196,12 +196,11 @@ def _settle(promotion: Promotion) -> Promotion:
         record_refusal(version, stage, verdict)
         return replace(promotion, version=find_version(version.uri))
     reason = "; ".join(each for each in (promotion.reason, promotion.note) if each)
-    set_stage(version, stage, verdict=verdict, reason=reason)
-    now = find_version(version.uri)
+    change = set_stage(version, stage, verdict=verdict, reason=reason)
     outcome: Outcome = "promoted" if verdict.passed else "forced"
-    if stage not in now.stages:  # another promotion was at work at the same time
+    if change.outcome == "superseded":  # another promotion was at work at the same time
         outcome = "superseded"
-    return replace(promotion, version=now, outcome=outcome)
+    return replace(promotion, version=find_version(version.uri), outcome=outcome)
 
 
 class _Rivals:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from cectflow.model_card import Role, Task
@@ -20,12 +20,14 @@ __all__ = [
     "STAGES",
     "RegisteredVersion",
     "check_name",
+    "find_model",
     "find_version",
     "list_versions",
     "newest_version",
     "registered_name",
     "role_name",
     "stage_holder",
+    "versions_of",
 ]
 
 PREFIX = "cectflow"
@@ -64,6 +66,8 @@ class RegisteredVersion:
     tags: dict[str, str] = field(default_factory=dict)
     created: str = ""
     """ISO 8601, UTC."""
+    mlflow_stage: str = "None"
+    """Of MLflow's own stages, which mirror ours; ``None`` also where MLflow has none any more."""
 
     @property
     def uri(self) -> str:
@@ -137,11 +141,15 @@ def find_version(argument: str) -> RegisteredVersion:
         msg = f"{argument!r} names no registered version: expected {FORMS}"
         raise ValueError(msg)
     name, number = match["name"], match["version"]
+    stage = match["alias"] or (match["stage"] or "production").lower()
+    row = _find_row(name, None if number is None else str(int(number)), stage)
+    if row is not None:
+        return _describe(row, row.aliases)
+    # There is none: a listing, which is slow where versions are many, tells what there is.
     versions = list_versions(name)
     if number is not None:
         wanted, found = f"version {number}", [v for v in versions if v.version == str(int(number))]
     else:
-        stage = match["alias"] or (match["stage"] or "production").lower()
         wanted, found = f"version in stage {stage!r}", [v for v in versions if stage in v.stages]
         if stage == "archived":
             found = found[-1:]
@@ -159,21 +167,36 @@ def list_versions(name: str | None = None) -> tuple[RegisteredVersion, ...]:
     ValueError
         If the name is not registered; the message lists those that are.
     """
-    client = mlflow.MlflowClient()
-    names = _registered_names() if name is None else (check_name(name),)
-    versions: list[RegisteredVersion] = []
-    for each in names:
-        try:
-            aliases = client.get_registered_model(each).aliases
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            known = ", ".join(_registered_names()) or "none yet"
-            msg = f"no registered model {each!r} in {current_store()}; registered: {known}"
-            raise ValueError(msg) from None
-        rows = [_describe(row, aliases) for row in _all_rows(each)]
-        versions += sorted(rows, key=lambda version: int(version.version))
-    return tuple(versions)
+    names = _registered_names() if name is None else (name,)
+    return tuple(version for each in names for version in versions_of(find_model(each)))
+
+
+def find_model(name: str) -> RegisteredModel:
+    """Registered model as MLflow has it: its aliases and tags, read at once.
+
+    Raises
+    ------
+    ValueError
+        If the name is not registered; the message lists those that are.
+    """
+    try:
+        return mlflow.MlflowClient().get_registered_model(check_name(name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    known = ", ".join(_registered_names()) or "none yet"
+    msg = f"no registered model {name!r} in {current_store()}; registered: {known}"
+    raise ValueError(msg)
+
+
+def versions_of(model: RegisteredModel) -> tuple[RegisteredVersion, ...]:
+    """Versions of a registered model by rising number, with the aliases that were read with it."""
+    aliases = {alias: str(number) for alias, number in model.aliases.items()}
+    rows = [
+        _describe(row, [alias for alias, number in aliases.items() if number == str(row.version)])
+        for row in _all_rows(model.name)
+    ]
+    return tuple(sorted(rows, key=lambda version: int(version.version)))
 
 
 def newest_version(name: str) -> RegisteredVersion:
@@ -192,8 +215,28 @@ def newest_version(name: str) -> RegisteredVersion:
 
 
 def stage_holder(name: str, stage: str) -> RegisteredVersion | None:
-    """Version of a registered model that holds a stage now, or None."""
-    return next((version for version in list_versions(name) if stage in version.stages), None)
+    """Version of a registered model that holds a stage now, or None.
+
+    Raises
+    ------
+    ValueError
+        If the name is not registered; the message lists those that are.
+    """
+    number = find_model(name).aliases.get(stage)
+    return None if number is None else find_version(f"{name}/{number}")
+
+
+def _find_row(name: str, number: str | None, stage: str) -> ModelVersion | None:
+    client = mlflow.MlflowClient()
+    try:
+        if number is not None:
+            return client.get_model_version(name, number)
+        row = client.get_model_version_by_alias(name, stage)
+        return row if stage in row.aliases else None  # MLflow takes `latest` for an alias
+    except MlflowException as error:
+        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise
+    return None
 
 
 def _registered_names() -> tuple[str, ...]:
@@ -219,10 +262,9 @@ def _all_rows(name: str) -> Iterable[ModelVersion]:
             return
 
 
-def _describe(row: ModelVersion, aliases: Mapping[str, str | int]) -> RegisteredVersion:
+def _describe(row: ModelVersion, held: Sequence[str]) -> RegisteredVersion:
     # The SQL store counts versions in int, the REST one in str.
     number, tags = str(row.version), dict(row.tags)
-    held = [alias for alias, holder in aliases.items() if str(holder) == number]
     stages = [stage for stage in STAGES if stage in held]
     stages += sorted(set(held) - set(stages))
     if tags.get("archived") == "true":
@@ -236,6 +278,7 @@ def _describe(row: ModelVersion, aliases: Mapping[str, str | int]) -> Registered
         stages=tuple(stages),
         tags=tags,
         created=created.isoformat(timespec="seconds"),
+        mlflow_stage=getattr(row, "current_stage", None) or "None",
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import make_card
+from servers import Servers
 from stores import pristine_mlflow, working_folder
 from torch import Tensor, nn
 
@@ -96,6 +97,14 @@ def registry(lab: Path, registered_store: Path) -> str:
     """Store with versions 1 to 3 of cectflow-student, none in any stage, connected."""
     shutil.copy(registered_store, lab / "mlflow.db")
     return connect()
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Servers]:
+    """One server of each kind, shared by all tests: give registered models names of their own."""
+    running = Servers(tmp_path_factory.mktemp("servers"), empty_store)
+    with running.stack:
+        yield running
 
 
 @pytest.fixture

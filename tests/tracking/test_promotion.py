@@ -5,7 +5,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from cectflow.tracking.policy import Finding, Verdict
-from cectflow.tracking.promotion import history, record_refusal, rollback, set_stage
+from cectflow.tracking.promotion import archive, history, record_refusal, rollback, set_stage
 from cectflow.tracking.registry import RegisteredVersion, find_version, list_versions
 
 NAME = "cectflow-student"
@@ -66,7 +66,7 @@ def test_a_mirror_that_fails_only_warns(registry: str, monkeypatch: pytest.Monke
         raise MlflowException(msg)
 
     monkeypatch.setattr(mlflow.MlflowClient, "transition_model_version_stage", fail)
-    with pytest.warns(UserWarning, match=rf"did not follow .*models:/{NAME}@production"):
+    with pytest.warns(UserWarning, match=rf"did not follow .*gone.*models:/{NAME}@production"):
         promote(1)
     assert stages()[0] == ("production",)
 
@@ -77,7 +77,8 @@ def test_an_mlflow_without_stages_breaks_nothing(
     monkeypatch.delattr(mlflow.MlflowClient, "transition_model_version_stage")
     promote(1)
     promote(2)
-    assert rollback(NAME).stages == ("production",)
+    assert rollback(NAME).version == "1"
+    assert stages() == [("production",), ("archived",), ()]
 
 
 def test_the_verdict_becomes_tags(registry: str) -> None:
@@ -144,10 +145,23 @@ def test_nothing_to_roll_back_to(registry: str) -> None:
         rollback(NAME)
 
 
-def test_a_stage_given_by_hand_is_restored_too(registry: str) -> None:
-    mlflow.MlflowClient().set_registered_model_alias(NAME, "production", "3")
+def test_a_stage_moved_by_other_hands_is_put_on_record_and_restored_too(registry: str) -> None:
+    client = mlflow.MlflowClient()
+    client.set_registered_model_alias(NAME, "production", "3")
     promote(1)
     assert rollback(NAME).version == "3"
+    client.delete_registered_model_alias(NAME, "production")
+    promote(2)
+    seen = [(each["action"], each["version"], each["previous"]) for each in history(NAME)]
+    assert seen == [
+        ("found", "3", None),
+        ("promote", "1", "3"),
+        ("rollback", "3", "1"),
+        ("found", None, "3"),
+        ("promote", "2", None),
+    ]
+    assert history(NAME)[0]["reason"] == "production was moved by other hands, from nothing to v3"
+    assert stages() == [("archived",), ("production",), ("archived",)]
 
 
 def test_a_deleted_version_is_passed_over(registry: str) -> None:
@@ -167,12 +181,30 @@ def test_a_rollback_of_staging_does_not_demote_production(registry: str) -> None
         set_stage(version(1), "staging", verdict=None)
 
 
-def test_archiving_takes_every_alias_and_can_be_undone(registry: str) -> None:
+def test_archiving_takes_every_alias_and_no_rollback_brings_it_back(registry: str) -> None:
     promote(1)
-    set_stage(version(1), "archived", verdict=None, reason="withdrawn")
-    assert stages()[0] == ("archived",)
-    assert mlflow_stages()[0] == "Archived"
-    assert rollback(NAME).stages == ("production",)
+    promote(2)
+    set_stage(version(2), "archived", verdict=None, reason="withdrawn")
+    assert stages() == [("archived",), ("archived",), ()]
+    assert mlflow_stages()[1] == "Archived"
+    assert rollback(NAME).version == "1"
+    archive(version(1), reason="withdrawn too")
+    with pytest.raises(ValueError, match="held it before but v1, archived since"):
+        rollback(NAME)
+    promote(1)
+    assert stages()[0] == ("production",)
+
+
+def test_an_archive_of_a_version_without_a_stage_leaves_the_others_alone(registry: str) -> None:
+    promote(1)
+    archive(version(3), reason="never any good")
+    assert stages() == [("production",), (), ("archived",)]
+
+
+def test_a_stale_refusal_does_not_outlive_a_verdict_that_passed(registry: str) -> None:
+    record_refusal(version(1), "production", REFUSED)
+    promote(1)
+    assert not [key for key in version(1).tags if key.endswith("refusal")]
 
 
 def test_an_unknown_stage_lists_the_known_ones(registry: str) -> None:
