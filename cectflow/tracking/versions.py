@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from cectflow.model_card import Role, Task
@@ -43,10 +43,15 @@ STAGES = ("staging", "production")
 """Stages that are aliases; ``archived`` is a tag."""
 
 FORMS = "NAME, NAME@stage, NAME/VERSION or a models:/ URI of these"
+NAME_FORM = r"\w[\w.-]{0,127}"
+"""Of a registered name: no path leads out of its folder, no command takes it for an option."""
 _ARGUMENT = re.compile(
-    r"(?:models:/)?(?P<name>[\w.-]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+)|/(?P<stage>[A-Za-z]+))?",
+    rf"(?:models:/)?(?P<name>{NAME_FORM})"
+    r"(?:@(?P<alias>[\w.-]+)|/(?P<version>\d{1,9})|/(?P<stage>[A-Za-z]+))?",
     re.ASCII,
 )
+PAGE = 1000
+"""Registered models, or versions, of one request."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,14 @@ def check_name(name: str) -> str:
     Raises
     ------
     ValueError
-        If it is empty or holds other characters than letters, digits, ``-``, ``_`` and ``.``.
+        If it is empty, longer than 128 characters, begins with ``-`` or ``.``, or holds other
+        characters than letters, digits, ``-``, ``_`` and ``.``.
     """
-    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
-        msg = f"registered name {name!r} may hold letters, digits, '-', '_' and '.' only"
+    if not re.fullmatch(NAME_FORM, name, re.ASCII):
+        msg = (
+            f"registered name {name[:200]!r} may hold letters, digits, '-', '_' and '.' only, at "
+            f"most 128 of them, and begins with none of the signs"
+        )
         raise ValueError(msg)
     return name
 
@@ -137,43 +146,40 @@ def find_version(argument: str) -> RegisteredVersion:
         msg = f"{argument!r} names no registered version: expected {FORMS}"
         raise ValueError(msg)
     name, number = match["name"], match["version"]
-    versions = list_versions(name)
-    if number is not None:
-        wanted, found = f"version {number}", [v for v in versions if v.version == str(int(number))]
+    stage = match["alias"] or (match["stage"] or "production").lower()
+    if number is None and stage == "archived":
+        archived = [v for v in list_versions(name) if stage in v.stages]
+        found = archived[-1] if archived else None
     else:
-        stage = match["alias"] or (match["stage"] or "production").lower()
-        wanted, found = f"version in stage {stage!r}", [v for v in versions if stage in v.stages]
-        if stage == "archived":
-            found = found[-1:]
-    if len(found) != 1:
-        msg = f"{name} has no {wanted}: expected {_choices(versions)}"
+        found = _look_up(name, number, stage)
+    if found is None:
+        wanted = f"version in stage {stage!r}" if number is None else f"version {number}"
+        msg = f"{name} has no {wanted}: expected {_choices(list_versions(name))}"
         raise ValueError(msg)
-    return found[0]
+    return found
 
 
 def list_versions(name: str | None = None) -> tuple[RegisteredVersion, ...]:
     """Versions of one registered model, or of all, by name and rising number.
+
+    Names with their aliases and versions with their tags take a request each per thousand, however
+    many models there are.
 
     Raises
     ------
     ValueError
         If the name is not registered; the message lists those that are.
     """
-    client = mlflow.MlflowClient()
-    names = _registered_names() if name is None else (check_name(name),)
-    versions: list[RegisteredVersion] = []
-    for each in names:
-        try:
-            aliases = client.get_registered_model(each).aliases
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            known = ", ".join(_registered_names()) or "none yet"
-            msg = f"no registered model {each!r} in {current_store()}; registered: {known}"
-            raise ValueError(msg) from None
-        rows = [_describe(row, aliases) for row in _all_rows(each)]
-        versions += sorted(rows, key=lambda version: int(version.version))
-    return tuple(versions)
+    wanted = "" if name is None else f"name = '{check_name(name)}'"
+    models = {model.name: model for model in _all_models(wanted)}
+    if name is not None and name not in models:
+        known = ", ".join(sorted(model.name for model in _all_models())) or "none yet"
+        msg = f"no registered model {name!r} in {current_store()}; registered: {known}"
+        raise ValueError(msg)
+    versions = [
+        _describe(row, models[row.name].aliases) for row in _all_rows(wanted) if row.name in models
+    ]
+    return tuple(sorted(versions, key=lambda version: (version.name, int(version.version))))
 
 
 def newest_version(name: str) -> RegisteredVersion:
@@ -193,26 +199,43 @@ def newest_version(name: str) -> RegisteredVersion:
 
 def stage_holder(name: str, stage: str) -> RegisteredVersion | None:
     """Version of a registered model that holds a stage now, or None."""
-    return next((version for version in list_versions(name) if stage in version.stages), None)
+    return _look_up(check_name(name), None, stage)
 
 
-def _registered_names() -> tuple[str, ...]:
+def _look_up(name: str, number: str | None, alias: str) -> RegisteredVersion | None:
+    """Version of a number, or of an alias, without a list of all the others; None: not there."""
     client = mlflow.MlflowClient()
-    names: list[str] = []
+    try:
+        if number is None:
+            row = client.get_model_version_by_alias(name, alias)
+        else:
+            row = client.get_model_version(name, str(int(number)))
+    except MlflowException as error:
+        # Of an unknown alias the database says INVALID_PARAMETER_VALUE.
+        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise
+        return None
+    if number is None and alias not in row.aliases:  # `latest`, which MLflow makes up
+        return None
+    return _describe(row, dict.fromkeys(row.aliases, row.version))
+
+
+def _all_models(wanted: str = "") -> Iterator[RegisteredModel]:
+    client = mlflow.MlflowClient()
     token = None
     while True:
-        page = client.search_registered_models(page_token=token)
-        names += [model.name for model in page]
+        page = client.search_registered_models(wanted, max_results=PAGE, page_token=token)
+        yield from page
         token = page.token
         if not token:
-            return tuple(sorted(names))
+            return
 
 
-def _all_rows(name: str) -> Iterable[ModelVersion]:
+def _all_rows(wanted: str) -> Iterator[ModelVersion]:
     client = mlflow.MlflowClient()
     token = None
     while True:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        page = client.search_model_versions(wanted, max_results=PAGE, page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -221,7 +244,7 @@ def _all_rows(name: str) -> Iterable[ModelVersion]:
 
 def _describe(row: ModelVersion, aliases: Mapping[str, str | int]) -> RegisteredVersion:
     # The SQL store counts versions in int, the REST one in str.
-    number, tags = str(row.version), dict(row.tags)
+    number, tags = str(int(row.version)), dict(row.tags)
     held = [alias for alias, holder in aliases.items() if str(holder) == number]
     stages = [stage for stage in STAGES if stage in held]
     stages += sorted(set(held) - set(stages))
