@@ -135,7 +135,8 @@ def open_bundle(folder: Path) -> BundleManifest:
             f"{folder} is no bundle, it has no {BUNDLE_FILE}: make one with `cectflow models pull`"
         )
         raise FileNotFoundError(msg)
-    sizes = {entry.name: _plain_size(entry) for entry in os.scandir(folder)}
+    with os.scandir(folder) as entries:
+        sizes = {entry.name: _plain_size(entry) for entry in entries}
     if sizes[BUNDLE_FILE] > MAX_MANIFEST_BYTES or sum(sizes.values()) > MAX_BYTES:
         msg = (
             f"{folder} has {sum(sizes.values())} bytes, {sizes[BUNDLE_FILE]} of them in "

@@ -117,10 +117,12 @@ def _find_run(version: RegisteredVersion, missing: list[str]) -> MlflowRun | Non
         missing.append("run: the registry names none")
         return None
     try:
-        return mlflow.MlflowClient().get_run(version.run_id)
+        run = mlflow.MlflowClient().get_run(version.run_id)
     except MlflowException:
+        run = None
+    if run is None or run.info.lifecycle_stage == "deleted":
         missing.append(f"run {version.run_id}: deleted")
-        return None
+    return run
 
 
 def _run_facts(run: MlflowRun | None) -> dict[str, Any] | None:

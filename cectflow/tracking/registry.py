@@ -222,9 +222,12 @@ def recorded_digests(version: RegisteredVersion) -> dict[str, str]:
     """
     digests = {file: version.tags.get(DIGEST_TAG + file, "") for file in PLACES}
     missing = [DIGEST_TAG + file for file in FILE_PLACES if not digests[file]]
-    if missing or not version.model_uri.startswith("models:/"):
-        _list_stored(_repository(version), version)  # if it is a pickle, that is what to say
-        found = f"lacks the tags {', '.join(missing)}" if missing else f"is {version.model_uri}"
+    is_ours = version.model_uri.startswith("models:/")
+    if missing or not is_ours:
+        found = f"is {version.model_uri}"
+        if is_ours:
+            _list_stored(_repository(version), version)  # if it is a pickle, that is what to say
+            found = f"lacks the tags {', '.join(missing)}"
         msg = (
             f"{version.label} {found}, so its files cannot be verified: expected a version that "
             f"cectflow registered"
