@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_OPTIONS := -q --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-servers lint bench clean
+.PHONY: demo test test-servers test-uv test-slurm lint bench clean
 
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" mlflow run . --env-manager local -P recipe=demo -P workers=2
@@ -17,6 +17,17 @@ test: $(VENV)/.installed
 test-servers: $(VENV)/.installed
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[servers]'
 	.ci/postgres $(BIN)/python -m pytest -q tests/tracking/test_server.py tests/tracking/test_facility.py
+
+# Opt-in: an environment of 2 GB is made. uv reads no settings of pip; TORCH_INDEX is handed on.
+test-uv: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'uv>=0.9'
+	$(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") $(if $(TORCH_INDEX),UV_INDEX="$(TORCH_INDEX)") \
+	  $(BIN)/python -m pytest tests/walks/uv_environment.py
+
+# Opt-in: a Slurm of one node is started, as root; `apt-get install slurm-wlm` beforehand.
+test-slurm: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps 'mlflow-slurm==1.0.6'
+	$(BIN)/python -m pytest tests/walks/slurm_cluster.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

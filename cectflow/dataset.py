@@ -178,6 +178,12 @@ class Manifest(Config):
         ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
+    def facts(self) -> dict[str, Any]:
+        """All but the shards, with the content digest and the number of subtomograms; for JSON."""
+        facts: dict[str, Any] = self.model_dump(mode="json", exclude={"shards"})
+        counts = {split: self.count(split) for split in self.shards}
+        return facts | {"content_digest": self.content_digest(), "subtomograms": counts}
+
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` atomically."""
         with replacing(folder / MANIFEST_FILE, overwrite=True) as temporary:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+import cectflow
 from cectflow.config import Config
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "UnknownScore",
     "Variant",
     "VariantFigures",
+    "refuse_newer_schema",
 ]
 
 Role = Literal["segmenter", "teacher", "student"]
@@ -36,6 +39,8 @@ Variant = Literal["float32", "bfloat16", "int8"]
 """Arithmetic of a network behind its normalisation, which is float32 in all of them."""
 
 CARD_FILE = "card.json"
+CARD_SCHEMA = 1
+"""Newest ``schema_version`` that is read, and the one that is written."""
 
 
 class Score(Config):
@@ -225,10 +230,34 @@ class ModelCard(Config):
         FileNotFoundError
             If the folder holds no card.
         ValueError
-            If the card is not valid.
+            If the card is not valid, or of a newer schema than this cectflow knows.
         """
         path = folder / CARD_FILE
         if not path.is_file():
             msg = f"{folder} holds no {CARD_FILE}: expected a model folder (pt2, onnx, card.json)"
             raise FileNotFoundError(msg)
-        return cls.from_json(path.read_text(encoding="utf-8"), source=str(path))
+        text = path.read_text(encoding="utf-8")
+        refuse_newer_schema(text, path, CARD_SCHEMA, "card")
+        return cls.from_json(text, source=str(path))
+
+
+def refuse_newer_schema(text: str, path: Path, known: int, kind: str) -> None:
+    """Refuse a JSON file of a newer schema before its fields are read, which may be others.
+
+    Raises
+    ------
+    ValueError
+        With the schema given and the newest that is known.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return  # for whoever reads the fields to describe
+    given = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(given, int) and given > known:
+        msg = (
+            f"{path} is a {kind} of schema {given}, cectflow {cectflow.__version__} knows schemas "
+            f"up to {known}: install the cectflow that wrote it (pip install --upgrade cectflow), "
+            f"or ask for an older version of the model"
+        )
+        raise ValueError(msg)

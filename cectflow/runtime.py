@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from cectflow.model_card import ModelCard, Variant
+from cectflow.program_file import check_program
 
 if TYPE_CHECKING:  # torch takes 2 s to import; prediction with onnxruntime does without
     from torch import Tensor, nn
@@ -189,11 +190,20 @@ def load_runtime(
 
 
 def load_program(folder: Path, device: str = "cpu") -> nn.Module:
-    """Exported torch program of a model folder: tensors on ``device`` → logits there."""
+    """Exported torch program of a model folder: tensors on ``device`` → logits there.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no program.
+    ValueError
+        If the program could run code when it is loaded.
+    """
     import torch
     from torch.export.passes import move_to_device_pass
 
-    program = torch.export.load(_existing(folder / PT2_FILE))
+    check_program(_existing(folder / PT2_FILE))
+    program = torch.export.load(folder / PT2_FILE)
     if device != "cpu":
         program = move_to_device_pass(program, device)
     module: nn.Module = program.module()

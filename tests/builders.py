@@ -215,3 +215,25 @@ class Exported:
     folder: Path
     network: nn.Module
     card: ModelCard
+
+
+def write_onnx(path: Path, *, outside: bool = False) -> None:
+    """Network that gives back what it gets, after adding a weight."""
+    from onnx import TensorProto, helper  # here: most tests do without
+
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [1], [0.0])
+    if outside:
+        weight.ClearField("float_data")
+        weight.data_location = TensorProto.EXTERNAL
+        weight.external_data.add(key="location", value="../../etc/passwd")
+    shape = ["n", 1, 8, 8, 8]
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["cubes", "weight"], ["logits"])],
+        "add",
+        [helper.make_tensor_value_info("cubes", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        [weight],
+    )
+    # Versions that every onnxruntime reads, not the newest of onnx.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    path.write_bytes(model.SerializeToString())

@@ -26,6 +26,7 @@ COMMANDS = (
     ("train",), ("distill",), ("sweep",), ("evaluate", "model"), ("evaluate", "picks"),
     ("evaluate", "generalisation"), ("evaluate", "cost"), ("evaluate", "unknown"),
     ("models", "list"), ("models", "show"), ("models", "promote"), ("models", "rollback"),
+    ("models", "lineage"), ("models", "diff"), ("models", "pull"), ("models", "push"),
     ("predict", "classify"), ("predict", "segment"), ("doctor",),
 )  # fmt: skip
 
@@ -104,6 +105,10 @@ def test_structures_are_listed_as_a_table_and_as_json(run: Run) -> None:
         (("models", "show", "cectflow-student@production"), "cectflow-student"),
         (("models", "promote", "cectflow-student"), "cectflow-student"),
         (("models", "rollback", "cectflow-student"), "cectflow-student"),
+        (("models", "lineage", "cectflow-student"), "cectflow-student"),
+        (("models", "diff", "a/1", "b/1"), "no registered model 'a'"),
+        (("models", "pull", "a/1", "--to", "d"), "no registered model 'a'"),
+        (("models", "push", "nowhere"), "expected the folder of a bundle, or a .zip of it"),
         (("evaluate", "model", "--model", "nosuch/1"), "nosuch"),
         (
             ("predict", "classify", "--model", "cectflow-student@production", "--subtomograms",

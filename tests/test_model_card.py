@@ -57,7 +57,11 @@ def test_a_folder_without_card_is_refused(tmp_path: Path) -> None:
         ({"box": 0}, r"box: .* greater than or equal to 1 \(given 0\)"),
         ({"voxel_size": -1.0}, r"voxel_size: .* greater than 0 \(given -1.0\)"),
         ({"box": "32"}, r"box: .* valid integer \(given '32'\)"),
-        ({"schema_version": 2}, r"schema_version: Input should be 1"),
+        ({"schema_version": 0}, r"schema_version: Input should be 1"),
+        (
+            {"schema_version": 2, "more": 1},
+            r"card of schema 2, cectflow .* knows schemas up to 1: i",
+        ),
         ({"tilt_axis": "x"}, r"tilt_axis: Input should be 'y'"),
     ],
 )

@@ -22,6 +22,8 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Registered models and their stages.", no_args_is_help=True)
 
+ModelArgument = Annotated[str, typer.Argument(help="NAME, NAME@stage, NAME/VERSION, or a folder.")]
+
 
 @app.command("list")
 def models_list(
@@ -37,9 +39,10 @@ def models_list(
     versions = list_versions(name)
     if json:
         facts = [
-            {"name": v.name, "version": v.version, "stages": v.stages, "created": v.created}
+            {"name": v.name, "version": v.version, "stages": v.stages, "created": v.created,
+             "network": v.tags.get("network", ""), "digest": v.tags.get("digest", "")}
             for v in versions
-        ]
+        ]  # fmt: skip
         print_json(facts)
         return
     rows = [
@@ -51,32 +54,183 @@ def models_list(
 
 @app.command("show")
 def models_show(
-    model: Annotated[str, typer.Argument(help="NAME, NAME@stage or NAME/VERSION.")],
+    model: ModelArgument,
     tracking_uri: TrackingOption = None,
     json: JsonOption = False,
 ) -> None:
     """Print a version's card, verdicts and history."""
-    from cectflow.model_card import ModelCard
-    from cectflow.tracking.promotion import history
-    from cectflow.tracking.registry import resolve_model
-    from cectflow.tracking.runs import connect
-
-    connect(tracking_uri)
-    folder, version = resolve_model(model)
-    card = ModelCard.from_folder(folder).model_dump(mode="json")
-    facts: dict[str, Any] = {"folder": str(folder), "card": card}
-    if version is not None:
-        verdicts = {k: v for k, v in version.tags.items() if k.startswith("verdict.")}
-        facts |= {"version": version.label, "stages": version.stages, "verdicts": verdicts,
-                  "history": history(version.name)}  # fmt: skip
+    facts = _describe_model(model, tracking_uri)
     if json:
         print_json(facts)
         return
     rows = [(key, str(value)) for key, value in facts.items() if key not in {"card", "history"}]
-    rows += [(key, str(value)) for key, value in card.items()]
+    rows += [(key, str(value)) for key, value in facts["card"].items()]
     rows += [(f"{c['time']} {c['action']}", f"version {c['version']} {c['stage']} {c['reason']}")
              for c in facts.get("history", ())]  # fmt: skip
     print_table(("", ""), rows)
+
+
+def _describe_model(model: str, tracking_uri: str | None) -> dict[str, Any]:
+    from cectflow.model_card import CARD_FILE, ModelCard
+
+    folder = Path(model)
+    if (folder / CARD_FILE).is_file():
+        from cectflow.tracking.bundle import open_model_folder
+
+        label = open_model_folder(folder)
+        card = ModelCard.from_folder(folder)
+        return {"folder": str(folder), "model": label, "card": card.model_dump(mode="json")}
+    from cectflow.tracking.promotion import history
+    from cectflow.tracking.registry import read_card
+    from cectflow.tracking.runs import connect
+    from cectflow.tracking.versions import find_version
+
+    connect(tracking_uri)
+    version = find_version(model)
+    return {
+        "version": version.label,
+        "uri": version.uri,
+        "stages": version.stages,
+        "created": version.created,
+        "run": version.run_id,
+        "digest": version.tags.get("digest", ""),
+        "origin": {k: v for k, v in version.tags.items() if k.startswith("origin.")},
+        "verdicts": {k: v for k, v in version.tags.items() if k.startswith("verdict.")},
+        "card": read_card(version).model_dump(mode="json"),
+        "history": history(version.name),
+    }
+
+
+@app.command("lineage")
+def models_lineage(
+    model: Annotated[str, typer.Argument(help="NAME, NAME@stage, NAME/VERSION or models:/ URI.")],
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print where a version comes from: structures, data, recipe, commit, teachers, runs."""
+    from cectflow.tracking.lineage import trace
+    from cectflow.tracking.runs import connect
+    from cectflow.tracking.versions import find_version
+
+    connect(tracking_uri)
+    lineage = trace(find_version(model))
+    if json:
+        print_json(lineage)
+        return
+    for line in _lineage_lines(lineage):
+        typer.echo(line)
+
+
+def _lineage_lines(facts: dict[str, Any], depth: int = 0) -> list[str]:
+    """The lineage as an indented list; teachers below their student."""
+    lines = [f"{facts['version']}  {facts['role']} {facts['network']}, {facts['created']}"]
+    if facts["digest"]:
+        lines.append(f"  files     sha256 {facts['digest']}")
+    run = facts.get("run")
+    if run is not None:
+        lines.append(f"  run       {run['id']} {run['name']} ({run['status']}, {run['started']})")
+    if "origin" in facts:
+        origin = facts["origin"]
+        lines.append(f"  origin    {origin.get('uri')} of {origin.get('store')}")
+        brought = origin["lineage"]
+        lines += [] if brought is None else _lineage_lines(brought, 1)
+    else:
+        data = facts["dataset"]
+        lines += [
+            f"  code      commit {facts['code']['commit']}",
+            f"  recipe    sha256 {facts['recipe']['digest']} ({facts['recipe']['logged']})",
+            f"  dataset   sha256 {data['digest']} ({data['path']})",
+        ]
+        lines += [
+            f"    {s['name']}: {s['source'] or 'unknown source'}, "
+            f"{s['licence'] or 'unknown licence'}, sha256 {s['sha256'][:12]}…"
+            for s in data["structures"]
+        ]
+        for teacher in facts["teachers"]:
+            lines += ["  teacher", *_lineage_lines(teacher, 1)]
+    lines += [f"  verdict   {stage}: {what}" for stage, what in facts["verdicts"].items()]
+    lines += [f"  missing   {what}" for what in facts["missing"]]
+    return ["    " * depth + line for line in lines]
+
+
+@app.command("diff")
+def models_diff(
+    first: ModelArgument,
+    second: ModelArgument,
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print what differs between two models: card, scores, costs, recipe, dataset."""
+    from cectflow.tracking.comparison import compare
+    from cectflow.tracking.runs import connect
+
+    connect(tracking_uri)
+    found = compare(first, second)
+    if json:
+        print_json(found)
+        return
+    header = ("", *found["models"], "")
+    rows = [(name, _score_text(s["first"]), _score_text(s["second"]),
+             f"{s['difference']:+.4f}" if "difference" in s else "")
+            for name, s in found["scores"].items()]  # fmt: skip
+    rows += [(name, str(c["first"]), str(c["second"]),
+              f"× {c['ratio']:.3g}" if "ratio" in c else "")
+             for name, c in found["cost"].items()]  # fmt: skip
+    rows += [(f"{part}: {row['field']}", str(row["first"]), str(row["second"]), "")
+             for part in ("card", "dataset") for row in found[part]]  # fmt: skip
+    print_table(header, rows)
+    if found["recipe"] is None:
+        typer.echo("recipe: the text of at least one is unknown")
+    for line in found["recipe"] or ():
+        typer.echo(line)
+
+
+def _score_text(score: dict[str, float] | None) -> str:
+    if score is None:
+        return ""
+    return f"{score['value']:.4f} ({score['low']:.4f} to {score['high']:.4f})"
+
+
+@app.command("pull")
+def models_pull(
+    model: Annotated[str, typer.Argument(help="NAME, NAME@stage, NAME/VERSION or models:/ URI.")],
+    to: Annotated[Path, typer.Option("--to", help="New folder.")],
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a version as a folder that needs no server: weights, card, digests, lineage."""
+    from cectflow.files import refuse_existing_folder
+    from cectflow.tracking.runs import connect
+    from cectflow.tracking.transfer import pull_model
+
+    refuse_existing_folder(to)
+    connect(tracking_uri)
+    manifest = pull_model(model, to)
+    if json:
+        print_json(manifest.model_dump(mode="json"))
+        return
+    typer.echo(f"{manifest.label} is in {to}; predict with --model {to}")
+
+
+@app.command("push")
+def models_push(
+    bundle: Annotated[Path, typer.Argument(help="Folder of `models pull`, or a .zip of it.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Registered name; default: the bundle's.")
+    ] = None,
+    tracking_uri: TrackingOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Register a bundle in this store; nothing happens if that very model is there."""
+    from cectflow.tracking.runs import connect
+    from cectflow.tracking.transfer import push_model
+
+    connect(tracking_uri)
+    version, is_new = push_model(bundle, name)
+    if json:
+        print_json({"version": version.uri, "new": is_new, "tags": version.tags})
+        return
+    typer.echo(f"{version.label} " + ("is registered" if is_new else "was there already"))
 
 
 @app.command("promote")

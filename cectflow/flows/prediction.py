@@ -22,6 +22,7 @@ from cectflow.prediction.whole import (
     WholeSegmentation,
     segment_whole,
 )
+from cectflow.tracking.bundle import open_model_folder
 from cectflow.volume import STACK_SUFFIXES, read_volume
 
 __all__ = ["load_model", "predict_classes", "predict_segments"]
@@ -244,7 +245,7 @@ def load_model(
     if (folder / CARD_FILE).is_file():
         # A folder needs no registry: MLflow is not even imported.
         return load_network(
-            folder, tasks=tasks, label=folder.resolve().name,
+            folder, tasks=tasks, label=open_model_folder(folder),
             device=device, runtime=runtime, variant=variant,
         )  # fmt: skip
     from cectflow.tracking.registry import resolve_model

@@ -187,6 +187,8 @@ def train_and_register(
     run.log_dataset(
         manifest.kind, manifest.content_digest(), str(data.folder.resolve()), "training"
     )
+    # What is known of the data outlives their folder: lineage reads it from the run.
+    run.log_json(manifest.facts(), "dataset.json")
 
     def measure(model: Path) -> Mapping[str, object]:
         measured: dict[str, object] = {"variants": make_variants(model, data, variants)}

@@ -21,10 +21,12 @@ import yaml
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from cectflow.files import sha256_of
 from cectflow.model_card import CARD_FILE, ModelCard
+from cectflow.program_file import check_program
 from cectflow.runtime import INT8_FILE, ONNX_FILE, PT2_FILE
 
-__all__ = ["FILE_PLACES", "SIBLING_PLACES", "program_signature", "save_model"]
+__all__ = ["FILE_PLACES", "LAYOUT_FILES", "SIBLING_PLACES", "program_signature", "save_model"]
 
 FILE_PLACES = {
     PT2_FILE: f"data/{PT2_FILE}",
@@ -34,9 +36,21 @@ FILE_PLACES = {
 """Where the layout keeps each file of a model folder."""
 SIBLING_PLACES = {INT8_FILE: f"extra_files/{INT8_FILE}"}
 """The same of files that only some model folders have."""
+LAYOUT_FILES = (
+    "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json",
+    "serving_input_example.json",
+)  # fmt: skip
+"""What MLflow wants beside them: ``MLmodel`` names the code that ``mlflow.pyfunc`` runs."""
 
 
-def save_model(path: str, mlflow_model: Model, folder: Path) -> None:
+def save_model(
+    path: str,
+    mlflow_model: Model,
+    folder: Path,
+    digests: dict[str, str],
+    *,
+    validate_serving_input: bool,
+) -> None:
     """Write the layout with copies of a model folder's files; called by ``Model.log``.
 
     Parameters
@@ -47,12 +61,17 @@ def save_model(path: str, mlflow_model: Model, folder: Path) -> None:
         Its description, completed here.
     folder
         The model folder.
+    digests
+        Receives the sha256 of every file of the layout, by its path there.
+    validate_serving_input
+        For ``Model.log``, which without it rewrites ``MLmodel`` after its digest is taken.
 
     Raises
     ------
     ValueError
-        If the program's batch is not dynamic.
+        If the program's batch is not dynamic, or it could run code when it is loaded.
     """
+    assert not validate_serving_input, "Model.log would change MLmodel once more"
     root = Path(path)
     siblings = {name: place for name, place in SIBLING_PLACES.items() if (folder / name).is_file()}
     for name, place in (FILE_PLACES | siblings).items():
@@ -82,6 +101,8 @@ def save_model(path: str, mlflow_model: Model, folder: Path) -> None:
     )
     mlflow_model.model_size_bytes = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
     mlflow_model.save(str(root / "MLmodel"))
+    for file in sorted(file for file in root.rglob("*") if file.is_file()):
+        digests[file.relative_to(root).as_posix()] = sha256_of(file)
 
 
 def program_signature(program_file: Path) -> ModelSignature:
@@ -90,8 +111,9 @@ def program_signature(program_file: Path) -> ModelSignature:
     Raises
     ------
     ValueError
-        If the batch is not dynamic.
+        If the batch is not dynamic, or the program could run code when it is loaded.
     """
+    check_program(program_file)
     program = torch.export.load(program_file)
     signature = program.graph_signature
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}

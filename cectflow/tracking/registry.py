@@ -16,12 +16,15 @@ from pathlib import Path
 import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from cectflow.files import sha256_of
 from cectflow.model_card import CARD_FILE, ModelCard
 from cectflow.runtime import PT2_FILE
 from cectflow.tracking import model_layout
-from cectflow.tracking.model_layout import FILE_PLACES, SIBLING_PLACES
+from cectflow.tracking.bundle import files_digest, open_model_folder
+from cectflow.tracking.model_layout import FILE_PLACES, LAYOUT_FILES, SIBLING_PLACES
 from cectflow.tracking.runs import Run
 from cectflow.tracking.versions import (
     FORMS,
@@ -40,7 +43,10 @@ __all__ = [
     "find_registered",
     "find_version",
     "list_versions",
+    "model_digests",
     "newest_version",
+    "read_card",
+    "recorded_digests",
     "register_model",
     "registered_name",
     "resolve_model",
@@ -48,6 +54,10 @@ __all__ = [
 
 CACHE_VARIABLE = "CECTFLOW_CACHE"
 DIGEST_TAG = "sha256."
+"""And a file's name: tag with its digest. Every file of a version has one, whoever reads it."""
+WHOLE_TAG = "digest"
+"""Tag with the digest of the model folder: :func:`~cectflow.tracking.bundle.files_digest`."""
+PLACES = FILE_PLACES | SIBLING_PLACES | {file: file for file in LAYOUT_FILES}
 
 
 def register_model(
@@ -56,7 +66,8 @@ def register_model(
     """Next version of a registered model, made of a model folder's files as they are.
 
     The files become one MLflow model without pickle, which ``mlflow.pyfunc.load_model`` reads
-    where cectflow is not installed. Their sha256 and the facts of the card become tags.
+    where cectflow is not installed. The sha256 of every file, those that MLflow wants beside them
+    included, and the facts of the card become tags.
 
     Parameters
     ----------
@@ -74,12 +85,13 @@ def register_model(
     FileNotFoundError
         If the folder lacks a file.
     ValueError
-        If the name is not valid, or the program's batch is not dynamic.
+        If the name or the card is not valid, the program's batch is not dynamic, or loading it
+        could run code.
     """
     check_name(name)
     card = ModelCard.from_folder(folder)
-    digests = _digests(folder)
-    facts = _facts(card)
+    given = model_digests(folder)
+    facts, written = _facts(card), dict[str, str]()
     logged = Model.log(
         artifact_path=None,
         flavor=model_layout,
@@ -89,7 +101,13 @@ def register_model(
         tags=facts,
         metadata={"role": card.role, "task": card.task, "network": card.network},
         folder=folder,
+        digests=written,
+        validate_serving_input=False,
     )
+    digests = {Path(place).name: digest for place, digest in written.items()}
+    if not given.items() <= digests.items():
+        msg = f"{folder} was changed while it was registered: give the command again"
+        raise ValueError(msg)
     client = mlflow.MlflowClient()
     _ensure_registered(client, name, card)
     row = client.create_model_version(
@@ -97,7 +115,12 @@ def register_model(
         source=logged.model_uri,
         model_id=logged.model_id,  # a server refuses the source without it
         run_id=run.run_id,
-        tags={**facts, **digests, **(tags or {})},
+        tags={
+            **facts,
+            **{DIGEST_TAG + file: digest for file, digest in digests.items()},
+            WHOLE_TAG: files_digest(given),
+            **(tags or {}),
+        },
         description=_description(card),
     )
     version = str(row.version)
@@ -117,7 +140,7 @@ def find_registered(folder: Path, name: str) -> RegisteredVersion | None:
     name
         Registered name; it need not exist.
     """
-    digests = _digests(folder)
+    digests = {DIGEST_TAG + file: digest for file, digest in model_digests(folder).items()}
     if not mlflow.MlflowClient().search_registered_models(f"name = '{check_name(name)}'"):
         return None
     same = [version for version in list_versions(name) if digests.items() <= version.tags.items()]
@@ -129,8 +152,9 @@ def resolve_model(
 ) -> tuple[Path, RegisteredVersion | None]:
     """Model folder that an argument means, and the version it came from.
 
-    A folder that holds a card is taken as it is (no version); anything else is looked up in the
-    registry, downloaded once, and checked against the digests of its registration every time.
+    A folder that holds a card is taken as it is (no version), a bundle after its files are
+    verified; anything else is looked up in the registry, downloaded once, and checked against the
+    digests of its registration every time.
 
     Parameters
     ----------
@@ -143,74 +167,156 @@ def resolve_model(
     ------
     ValueError
         If there is no such model, if it holds a pickle in place of ``model.pt2``, if it was not
-        registered by cectflow, or if a file is not the one that was registered.
+        registered by cectflow, if it holds a file that was not registered, or one that is not what
+        was registered.
     FileNotFoundError
         If the registry knows the version but its files are gone.
     """
     path = Path(argument).expanduser()
     if (path / CARD_FILE).is_file():
+        open_model_folder(path)
         return path, None
     if path.is_dir():
         msg = f"{path} is no model folder, it holds no {CARD_FILE}: expected one, or {FORMS}"
         raise ValueError(msg)
     version = find_version(argument)
-    digests = _registered_digests(version)
+    digests = recorded_digests(version)
+    kept = {file: digests[file] for file in digests if file not in LAYOUT_FILES}
     root = cache or Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/cectflow/models").expanduser()
-    key = hashlib.sha256("".join(sorted(digests.values())).encode()).hexdigest()[:16]
+    key = hashlib.sha256("".join(sorted(kept.values())).encode()).hexdigest()[:16]
     folder = root / version.name / f"{version.version}-{key}"
     if not folder.exists():
         _download(version, digests, folder)
     else:
-        _verify(folder, digests, version, f"remove {folder} to download it again")
+        _verify(folder, kept, version, f"remove {folder} to download it again")
     return folder, version
 
 
-def _registered_digests(version: RegisteredVersion) -> dict[str, str]:
+def read_card(version: RegisteredVersion) -> ModelCard:
+    """Card of a version, verified, without fetching its network.
+
+    Raises
+    ------
+    ValueError
+        If the card is not the one that was registered, or of a newer schema.
+    FileNotFoundError
+        If it is gone.
+    """
+    digest = recorded_digests(version)[CARD_FILE]
+    with tempfile.TemporaryDirectory(prefix="cectflow-card-") as scratch:
+        _fetch(_repository(version), CARD_FILE, Path(scratch), version)
+        remedy = "its stored file was changed; register the network again"
+        _verify(Path(scratch), {CARD_FILE: digest}, version, remedy)
+        return ModelCard.from_folder(Path(scratch))
+
+
+def recorded_digests(version: RegisteredVersion) -> dict[str, str]:
+    """Name → sha256 of every file of a version, as its tags say.
+
+    Raises
+    ------
+    ValueError
+        If it is not one that cectflow registered, or holds a pickle.
+    FileNotFoundError
+        If it is neither, and its files are gone.
+    """
+    digests = {file: version.tags.get(DIGEST_TAG + file, "") for file in PLACES}
+    missing = [DIGEST_TAG + file for file in FILE_PLACES if not digests[file]]
+    is_ours = version.model_uri.startswith("models:/")
+    if missing or not is_ours:
+        found = f"is {version.model_uri}"
+        if is_ours:
+            _list_stored(_repository(version), version)  # if it is a pickle, that is what to say
+            found = f"lacks the tags {', '.join(missing)}"
+        msg = (
+            f"{version.label} {found}, so its files cannot be verified: expected a version that "
+            f"cectflow registered"
+        )
+        raise ValueError(msg)
+    return {file: digest for file, digest in digests.items() if digest}
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """Name → sha256 of the files of a model folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one is missing.
+    """
+    siblings = [file for file in SIBLING_PLACES if (folder / file).is_file()]
+    return {file: _digest(folder / file) for file in (*FILE_PLACES, *siblings)}
+
+
+def _repository(version: RegisteredVersion) -> ArtifactRepository:
     try:
-        flavors = Model.load(version.uri).flavors
-        listed = mlflow.artifacts.list_artifacts(artifact_uri=f"{version.uri}/data")
+        return get_artifact_repository(version.model_uri)
     except (MlflowException, OSError) as error:
         raise FileNotFoundError(_gone(version, "MLmodel", error)) from None
-    payload = sorted(Path(entry.path).name for entry in listed)
-    if "pytorch" not in flavors or payload != [PT2_FILE]:
-        found = ", ".join(payload) or "nothing"
+
+
+def _list_stored(repository: ArtifactRepository, version: RegisteredVersion) -> set[str]:
+    """Places of all files of a version, if its network is no pickle."""
+    try:
+        entries = [
+            entry for place in ("", "data", "extra_files") for entry in _entries(repository, place)
+        ]
+    except (MlflowException, OSError) as error:
+        raise FileNotFoundError(_gone(version, "MLmodel", error)) from None
+    found = {place for place, is_folder in entries if not is_folder}
+    found |= {f"{place}/" for place, is_folder in entries if is_folder}
+    found -= {"data/", "extra_files/"}
+    payload = sorted(place.removeprefix("data/") for place in found if place.startswith("data/"))
+    if found and payload != [Path(FILE_PLACES[PT2_FILE]).name]:
         msg = (
-            f"{version.label} holds {found} in data/, expected {PT2_FILE} alone: cectflow reads "
-            f"no pickles; register the network again with cectflow, or log it with "
-            f"serialization_format='pt2'"
+            f"{version.label} holds {', '.join(payload) or 'nothing'} in data/, expected "
+            f"{PT2_FILE} alone: cectflow reads no pickles; register the network again with "
+            f"cectflow, or log it with serialization_format='pt2'"
         )
         raise ValueError(msg)
-    digests = {file: version.tags.get(DIGEST_TAG + file, "") for file in FILE_PLACES}
-    missing = [DIGEST_TAG + file for file, digest in digests.items() if not digest]
-    if missing:
-        msg = (
-            f"{version.label} lacks the tags {', '.join(missing)}, so its files cannot be "
-            f"verified: expected a version that cectflow registered"
-        )
-        raise ValueError(msg)
-    siblings = {file: version.tags.get(DIGEST_TAG + file, "") for file in SIBLING_PLACES}
-    return digests | {file: digest for file, digest in siblings.items() if digest}
+    return found
+
+
+def _entries(repository: ArtifactRepository, place: str) -> list[tuple[str, bool]]:
+    return [(entry.path, bool(entry.is_dir)) for entry in repository.list_artifacts(place or None)]
 
 
 def _download(version: RegisteredVersion, digests: Mapping[str, str], folder: Path) -> None:
+    """Fetch and verify every file, also those that MLflow alone reads; keep the model folder."""
+    repository = _repository(version)
+    stored, expected = _list_stored(repository, version), {PLACES[file] for file in digests}
+    if stored - expected:
+        msg = (
+            f"{version.label} holds {', '.join(sorted(stored - expected))}, which was not "
+            f"registered: remove it from {version.model_uri}, or register the network again"
+        )
+        raise ValueError(msg)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
         flat = Path(scratch) / "model"
         flat.mkdir()
-        places = FILE_PLACES | SIBLING_PLACES
-        for file, place in ((file, places[file]) for file in digests):
-            try:
-                fetched = mlflow.artifacts.download_artifacts(
-                    artifact_uri=f"{version.uri}/{place}", dst_path=scratch
-                )
-            except (MlflowException, OSError) as error:
-                raise FileNotFoundError(_gone(version, place, error)) from None
-            shutil.move(fetched, flat / file)
+        for file in digests:
+            _fetch(repository, file, flat, version)
         _verify(flat, digests, version, "its stored file was changed; register the network again")
+        for file in LAYOUT_FILES:
+            (flat / file).unlink(missing_ok=True)
+        kept = {file: digests[file] for file in digests if file not in LAYOUT_FILES}
         try:
             flat.replace(folder)
         except OSError:  # another process was faster
-            _verify(folder, digests, version, f"remove {folder} to download it again")
+            _verify(folder, kept, version, f"remove {folder} to download it again")
+
+
+def _fetch(
+    repository: ArtifactRepository, file: str, folder: Path, version: RegisteredVersion
+) -> None:
+    """Download one file of a version, whatever its folder there, into a folder."""
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
+        try:
+            fetched: str = repository.download_artifacts(PLACES[file], dst_path=scratch)  # type: ignore[no-untyped-call]
+        except (MlflowException, OSError) as error:
+            raise FileNotFoundError(_gone(version, PLACES[file], error)) from None
+        shutil.move(fetched, folder / file)
 
 
 def _verify(
@@ -293,12 +399,6 @@ def _description(card: ModelCard) -> str:
     if card.teacher is not None:
         rows.append(f"| teacher | {card.teacher} |")
     return "\n".join(rows)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """Tags of a version that name its files."""
-    siblings = [file for file in SIBLING_PLACES if (folder / file).is_file()]
-    return {DIGEST_TAG + file: _digest(folder / file) for file in (*FILE_PLACES, *siblings)}
 
 
 def _digest(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -45,10 +45,15 @@ STAGES = ("staging", "production")
 """Stages that are aliases; ``archived`` is a tag."""
 
 FORMS = "NAME, NAME@stage, NAME/VERSION or a models:/ URI of these"
+NAME_FORM = r"\w[\w.-]{0,127}"
+"""Of a registered name: no path leads out of its folder, no command takes it for an option."""
 _ARGUMENT = re.compile(
-    r"(?:models:/)?(?P<name>[\w.-]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+)|/(?P<stage>[A-Za-z]+))?",
+    rf"(?:models:/)?(?P<name>{NAME_FORM})"
+    r"(?:@(?P<alias>[\w.-]+)|/(?P<version>\d{1,9})|/(?P<stage>[A-Za-z]+))?",
     re.ASCII,
 )
+PAGE = 1000
+"""Registered models, or versions, of one request."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,14 @@ def check_name(name: str) -> str:
     Raises
     ------
     ValueError
-        If it is empty or holds other characters than letters, digits, ``-``, ``_`` and ``.``.
+        If it is empty, longer than 128 characters, begins with ``-`` or ``.``, or holds other
+        characters than letters, digits, ``-``, ``_`` and ``.``.
     """
-    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
-        msg = f"registered name {name!r} may hold letters, digits, '-', '_' and '.' only"
+    if not re.fullmatch(NAME_FORM, name, re.ASCII):
+        msg = (
+            f"registered name {name[:200]!r} may hold letters, digits, '-', '_' and '.' only, at "
+            f"most 128 of them, and begins with none of the signs"
+        )
         raise ValueError(msg)
     return name
 
@@ -162,13 +171,20 @@ def find_version(argument: str) -> RegisteredVersion:
 def list_versions(name: str | None = None) -> tuple[RegisteredVersion, ...]:
     """Versions of one registered model, or of all, by name and rising number.
 
+    Names with their aliases and versions with their tags take a request each per thousand, however
+    many models there are.
+
     Raises
     ------
     ValueError
         If the name is not registered; the message lists those that are.
     """
-    names = _registered_names() if name is None else (name,)
-    return tuple(version for each in names for version in versions_of(find_model(each)))
+    if name is not None:
+        return versions_of(find_model(name))
+    models = {model.name: model for model in _all_models()}
+    rows = [row for row in _all_rows() if row.name in models]
+    versions = [_describe(row, _held(models[row.name], row)) for row in rows]
+    return tuple(sorted(versions, key=lambda version: (version.name, int(version.version))))
 
 
 def find_model(name: str) -> RegisteredModel:
@@ -184,19 +200,15 @@ def find_model(name: str) -> RegisteredModel:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-    known = ", ".join(_registered_names()) or "none yet"
+    known = ", ".join(sorted(model.name for model in _all_models())) or "none yet"
     msg = f"no registered model {name!r} in {current_store()}; registered: {known}"
     raise ValueError(msg)
 
 
 def versions_of(model: RegisteredModel) -> tuple[RegisteredVersion, ...]:
     """Versions of a registered model by rising number, with the aliases that were read with it."""
-    aliases = {alias: str(number) for alias, number in model.aliases.items()}
-    rows = [
-        _describe(row, [alias for alias, number in aliases.items() if number == str(row.version)])
-        for row in _all_rows(model.name)
-    ]
-    return tuple(sorted(rows, key=lambda version: int(version.version)))
+    versions = [_describe(row, _held(model, row)) for row in _all_rows(f"name = '{model.name}'")]
+    return tuple(sorted(versions, key=lambda version: int(version.version)))
 
 
 def newest_version(name: str) -> RegisteredVersion:
@@ -239,27 +251,31 @@ def _find_row(name: str, number: str | None, stage: str) -> ModelVersion | None:
     return None
 
 
-def _registered_names() -> tuple[str, ...]:
-    client = mlflow.MlflowClient()
-    names: list[str] = []
-    token = None
-    while True:
-        page = client.search_registered_models(page_token=token)
-        names += [model.name for model in page]
-        token = page.token
-        if not token:
-            return tuple(sorted(names))
-
-
-def _all_rows(name: str) -> Iterable[ModelVersion]:
+def _all_models() -> Iterator[RegisteredModel]:
     client = mlflow.MlflowClient()
     token = None
     while True:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        page = client.search_registered_models(max_results=PAGE, page_token=token)
         yield from page
         token = page.token
         if not token:
             return
+
+
+def _all_rows(wanted: str = "") -> Iterator[ModelVersion]:
+    client = mlflow.MlflowClient()
+    token = None
+    while True:
+        page = client.search_model_versions(wanted, max_results=PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _held(model: RegisteredModel, row: ModelVersion) -> list[str]:
+    """Aliases of a version: a search leaves them out of its rows."""
+    return [alias for alias, number in model.aliases.items() if str(number) == str(row.version)]
 
 
 def _describe(row: ModelVersion, held: Sequence[str]) -> RegisteredVersion:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import make_card
+from builders import make_card, write_onnx
 from servers import Servers
 from stores import pristine_mlflow, working_folder
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, card: ModelCard) -> P
         strict=False,
     )
     torch.export.save(program, folder / "model.pt2")
-    # The registry carries this file and never reads it; a real one takes 5 s.
-    (folder / "model.onnx").write_bytes(b"stands for an ONNX file")
+    # The registry carries this file and never runs it; one of the network takes 5 s.
+    write_onnx(folder / "model.onnx")
     (folder / "card.json").write_text(card.to_json(), encoding="utf-8")
     return folder
 
@@ -82,6 +82,7 @@ def registered_store(
 def lab(tmp_path: Path) -> Iterator[Path]:
     """Working folder of its own, without any store, and an MLflow that remembers nothing."""
     with pristine_mlflow(), working_folder(tmp_path):
+        os.environ["CECTFLOW_CACHE"] = str(tmp_path / "models")
         yield tmp_path
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from cectflow.model_card import ModelCard
 from cectflow.tracking.promotion import set_stage
 from cectflow.tracking.registry import (
     ROLE_NAMES,
+    RegisteredVersion,
     find_registered,
     find_version,
     list_versions,
     newest_version,
+    read_card,
     register_model,
     registered_name,
     resolve_model,
@@ -203,7 +206,10 @@ def test_a_missing_version_or_stage_lists_what_there_is(registry: str, argument:
         find_version(argument)
 
 
-@pytest.mark.parametrize("argument", ["", "a b", "a/b/c", "runs:/abc/model", "x'; drop", "ä"])
+@pytest.mark.parametrize(
+    "argument",
+    ["", "a b", "a/b/c", "runs:/abc/model", "x'; drop", "ä", "..", "../x", "-rf", "a\n", "a$(id)"],
+)
 def test_another_form_is_refused_with_the_accepted_ones(registry: str, argument: str) -> None:
     with pytest.raises(ValueError, match="expected NAME, NAME@stage, NAME/VERSION"):
         find_version(argument)
@@ -271,6 +277,70 @@ def test_files_that_are_gone_are_named(registry: str, model_folder: Path, lab: P
     (Path(location) / "extra_files" / "model.onnx").unlink()
     with pytest.raises(FileNotFoundError, match=r"cannot fetch extra_files/model\.onnx of other"):
         resolve_model("other/1", cache=lab / "cache")
+
+
+@pytest.mark.parametrize("file", ["MLmodel", "conda.yaml", "input_example.json"])
+def test_what_mlflow_alone_reads_is_registered_and_verified_too(
+    registry: str, model_folder: Path, lab: Path, file: str
+) -> None:
+    with start_run("x") as run:
+        version = register_model(run, model_folder, name="other")
+    root = stored_files(version)
+    files = [path for path in root.rglob("*") if path.is_file()]
+    tags = {key: value for key, value in version.tags.items() if key.startswith("sha256.")}
+    assert {f"sha256.{p.name}": sha256(p.read_bytes()).hexdigest() for p in files} == tags
+    (root / file).write_text((root / file).read_text() + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{file} of other v1 is not what was registered"):
+        resolve_model("other/1")
+
+
+def test_a_file_that_was_put_beside_them_is_refused(
+    registry: str, model_folder: Path, lab: Path
+) -> None:
+    with start_run("x") as run:
+        version = register_model(run, model_folder, name="other")
+    (stored_files(version) / "code").mkdir()
+    (stored_files(version) / "code" / "loader.py").write_text("")
+    with pytest.raises(ValueError, match=r"other v1 holds code/, which was not registered"):
+        resolve_model("other/1")
+
+
+def test_a_pickle_under_our_name_with_our_tags_is_refused(
+    registry: str, model_folder: Path, lab: Path
+) -> None:
+    with start_run("x") as run:
+        version = register_model(run, model_folder, name="other")
+    data = stored_files(version) / "data"
+    (data / "model.pt2").rename(data / "model.pth")
+    with pytest.raises(ValueError, match=r"other v1 holds model\.pth in data/, expected model.pt2"):
+        resolve_model("other/1")
+
+
+def test_a_version_whose_files_lie_anywhere_is_refused(
+    registry: str, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    astray = replace(find_version(f"{NAME}/1"), model_uri=str(lab))
+    monkeypatch.setattr("cectflow.tracking.registry.find_version", lambda _: astray)
+    with pytest.raises(ValueError, match=r"v1 is /.*cannot be verified: expected a version that c"):
+        resolve_model(f"{NAME}/1")
+
+
+def test_a_card_is_read_and_verified_without_the_network(
+    registry: str, card: ModelCard, model_folder: Path, lab: Path
+) -> None:
+    assert read_card(find_version(f"{NAME}/1")) == card
+    assert not (lab / "models").exists()
+    with start_run("x") as run:
+        version = register_model(run, model_folder, name="other")
+    place = stored_files(version) / "extra_files" / "card.json"
+    place.write_text(place.read_text().replace("ribosome", "exosome"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"card\.json of other v1 is not what was registered"):
+        read_card(version)
+
+
+def stored_files(version: RegisteredVersion) -> Path:
+    model = mlflow.get_logged_model(version.model_uri.removeprefix("models:/"))
+    return Path(model.artifact_location.removeprefix("file://"))
 
 
 def test_a_pickle_is_refused(store: str, lab: Path) -> None:
