@@ -23,9 +23,10 @@ from cectflow.recipe import Recipe
 from cectflow.simulation.phantoms import build_phantom, list_phantoms
 from cectflow.tracking.promotion import history
 from cectflow.tracking.registry import read_card
-from cectflow.tracking.versions import RegisteredVersion, find_version
+from cectflow.tracking.store import current_store
+from cectflow.tracking.versions import RegisteredVersion, find_version, list_versions
 
-__all__ = ["ORIGIN_LINEAGE", "logged_text", "trace"]
+__all__ = ["ORIGIN_LINEAGE", "logged_text", "teacher_uri", "trace"]
 
 ORIGIN_LINEAGE = "origin/lineage.json"
 """Artifact of the run that pushed a bundle: the lineage that the bundle brought along."""
@@ -48,6 +49,44 @@ def trace(version: RegisteredVersion) -> dict[str, Any]:
         If the version itself cannot be read.
     """
     return _trace(version, ())
+
+
+def teacher_uri(version: RegisteredVersion) -> str | None:
+    """URI of a student's teacher in the store in use, of an ensemble all, joined by commas.
+
+    The card of a pushed version names its teacher as another store calls it, where this store may
+    have a different network: here the very files are found by their digest.
+
+    Returns
+    -------
+    str or None
+        None of a version that has no teacher.
+
+    Raises
+    ------
+    ValueError
+        If the teacher of a pushed version is not in this store.
+    """
+    origin = _origin(version, [])
+    if origin is None:
+        return read_card(version).teacher
+    lineage = origin["lineage"] or {}
+    while "origin" in lineage:  # pushed, pulled and pushed again
+        lineage = lineage["origin"]["lineage"] or {}
+    found = [_local_uri(teacher, origin) for teacher in lineage.get("teachers", ())]
+    return ",".join(found) or None
+
+
+def _local_uri(teacher: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    digest = str(teacher["digest"])
+    same = [each for each in list_versions() if digest and each.tags.get("digest") == digest]
+    if not same:
+        msg = (
+            f"teacher {teacher['version']} of {origin['store']} is not in {current_store()}: pull "
+            f"it there with `cectflow models pull`, and push it here"
+        )
+        raise ValueError(msg)
+    return same[-1].uri
 
 
 def logged_text(run_id: str, path: str) -> str | None:

@@ -62,6 +62,7 @@ def connect(tracking_uri: str | None = None, *, experiment: str = "cectflow") ->
     for name, value in FAIL_FAST.items():
         os.environ.setdefault(name, value)
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each file
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
     scheme = uri.partition(":")[0] if ":" in uri else ""
     artifacts = None

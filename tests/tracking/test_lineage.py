@@ -18,7 +18,7 @@ from cectflow.model_card import ModelCard, Score
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation.phantoms import build_phantom
 from cectflow.tracking.comparison import compare
-from cectflow.tracking.lineage import trace
+from cectflow.tracking.lineage import teacher_uri, trace
 from cectflow.tracking.policy import Finding, Verdict
 from cectflow.tracking.promotion import set_stage
 from cectflow.tracking.registry import find_version, register_model
@@ -109,6 +109,8 @@ def test_a_student_leads_back_to_structures_recipe_commit_and_teacher(traced: st
     assert structures["1oel"]["licence"] == "CC0-1.0 (all entries of the PDB)"
     assert facts["verdicts"] == {"production": "passed"}
     assert [change["action"] for change in facts["history"]] == ["promote"]
+    assert teacher_uri(find_version(f"{STUDENT}/1")) == f"models:/{TEACHER}/1"
+    assert teacher_uri(find_version(f"{TEACHER}/1")) is None
     (teacher,) = facts["teachers"]
     assert (teacher["version"], teacher["teachers"]) == (f"models:/{TEACHER}/1", [])
     # Neither is known: a file of one's own, and a phantom's name with another digest.
@@ -141,11 +143,13 @@ def test_missing_links_are_named(traced: str) -> None:
 
 
 def test_a_pushed_bundle_keeps_its_lineage_and_takes_no_teacher_of_another_store(
-    traced: str, lab: Path
+    traced: str, lab: Path, empty_store: Path
 ) -> None:
     pull_model(f"{STUDENT}@production", lab / "bundle")
     assert Recipe.from_yaml(lab / "bundle" / "recipe.yaml") == load_recipe("tiny")
     brought = json.loads((lab / "bundle" / "lineage.json").read_text())
+    pull_model(f"{TEACHER}/1", lab / "teacher")
+    shutil.copy(empty_store, lab / "second.db")
     connect(f"sqlite:///{lab / 'second.db'}")
     version, _ = push_model(lab / "bundle", "lab-student")
     facts = trace(version)
@@ -154,6 +158,14 @@ def test_a_pushed_bundle_keeps_its_lineage_and_takes_no_teacher_of_another_store
     assert brought["teachers"][0]["version"] == f"models:/{TEACHER}/1"
     assert "teachers" not in facts
     assert facts["missing"] == []
+    # Another network of its teacher's name will not do; the very files will, under any name.
+    push_model(lab / "bundle", TEACHER)
+    with pytest.raises(
+        ValueError, match=rf"teacher models:/{TEACHER}/1 of .* is not in .*: pull it"
+    ):
+        teacher_uri(version)
+    push_model(lab / "teacher", "lab-teacher")
+    assert teacher_uri(version) == "models:/lab-teacher/1"
 
 
 def test_two_versions_differ_in_what_was_changed(traced: str, lab: Path) -> None:
@@ -193,7 +205,10 @@ def test_the_commands_print_tables_and_json(traced: str, run: Callable[..., str]
     assert json.loads(run("models", "diff", f"{STUDENT}/1", f"{STUDENT}/2", "--json"))["scores"]
 
 
-def test_pull_and_push_are_commands(traced: str, run: Callable[..., str], lab: Path) -> None:
+def test_pull_and_push_are_commands(
+    traced: str, run: Callable[..., str], lab: Path, empty_store: Path
+) -> None:
+    shutil.copy(empty_store, lab / "second.db")
     said = run("models", "pull", f"{STUDENT}@production", "--to", "bundle")
     assert said.startswith(f"{STUDENT}/1@sha256:")
     assert "predict with --model bundle" in said
