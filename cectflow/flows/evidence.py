@@ -20,6 +20,7 @@ from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.learning.variants import judge_variants
 from cectflow.model_card import ModelCard, Timing, Variant
 from cectflow.runtime import INT8_FILE
+from cectflow.tracking.lineage import teacher_uri
 from cectflow.tracking.policy import Ancestor, Evidence, Policy, Target
 from cectflow.tracking.policy_figures import ends
 from cectflow.tracking.registry import resolve_model
@@ -81,7 +82,7 @@ def measure(
     answers = evaluate_folder(folder, data)
     candidate = Judged.of(version.label, (folder,), answers, data.manifest)
     rarest = min(each.subtomograms for each in candidate.classes)
-    teacher, of_teacher, taught = _measure_teacher(run, candidate, data)
+    teacher, of_teacher, taught = _measure_teacher(run, version, candidate, data)
     timings, not_timed = time_networks(candidate, teacher, incumbents, policy.timings(stages))
     figures, notes = _merge(
         (candidate.figures(), candidate.notes()),
@@ -214,7 +215,7 @@ def _measure_cost(folder: Path) -> dict[str, float]:
 
 
 def _measure_teacher(
-    run: Run, candidate: Judged, data: Dataset
+    run: Run, version: RegisteredVersion, candidate: Judged, data: Dataset
 ) -> tuple[Judged | None, Found, tuple[bool, str]]:
     """The teacher of a student, figures and notes, and whether it is known.
 
@@ -228,7 +229,8 @@ def _measure_teacher(
         said = "the card names no teacher"
         return None, ({}, dict.fromkeys(missing, said)), (False, said)
     try:
-        teachers = resolve_teachers(card.teacher)
+        # Of a version that was pushed here the card names the teacher as another store does.
+        teachers = resolve_teachers(teacher_uri(version) or card.teacher)
         answers = teachers.evaluate(data)
     except (ValueError, FileNotFoundError) as error:
         said = f"the teacher {card.teacher} cannot be had: {error}"

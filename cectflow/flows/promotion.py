@@ -17,10 +17,10 @@ from cectflow.flows.evidence import (
 )
 from cectflow.flows.judged import Judged
 from cectflow.flows.promotion_report import Outcome, Pictures, Promotion, write_report
-from cectflow.flows.training import DATASET_TAG
 from cectflow.learning.breakdown import Group
 from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.model_card import ModelCard, Score
+from cectflow.tracking.lineage import DATASET_TAG
 from cectflow.tracking.policy import Evidence, Target, judge, load_policy
 from cectflow.tracking.promotion import record_refusal, set_stage
 from cectflow.tracking.registry import resolve_model

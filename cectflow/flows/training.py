@@ -28,12 +28,12 @@ from cectflow.model_card import ModelCard, Role, Variant
 from cectflow.recipe import Recipe, TomogramSegmenterRecipe
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.live import open_live
+from cectflow.tracking.lineage import DATASET_TAG
 from cectflow.tracking.registry import find_registered, register_model
 from cectflow.tracking.runs import Run, cectflow_commit, start_run
 from cectflow.tracking.versions import RegisteredVersion, registered_name, role_name
 
 __all__ = [
-    "DATASET_TAG",
     "Hardware",
     "Registered",
     "TrainingRequest",
@@ -44,9 +44,6 @@ __all__ = [
     "train_teacher",
     "train_tomogram_segmenter",
 ]
-
-DATASET_TAG = "dataset.path"
-"""Tag of a version: where the dataset lies on which it was judged."""
 
 
 @dataclass(frozen=True, eq=False)

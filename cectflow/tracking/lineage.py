@@ -26,11 +26,12 @@ from cectflow.tracking.registry import read_card
 from cectflow.tracking.store import current_store
 from cectflow.tracking.versions import RegisteredVersion, find_version, list_versions
 
-__all__ = ["ORIGIN_LINEAGE", "logged_text", "teacher_uri", "trace"]
+__all__ = ["DATASET_TAG", "ORIGIN_LINEAGE", "logged_text", "teacher_uri", "trace"]
 
 ORIGIN_LINEAGE = "origin/lineage.json"
 """Artifact of the run that pushed a bundle: the lineage that the bundle brought along."""
 DATASET_TAG = "dataset.path"
+"""Of a version: where the dataset lies on which it was judged."""
 VERDICT = re.compile(r"verdict\.(\w+)")
 PDB_ID = re.compile(r"(?:pdb_0000)?([0-9][0-9a-z]{3})", re.IGNORECASE)
 

@@ -14,12 +14,15 @@ from servers import Servers
 from torch import Tensor, nn
 
 from cectflow.cli import main
-from cectflow.dataset import Dataset
+from cectflow.dataset import Dataset, open_dataset
 from cectflow.export import export_network
+from cectflow.recipe import load_recipe
+from cectflow.tracking.lineage import DATASET_TAG
 from cectflow.tracking.registry import register_model
 from cectflow.tracking.runs import connect, start_run
 
 NAME = "story-teacher"
+COMMIT = "c" * 40
 POLICY = """role: teacher
 score: accuracy
 rules:
@@ -49,8 +52,12 @@ def export_graded(data: Dataset, mistakes: int, folder: Path) -> None:
     small, large = (means[batch.class_ids == i].sort().values for i in (1, 2))
     edges = torch.cat([large[-1:], small])  # from dark to bright
     threshold = float((edges[mistakes] + edges[mistakes + 1]) / 2)
-    digest = data.manifest.content_digest()
-    export_network(Darkness(threshold), make_card(dataset_digest=digest), folder)
+    card = make_card(
+        dataset_digest=data.manifest.content_digest(),
+        recipe_digest=load_recipe("tiny").digest(),
+        commit=COMMIT,
+    )
+    export_network(Darkness(threshold), card, folder)
 
 
 @dataclass
@@ -77,9 +84,11 @@ def terminal(lab: Path, servers: Servers, capsys: pytest.CaptureFixture[str]) ->
     os.environ["MLFLOW_TRACKING_URI"] = address
     connect(address)
     with start_run("register") as run:
+        run.log_config(load_recipe("tiny"), "recipe")
         for mistakes in (2, 3, 0):
             export_graded(data, mistakes, lab / f"model{mistakes}")
-            register_model(run, lab / f"model{mistakes}", name=NAME)
+            tags = {DATASET_TAG: str(data.folder)}
+            register_model(run, lab / f"model{mistakes}", name=NAME, tags=tags)
     return Terminal(capsys)
 
 
@@ -96,14 +105,23 @@ def test_promoted_refused_better_and_rolled_back(terminal: Terminal) -> None:
     assert stages() == [["production"], [], []]
 
     assert promote(2) == 3
-    assert "accuracy is 0.75, expected accuracy at least 0.833333" in terminal.printed
-    assert "that of the version now in the stage" in terminal.printed
+    assert "accuracy is 0.75, that of story-teacher v1 0.8333" in terminal.printed
+    assert "A promotion must not make the stage worse." in terminal.printed
     assert stages() == [["production"], [], []]
 
     assert promote(3) == 0
     assert stages() == [["archived"], [], ["production"]]
 
-    # A place for `models lineage` of each version.
+    for number in (1, 2, 3):
+        assert terminal.run("models", "lineage", f"{NAME}/{number}", "--json") == 0
+        lineage = json.loads(terminal.printed)
+        assert lineage["recipe"]["verified"]
+        assert lineage["code"]["commit"] == COMMIT
+        assert lineage["dataset"]["digest"] == open_dataset(Path("data")).manifest.content_digest()
+        assert lineage["run"]["status"] == "FINISHED"
+        assert lineage["verdicts"] == {"production": "refused" if number == 2 else "passed"}
+        # The data were made by no simulation.
+        assert all("sources of dataset" in each for each in lineage["missing"])
 
     assert terminal.run("models", "rollback", NAME, "--reason", "v3 misses the small ones") == 0
     assert f"{NAME} v1 is in production again" in terminal.printed
