@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 
 from cectflow.files import sha256_of
 from cectflow.model_card import CARD_FILE, ModelCard
@@ -265,7 +266,8 @@ def _list_stored(repository: ArtifactRepository, version: RegisteredVersion) -> 
         raise FileNotFoundError(_gone(version, "MLmodel", error)) from None
     found = {place for place, is_folder in entries if not is_folder}
     found |= {f"{place}/" for place, is_folder in entries if is_folder}
-    found -= {"data/", "extra_files/"}
+    # MLflow itself leaves name and version beside a model that it loads where it is stored.
+    found -= {"data/", "extra_files/", REGISTERED_MODEL_META_FILE_NAME}
     payload = sorted(place.removeprefix("data/") for place in found if place.startswith("data/"))
     if found and payload != [Path(FILE_PLACES[PT2_FILE]).name]:
         msg = (

@@ -294,6 +294,17 @@ def test_what_mlflow_alone_reads_is_registered_and_verified_too(
         resolve_model("other/1")
 
 
+def test_what_mlflow_leaves_beside_a_model_that_it_loads_is_no_fault(
+    registry: str, model_folder: Path, lab: Path
+) -> None:
+    with start_run("x") as run:
+        version = register_model(run, model_folder, name="other")
+    mlflow.artifacts.download_artifacts(version.uri)
+    assert (stored_files(version) / "registered_model_meta").is_file()
+    folder, _ = resolve_model("other/1", cache=lab / "cache")
+    assert not (folder / "registered_model_meta").exists()
+
+
 def test_a_file_that_was_put_beside_them_is_refused(
     registry: str, model_folder: Path, lab: Path
 ) -> None:
