@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -55,12 +56,26 @@ def test_the_status_tells_how_the_run_ended(store: str, end: BaseException, stat
     assert mlflow.active_run() is None
 
 
-def test_sigterm_kills_the_run_and_the_old_handler_returns(store: str) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="143"), start_run("stopped") as run:
+STOPPED = """
+import os, signal
+from cectflow.tracking.runs import connect, start_run
+
+connect()
+before = signal.getsignal(signal.SIGTERM)
+try:
+    with start_run("stopped") as run:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert finished(run.run_id).info.status == "KILLED"
+except SystemExit as end:
+    assert end.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+    print(run.run_id)
+"""
+
+
+def test_sigterm_kills_the_run_and_the_old_handler_returns(store: str) -> None:
+    command = [sys.executable, "-c", STOPPED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert finished(done.stdout.split()[-1]).info.status == "KILLED"
 
 
 def test_a_run_in_another_thread_leaves_signals_alone(store: str) -> None:
