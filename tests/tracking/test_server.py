@@ -24,7 +24,12 @@ from cectflow.tracking.runs import connect, start_run
 PASSED = Verdict("student", True, (Finding("speedup at least 3", "speedup", 4.0, 3.0, True),))
 REFUSED = Verdict("student", False, (Finding("speedup at least 3", "speedup", 1.5, 3.0, False),))
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals"),
+    # Filters are the process's: one thread's end another's.
+    pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning"),
+]
 
 
 @pytest.fixture(params=KINDS)
