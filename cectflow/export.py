@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cectflow.files import appearing, refuse_existing_folder
 from cectflow.model_card import CARD_FILE, ModelCard
+from cectflow.networks.ours import StridedClassifier
 from cectflow.runtime import ONNX_FILE, PT2_FILE, has_openvino, load_runtime
 
 __all__ = ["export_network", "measure_parity"]
@@ -34,7 +35,7 @@ def export_network(
     network
         Cubes ``(n, 1, z, y, x)`` in the card's contrast → logits, normalisation included.
         It is exported in evaluation mode, with a dynamic batch; what is exported is a copy whose
-        batch norms are folded into their convolutions.
+        constants are folded: batch norms into their convolutions, distances into theirs.
     card
         Without parity.
     folder
@@ -49,7 +50,7 @@ def export_network(
         If the folder exists and is not empty.
     """
     refuse_existing_folder(folder)
-    network = _fold_norms(network.cpu().eval())
+    network = _fold_constants(network.cpu().eval())
     # A batch of two: torch.export takes a dimension of one for a constant.
     example = torch.zeros(2, 1, *_shape(card.box, stride))
     dimensions = _dynamic_dimensions(stride)
@@ -104,11 +105,12 @@ def measure_parity(folder: Path, *, stride: int | None = None) -> float:
     return parity
 
 
-def _fold_norms(network: nn.Module) -> nn.Module:
-    """Copy of a network in evaluation mode, each batch norm part of the convolution before it.
+def _fold_constants(network: nn.Module) -> nn.Module:
+    """Copy of a network in evaluation mode that computes nothing which is the same for all cubes.
 
-    onnxruntime and openvino fold when they load; torch.export does not, and torch runs the folded
-    program 1.1 to 1.3 times as fast.
+    Each batch norm is part of the convolution before it, and what our classifiers make of the
+    distance from the centre is stored. onnxruntime and openvino fold norms when they load;
+    torch.export does not, and torch runs the folded program 1.1 to 1.3 times as fast.
     """
     folded = copy.deepcopy(network)
     for layers in [layer for layer in folded.modules() if isinstance(layer, nn.Sequential)]:
@@ -116,6 +118,9 @@ def _fold_norms(network: nn.Module) -> nn.Module:
             if isinstance(first, nn.Conv3d) and isinstance(second, nn.BatchNorm3d):
                 setattr(layers, at, fuse_conv_bn_eval(first, second))
                 setattr(layers, after, nn.Identity())
+    for layer in folded.modules():
+        if isinstance(layer, StridedClassifier):
+            layer.fold()
     return folded
 
 

@@ -9,6 +9,7 @@ addition, mean and nearest upsampling, so ONNX runtimes take them whole.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -99,6 +100,7 @@ class StridedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.box = box
+        self.sight: nn.Module = _Distance(box)
         self.stem = nn.Sequential(
             normed_convolution(2, widths[0], kernel=2 * stem + 1, stride=stem),
             nn.ReLU(inplace=True),
@@ -113,9 +115,68 @@ class StridedClassifier(nn.Module):
 
     def forward(self, subtomograms: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n outputs"]:
         """Logits of normalised cubes."""
-        features = self.blocks(self.stem(append_distance(subtomograms, self.box)))
+        features = self.blocks(self.stem(self.sight(subtomograms)))
         logits: Tensor = self.score(features.mean(dim=(2, 3, 4)))
         return logits
+
+    def fold(self) -> None:
+        """Compute once, for an export, what the distance adds to the first convolution.
+
+        It is the same for every cube of the box. Without it the stem has half the multiplications;
+        openvino runs ``strided_nano`` 1.3 to 1.4 times as fast. Call it in evaluation mode, batch
+        norms folded.
+        """
+        convolution = self.stem[0]
+        while isinstance(convolution, nn.Sequential):
+            convolution = convolution[0]
+        assert isinstance(convolution, nn.Conv3d)
+        self.stem[0] = _AfterDistance(convolution, self.box)
+        self.sight = nn.Identity()
+
+
+class _Distance(nn.Module):
+    """:func:`append_distance` as a layer."""
+
+    def __init__(self, box: int) -> None:
+        super().__init__()
+        self.box = box
+
+    def forward(self, volumes: Float[Tensor, "n 1 z y x"]) -> Float[Tensor, "n 2 z y x"]:
+        """Volumes and distances."""
+        return append_distance(volumes, self.box)
+
+
+class _AfterDistance(nn.Module):
+    """A convolution of cubes and distances that is given the cubes only.
+
+    A convolution is linear, so it is the sum of one over the cubes and one over the distances.
+
+    Parameters
+    ----------
+    convolution
+        Of two channels, as it was trained.
+    box
+        Edge of the cubes in voxels.
+    """
+
+    response: Tensor
+
+    def __init__(self, convolution: nn.Conv3d, box: int) -> None:
+        super().__init__()
+        of_cubes, of_distances = copy.deepcopy(convolution), copy.deepcopy(convolution)
+        with torch.no_grad():
+            of_cubes.weight = nn.Parameter(convolution.weight[:, :1].clone())
+            of_distances.weight = nn.Parameter(convolution.weight[:, 1:].clone())
+            of_cubes.bias = None  # it is part of the response
+            of_cubes.in_channels = of_distances.in_channels = 1
+            distances = append_distance(torch.zeros(1, 1, box, box, box), box)[:, 1:]
+            self.register_buffer("response", of_distances(distances))
+        self.convolution = of_cubes
+
+    def forward(self, cubes: Float[Tensor, "n 1 z y x"]) -> Tensor:
+        """Features."""
+        features: Tensor = self.convolution(cubes) + self.response
+        return features
 
 
 class StridedSegmenter(nn.Module):

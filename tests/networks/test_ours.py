@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from cectflow.cost import count_macs
+from cectflow.export import _fold_constants
 from cectflow.networks import create_network
-from cectflow.networks.ours import StridedSegmenter, append_distance
+from cectflow.networks.ours import StridedSegmenter, _Distance, append_distance
 
 
 @pytest.mark.parametrize("edge", [7, 8])
@@ -48,9 +50,23 @@ def test_weights_of_one_box_load_into_another(name: str) -> None:
     large.load_state_dict(small.state_dict())
 
 
+@pytest.mark.parametrize("name", ["strided_nano", "residual_teacher"])
+def test_what_the_distance_adds_is_folded_into_the_first_convolution(name: str) -> None:
+    torch.manual_seed(0)
+    network = create_network(name, num_outputs=3, box=13).eval()
+    cubes = torch.randn(3, 1, 13, 13, 13)
+    with torch.no_grad():
+        expected = network(cubes)
+        macs = count_macs(network, 13)
+        folded = _fold_constants(network)
+        torch.testing.assert_close(folded(cubes), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(network(cubes), expected)
+    assert count_macs(folded, 13) < macs
+
+
 def test_strided_networks_hold_no_layer_that_runtimes_run_slowly() -> None:
     convolutions = (nn.Conv3d, nn.ConvTranspose3d, nn.Linear)
-    plain = (*convolutions, nn.BatchNorm3d, nn.ReLU, nn.Identity, nn.Upsample)
+    plain = (*convolutions, nn.BatchNorm3d, nn.ReLU, nn.Identity, nn.Upsample, _Distance)
     for name in ("strided_micro", "strided_ed_small"):
         network = create_network(name, num_outputs=2, box=16)
         leaves = [module for module in network.modules() if not list(module.children())]
