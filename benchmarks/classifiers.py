@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.segmentation import BUILTIN, DATA, REAL
 from cectflow.dataset import Dataset, Manifest
+from cectflow.execution import Workplace
 from cectflow.flows.simulation import load_structures
 from cectflow.learning.fit import Device, FitRecipe, Precision
 from cectflow.learning.losses import DistillationLoss
@@ -110,7 +111,7 @@ class Bench:
         """The dataset of all trainings; its test split is the headline's."""
         recipe = self.simulation()
         return simulate_dataset(
-            recipe, load_structures(recipe), self.folder / "data", workers=self.workers
+            recipe, load_structures(recipe), self.folder / "data", where=Workplace(self.workers)
         )
 
     def tests(self) -> dict[str, Dataset]:
@@ -124,7 +125,7 @@ class Bench:
         return {HEADLINE: self.data()} | {
             name: simulate_dataset(
                 recipe, load_structures(recipe), self.folder / "tests" / name, splits=["test"],
-                workers=self.workers,
+                where=Workplace(self.workers),
             )
             for name, recipe in sets.items()
         }  # fmt: skip

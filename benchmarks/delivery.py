@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from cectflow.execution import Workplace
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import find_structures, load_structure
@@ -31,8 +32,9 @@ def main() -> None:
     recipe = SimulationRecipe.from_yaml(options.recipe)
     structures = [load_structure(source) for source in find_structures(",".join(recipe.structures))]
     with tempfile.TemporaryDirectory() as scratch:
+        where = Workplace(options.workers)
         start = time.perf_counter()
-        simulate_dataset(recipe, structures, Path(scratch) / "data", workers=options.workers)
+        simulate_dataset(recipe, structures, Path(scratch) / "data", where=where)
         seconds = time.perf_counter() - start
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     print(json.dumps({"seconds": seconds, "peak_gb": max(own_peak(), workers)}))

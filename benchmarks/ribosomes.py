@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.classifiers import OURS, SOFT, Bench
 from benchmarks.segmentation import DATA
 from cectflow.dataset import BatchSource, Dataset
+from cectflow.execution import Workplace
 from cectflow.flows.calibration import CalibrationInput, calibrate_recipe
 from cectflow.flows.simulation import load_structures
 from cectflow.learning.fit import FitRecipe, fit, open_fabric
@@ -103,7 +104,8 @@ def _simulate_like(bench: Bench, source: Path, held_out: str, folder: Path) -> D
         )  # fmt: skip
         calibrate_recipe(recipe.model_copy(update={"simulation": simulation}), given, path)
     fitted = load_recipe(str(path)).simulation.model_copy(update={"snr": REAL_SNR})
-    return simulate_dataset(fitted, load_structures(fitted), folder / "data", workers=bench.workers)
+    where = Workplace(bench.workers)
+    return simulate_dataset(fitted, load_structures(fitted), folder / "data", where=where)
 
 
 def _train_for(

@@ -304,7 +304,7 @@ def _simulate_tests(bench: Bench) -> dict[str, Dataset]:
     return {
         name: simulate_dataset(
             recipe, structures, bench.folder / "tests" / name, splits=["test"],
-            workers=bench.hardware.workers,
+            where=bench.hardware.workplace,
         )
         for name, recipe in bench.tests().items()
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Where work runs: this process or worker processes, behind one ``concurrent.futures`` interface.
 
-``WorkerProcesses`` is an executor, ``run_all`` maps a function over jobs with progress,
+``Workplace`` says where, ``run_all`` maps a function over jobs there with progress,
+``WorkerProcesses`` is an executor of this machine,
 ``run_together`` runs processes that need one another, and ``single_thread`` holds the numerical
 libraries to one thread, so that results do not depend on how many cores a worker happens to see.
 """
@@ -19,9 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,8 +32,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "HERE",
     "Parent",
     "WorkerProcesses",
+    "Workplace",
     "run_all",
     "run_together",
     "single_thread",
@@ -42,6 +47,43 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the jobs of :func:`run_all` run: here, beside this process, or on many machines.
+
+    Attributes
+    ----------
+    workers
+        Processes of this machine; with one, this process does the work itself.
+    cluster
+        Of many machines: the address of a Dask scheduler (``tcp://host:8786``), or the path of a
+        YAML file that says how one is started.
+
+    Raises
+    ------
+    ValueError
+        If ``workers`` is below 1, or given beside a cluster, which has workers of its own.
+    """
+
+    workers: int = 1
+    cluster: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            msg = f"workers is {self.workers}: expected 1 or more"
+            raise ValueError(msg)
+        if self.cluster is not None and self.workers > 1:
+            msg = (
+                f"workers is {self.workers} beside the cluster {self.cluster}: those are processes "
+                f"of this machine, and a cluster has its own; give one of the two"
+            )
+            raise ValueError(msg)
+
+
+HERE = Workplace()
+"""This process."""
 
 
 class WorkerProcesses(ProcessPoolExecutor):
@@ -99,7 +141,12 @@ def _follow_parent(*given_up: Connection) -> None:
 
 
 def run_all(
-    function: Callable[[Job], Result], jobs: Sequence[Job], *, workers: int, title: str
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    *,
+    where: Workplace,
+    title: str,
+    paths: Sequence[Path] = (),
 ) -> Iterator[Result]:
     """Results of ``function(job)`` as they are finished, in any order, with progress shown.
 
@@ -107,11 +154,24 @@ def run_all(
     With one worker the jobs run lazily, so that what the consumer did with earlier results is
     kept.
 
+    Parameters
+    ----------
+    function, jobs
+        Both are pickled, unless one process does all. A job may be done twice where a machine
+        dies: what it writes it writes atomically.
+    where
+        Which processes do the work.
+    title
+        What the work is, a few words.
+    paths
+        Files and folders that the jobs read or write; workers elsewhere must see them too.
+
     Raises
     ------
     ChildProcessError
         If a process died.
     """
+    workers = where.workers
     if workers == 1:
         yield from track((function(job) for job in jobs), total=len(jobs), title=title)
         return

@@ -9,6 +9,7 @@ from entrypoints.door import Parameters, integer, walk
 
 def story(given: Parameters) -> None:
     """Simulate, and print where the dataset lies."""
+    from cectflow.execution import Workplace
     from cectflow.flows.simulation import choose_recipe, new_folder, simulate
     from cectflow.tracking.runs import connect
 
@@ -17,7 +18,7 @@ def story(given: Parameters) -> None:
     )
     folder = Path(given["out"]) if given["out"] else new_folder("dataset")
     connect()
-    dataset = simulate(recipe, folder, workers=integer(given, "workers") or 1)
+    dataset = simulate(recipe, folder, where=Workplace(integer(given, "workers") or 1))
     print(f"{dataset.folder}: {dataset.manifest.content_digest()}")
 
 

@@ -25,6 +25,7 @@ from cectflow.dataset import (
     read_manifest,
     write_shard,
 )
+from cectflow.execution import Workplace
 from cectflow.files import sha256_of
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.microscope import TiltScheme
@@ -115,7 +116,7 @@ def test_a_simulated_folder_is_sound_and_complete(simulated: Path) -> None:
 def test_two_workers_write_the_same_bytes_as_one(
     simulated: Path, structures: tuple[Structure, ...], tmp_path: Path
 ) -> None:
-    simulate_dataset(RECIPE, structures, tmp_path / "dataset", workers=2)
+    simulate_dataset(RECIPE, structures, tmp_path / "dataset", where=Workplace(2))
     assert contents(tmp_path / "dataset") == contents(simulated)
 
 

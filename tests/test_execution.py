@@ -20,6 +20,7 @@ from cectflow import execution
 from cectflow.execution import (
     Parent,
     WorkerProcesses,
+    Workplace,
     run_all,
     run_together,
     single_thread,
@@ -29,15 +30,15 @@ from cectflow.execution import (
 
 def test_results_do_not_depend_on_the_number_of_workers() -> None:
     jobs = [4.0, 1.0, 9.0]
-    alone = list(run_all(math.sqrt, jobs, workers=1, title="roots"))
-    shared = list(run_all(math.sqrt, jobs, workers=2, title="roots"))
+    alone = list(run_all(math.sqrt, jobs, where=Workplace(1), title="roots"))
+    shared = list(run_all(math.sqrt, jobs, where=Workplace(2), title="roots"))
     assert alone == [2.0, 1.0, 3.0]
     assert sorted(shared) == sorted(alone)
 
 
 def test_a_failure_in_a_worker_process_is_raised_here() -> None:
     with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
-        list(run_all(math.sqrt, [-1.0, 4.0], workers=2, title="roots"))
+        list(run_all(math.sqrt, [-1.0, 4.0], where=Workplace(2), title="roots"))
 
 
 def test_one_worker_runs_lazily_so_that_earlier_results_are_kept() -> None:
@@ -50,7 +51,7 @@ def test_one_worker_runs_lazily_so_that_earlier_results_are_kept() -> None:
             raise ValueError(msg)
         return number
 
-    results = run_all(job, [0, 1, 2, 3], workers=1, title="counting")
+    results = run_all(job, [0, 1, 2, 3], where=Workplace(1), title="counting")
     assert started == []
     assert next(results) == 0
     assert started == [0]
@@ -96,7 +97,7 @@ INTERRUPTED = """
 import signal, time
 from multiprocessing import active_children
 from pathlib import Path
-from cectflow.execution import run_all, run_together
+from cectflow.execution import Workplace, run_all, run_together
 
 def wait(_, parent=None):
     Path("begun").touch()
@@ -116,7 +117,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "work",
     [
-        "run_all(wait, [1, 2, 3], workers=2, title='endless')",
+        "run_all(wait, [1, 2, 3], where=Workplace(2), title='endless')",
         "run_together(wait, [1, 2], answer=divmod, title='endless')",
     ],
 )
@@ -137,12 +138,12 @@ def die(_: int) -> None:
 
 def test_a_process_that_dies_is_told_with_the_remedy() -> None:
     with pytest.raises(ChildProcessError, match=r"counting: one of 2 .* died.* fewer --workers"):
-        list(run_all(die, [1, 2], workers=2, title="counting"))
+        list(run_all(die, [1, 2], where=Workplace(2), title="counting"))
 
 
 SCRIPT = """
 import os, time
-from cectflow.execution import run_all, run_together
+from cectflow.execution import Workplace, run_all, run_together
 
 def say(_, parent=None):
     print(os.getpid(), flush=True)
@@ -165,7 +166,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize(
     "work",
     [
-        "run_all(say, [1, 2], workers=2, title='endless')",
+        "run_all(say, [1, 2], where=Workplace(2), title='endless')",
         "run_together(say, [1, 2], answer=divmod, title='endless')",
     ],
 )
@@ -230,7 +231,9 @@ def test_less_than_one_worker_is_refused() -> None:
     with pytest.raises(ValueError, match="workers is 0: expected 1 or more"):
         WorkerProcesses(0)
     with pytest.raises(ValueError, match="workers is -2"):
-        list(run_all(abs, [1], workers=-2, title="nothing"))
+        Workplace(-2)
+    with pytest.raises(ValueError, match="workers is 2 beside the cluster tcp://host:8786"):
+        Workplace(2, "tcp://host:8786")
 
 
 def test_one_thread_holds_inside_and_the_former_number_comes_back() -> None:

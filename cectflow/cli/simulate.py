@@ -33,12 +33,14 @@ def simulate_dataset(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Simulate a recipe's dataset; a second call completes what is missing."""
+    from cectflow.execution import Workplace
     from cectflow.flows.simulation import choose_recipe, simulate
     from cectflow.tracking.runs import connect
 
+    where = Workplace(workers)
     chosen = choose_recipe(recipe, structures=structures, seed=seed)
     connect(tracking_uri)
-    dataset = simulate(chosen, out, workers=workers)
+    dataset = simulate(chosen, out, where=where)
     counts = {split: dataset.manifest.count(split) for split in dataset.manifest.planned_shards}
     typer.echo(f"{out}: {', '.join(f'{n} {split}' for split, n in counts.items())} subtomograms")
 
@@ -102,12 +104,14 @@ def simulate_tomograms(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Simulate whole tomograms with particles and label maps; a second call completes them."""
+    from cectflow.execution import Workplace
     from cectflow.flows.simulation import choose_recipe
     from cectflow.flows.simulation import simulate_tomograms as flow
     from cectflow.tracking.runs import connect
 
+    where = Workplace(workers)
     chosen = choose_recipe(recipe, structures=structures, seed=seed).simulation
     connect(tracking_uri)
-    folders = flow(chosen, out, count=count, shape=shape, tilt_series=tilt_series, workers=workers)
+    folders = flow(chosen, out, count=count, shape=shape, tilt_series=tilt_series, where=where)
     for folder in folders:
         typer.echo(str(folder / "tomogram.mrc"))

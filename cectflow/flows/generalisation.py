@@ -166,7 +166,7 @@ class _Study:
             report(f"simulating the data {name}")
             datasets[left_out] = simulate_dataset(
                 recipe.simulation, structures, folder / name / "dataset",
-                workers=hardware.workers, commit=cectflow_commit(), left_out=left_out,
+                where=hardware.workplace, commit=cectflow_commit(), left_out=left_out,
                 splits=[
                     *(() if recipe.live else ("train",)), "validation",
                     *(() if left_out else ("test",)),

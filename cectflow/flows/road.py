@@ -96,7 +96,7 @@ def walk_road(
     with start_run("road") as run:
         run.log_config(recipe, "recipe")
         report("simulating the dataset")
-        dataset = simulate(recipe, folder / "dataset", workers=hardware.workers, nested=True)
+        dataset = simulate(recipe, folder / "dataset", where=hardware.workplace, nested=True)
         data = dataset.folder
         report(f"training the segmenter {recipe.segmenter.fit.network}")
         segmenter = train_segmenter(recipe, folder, hardware, dataset=data, nested=True)

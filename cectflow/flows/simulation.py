@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cectflow.dataset import SPLITS, Dataset, Manifest, SplitName
-from cectflow.execution import single_thread
+from cectflow.execution import HERE, Workplace, single_thread
 from cectflow.figures import draw_slices, write_figure
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation.delivery import simulate_dataset
@@ -122,7 +122,9 @@ def new_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def simulate(recipe: Recipe, folder: Path, *, workers: int = 1, nested: bool = False) -> Dataset:
+def simulate(
+    recipe: Recipe, folder: Path, *, where: Workplace = HERE, nested: bool = False
+) -> Dataset:
     """Dataset of a recipe, logged as a run with its manifest and pictures.
 
     The pictures lie in the dataset's folder ``figures``, which is no part of its content: they
@@ -132,7 +134,7 @@ def simulate(recipe: Recipe, folder: Path, *, workers: int = 1, nested: bool = F
     with start_run("simulate", tags={"role": "dataset"}, nested=nested) as run:
         run.log_config(recipe.simulation, "recipe")
         dataset = simulate_dataset(
-            recipe.simulation, structures, folder, workers=workers, commit=cectflow_commit()
+            recipe.simulation, structures, folder, where=where, commit=cectflow_commit()
         )
         manifest = dataset.manifest
         run.log_dataset("simulated", manifest.content_digest(), str(folder.resolve()), "output")
@@ -174,7 +176,7 @@ def simulate_tomograms(
     count: int,
     shape: tuple[int, int, int] | None = None,
     tilt_series: bool = False,
-    workers: int = 1,
+    where: Workplace = HERE,
 ) -> tuple[Path, ...]:
     """Tomograms of a recipe with their truth, logged as a run: :func:`deliver_tomograms`."""
     structures = load_structures(recipe)
@@ -182,7 +184,7 @@ def simulate_tomograms(
         run.log_config(recipe, "recipe")
         folders = deliver_tomograms(
             recipe, structures, folder, count=count, shape=shape or recipe.field_shape,
-            tilt_series=tilt_series, workers=workers, commit=cectflow_commit(),
+            tilt_series=tilt_series, where=where, commit=cectflow_commit(),
         )  # fmt: skip
         for made in folders:
             run.log_files(made / "slices.png", f"figures/{made.name}")

@@ -11,6 +11,7 @@ import torch
 from lightning_fabric import Fabric
 
 from cectflow.dataset import BatchSource, Dataset, open_dataset
+from cectflow.execution import Workplace
 from cectflow.figures import draw_learning_curves
 from cectflow.flows.evaluation import log_evaluation
 from cectflow.flows.simulation import choose_recipe, load_structures, new_folder, simulate
@@ -71,6 +72,11 @@ class Hardware:
     precision: Precision = "auto"
     workers: int = 1
     devices: int = 1
+
+    @property
+    def workplace(self) -> Workplace:
+        """Where its data are simulated."""
+        return Workplace(self.workers)
 
     def open(self) -> Fabric:
         """Device, precision and number of devices, for a fit; ValueError if they are not there."""
@@ -240,7 +246,7 @@ def open_or_simulate(
     """The dataset of a folder; without one the recipe's, simulated or completed."""
     if dataset is not None:
         return open_dataset(dataset)
-    return simulate(recipe, folder / "dataset", workers=hardware.workers, nested=True)
+    return simulate(recipe, folder / "dataset", where=hardware.workplace, nested=True)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from cectflow.dataset import JUNK_CLASS, Batch, BatchSource, Dataset, Manifest, open_dataset
+from cectflow.execution import Workplace
 from cectflow.flows.promotion import judged_dataset
 from cectflow.flows.simulation import load_structures, new_folder, recipe_of
 from cectflow.learning.figures import draw_known_scores
@@ -231,7 +232,8 @@ def _simulate(
     ) -> Dataset:  # fmt: skip
         return simulate_dataset(
             recipe, structures, folder / name,
-            workers=request.workers, commit=cectflow_commit(), left_out=left_out, splits=("test",),
+            where=Workplace(request.workers), commit=cectflow_commit(), left_out=left_out,
+            splits=("test",),
         )  # fmt: skip
 
     found = []

@@ -20,7 +20,7 @@ from cectflow.dataset import (
     start_dataset,
     write_shard,
 )
-from cectflow.execution import run_all, single_thread
+from cectflow.execution import HERE, Workplace, run_all, single_thread
 from cectflow.simulation.extraction import simulate_subtomograms
 from cectflow.simulation.field import Specimen, leave_out, prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe
@@ -34,14 +34,14 @@ def simulate_dataset(
     structures: Sequence[Structure],
     folder: Path,
     *,
-    workers: int = 1,
+    where: Workplace = HERE,
     commit: str = "unknown",
     splits: Sequence[SplitName] = SPLITS,
     left_out: Sequence[str] = (),
 ) -> Dataset:
     """Dataset folder of a recipe; shards that are already there are kept.
 
-    A shard holds whole fields. The bytes do not depend on ``workers``. Whatever ends the work, a
+    A shard holds whole fields. The bytes do not depend on ``where``. Whatever ends the work, a
     full disk or a kill, finished shards stay, and the same call makes the others.
 
     Parameters
@@ -50,8 +50,8 @@ def simulate_dataset(
         What to simulate.
     folder
         Where to; created when missing.
-    workers
-        Processes.
+    where
+        Which processes do the work.
     commit
         Of cectflow, for the manifest.
     splits
@@ -75,7 +75,9 @@ def simulate_dataset(
         for index in range(recipe.shards_of(split))
         if _shard_name(split, index) not in done
     ]
-    for split, record in run_all(_simulate_shard, jobs, workers=workers, title="simulating"):
+    for split, record in run_all(
+        _simulate_shard, jobs, where=where, title="simulating", paths=[folder]
+    ):
         shards = dict(manifest.shards)
         shards[split] = tuple(sorted((*shards[split], record), key=lambda shard: shard.name))
         manifest = manifest.model_copy(update={"shards": shards})

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cectflow.config import Config
-from cectflow.execution import run_all
+from cectflow.execution import HERE, Workplace, run_all
 from cectflow.figures import write_figure
 from cectflow.files import appearing, refuse_existing_folder, remove_leftovers, replacing
 from cectflow.particles import make_particle_rows, particles_from
@@ -54,7 +54,7 @@ def deliver_tomograms(
     count: int,
     shape: tuple[int, int, int],
     tilt_series: bool = False,
-    workers: int = 1,
+    where: Workplace = HERE,
     commit: str = "unknown",
 ) -> tuple[Path, ...]:
     """Tomograms of a recipe with their truth, a folder ``tomo_000`` … each.
@@ -76,8 +76,8 @@ def deliver_tomograms(
         Voxels (z, y, x).
     tilt_series
         Record projections and back-project them.
-    workers
-        Processes; the bytes do not depend on them, the memory does.
+    where
+        Which processes do the work; the bytes do not depend on them, the memory does.
     commit
         Of cectflow.
 
@@ -110,7 +110,8 @@ def deliver_tomograms(
         if job.folder.exists() and not (job.folder / "tomogram.mrc").is_file():
             msg = f"{job.folder} holds no tomogram.mrc: remove the folder, and it is made again"
             raise FileExistsError(msg)
-    for _ in run_all(_simulate_one, missing, workers=workers, title="simulating tomograms"):
+    title = "simulating tomograms"
+    for _ in run_all(_simulate_one, missing, where=where, title=title, paths=[folder]):
         pass
     return tuple(job.folder for job in jobs)
 

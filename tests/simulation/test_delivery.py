@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cectflow.dataset import check_dataset, read_manifest
+from cectflow.execution import Workplace
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.distractors import Distractors, Junk
 from cectflow.simulation.microscope import Microscope, TiltScheme
@@ -53,6 +54,7 @@ import sys, time
 from pathlib import Path
 
 from cectflow import dataset
+from cectflow.execution import Workplace
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import StructureSource, load_structure
@@ -70,7 +72,7 @@ dataset.sha256_of = standing_still  # in worker processes too: they import this 
 if __name__ == "__main__":
     recipe = SimulationRecipe.from_json(Path("recipe.json").read_text())
     structures = [load_structure(StructureSource(name, None, "builtin")) for name in sys.argv[1:]]
-    simulate_dataset(recipe, structures, Path("data"), workers=2)
+    simulate_dataset(recipe, structures, Path("data"), where=Workplace(2))
 """
 
 
@@ -111,7 +113,7 @@ def test_one_two_and_five_processes_and_a_killed_run_give_the_same_bytes(
     structures: list[Structure], make_recipe: Callable[..., SimulationRecipe], tmp_path: Path
 ) -> None:
     recipe = make_recipe(field_shape=(24, 24, 24), fields={"train": 6, "test": 1}, **DRAWN)
-    simulate_dataset(recipe, structures, tmp_path / "one", workers=1)
+    simulate_dataset(recipe, structures, tmp_path / "one", where=Workplace(1))
     assert not check_dataset(tmp_path / "one")
     kill_in_the_midst(recipe, tmp_path)
     half = read_manifest(tmp_path / "data")
@@ -119,7 +121,7 @@ def test_one_two_and_five_processes_and_a_killed_run_give_the_same_bytes(
     assert list((tmp_path / "data" / "train").glob(".00003.*")), "killed before it was written"
     finished = [tmp_path / f"data/{shard.name}.mrcs" for shard in half.shards["train"]]
     before = [path.stat().st_mtime_ns for path in finished]
-    simulate_dataset(recipe, structures, tmp_path / "data", workers=5)
+    simulate_dataset(recipe, structures, tmp_path / "data", where=Workplace(5))
     assert [path.stat().st_mtime_ns for path in finished] == before
     assert contents(tmp_path / "data") == contents(tmp_path / "one")
 
@@ -132,7 +134,7 @@ def test_independent_fields_have_the_same_bytes_from_two_processes(
         fields_per_shard=2, **DRAWN,
     )  # fmt: skip
     for workers in (1, 2):
-        simulate_dataset(recipe, structures, tmp_path / str(workers), workers=workers)
+        simulate_dataset(recipe, structures, tmp_path / str(workers), where=Workplace(workers))
     assert read_manifest(tmp_path / "1").count("train") == 7
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
@@ -173,7 +175,7 @@ def test_a_full_disk_in_mid_shard_is_told_and_what_is_finished_is_kept(
         )
         try:
             with pytest.raises(OSError, match=message):
-                simulate_dataset(recipe, structures, tmp_path / "a", workers=workers)
+                simulate_dataset(recipe, structures, tmp_path / "a", where=Workplace(workers))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     half = read_manifest(tmp_path / "a")
