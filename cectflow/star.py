@@ -1,0 +1,53 @@
+"""STAR files: blocks in, blocks out, with every name and digit as it was."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import starfile
+
+__all__ = ["Blocks", "format_star", "read_star"]
+
+Blocks = dict[str, pd.DataFrame | dict[str, Any]]
+"""Of a STAR file, by name, in its order: a table for each loop, a dict for key-value pairs."""
+
+_starfile: Any = starfile  # whose annotations are older than its behaviour
+# Names and paths that look like numbers ("001", the PDB entry 1e10) stay as they are.
+_TEXT_COLUMN = re.compile(r"^\s*_(\w*(?:Name|File|Hash))\b", re.MULTILINE)
+
+
+def read_star(path: Path) -> Blocks:
+    """Blocks of a STAR file; one without a name is called ``""``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no STAR file.
+    """
+    if not path.is_file():
+        msg = f"there is no file {path}"
+        raise FileNotFoundError(msg)
+    linecache.checkcache(str(path))  # through which starfile reads, without looking for changes
+    try:
+        text_columns = sorted(set(_TEXT_COLUMN.findall(path.read_text(encoding="utf-8"))))
+        blocks = _starfile.read(path, always_dict=True, parse_as_string=text_columns)
+    except (ValueError, TypeError, KeyError, pd.errors.ParserError) as error:
+        linecache.clearcache()
+        msg = f"{path} is not a STAR file: {error}"
+        raise ValueError(msg) from None
+    if not blocks:
+        msg = f"{path} is not a STAR file: it has no line that begins with data_"
+        raise ValueError(msg)
+    return dict(blocks)
+
+
+def format_star(blocks: Blocks) -> str:
+    """Text of a STAR file; numbers have every digit they hold, and no time of day is in it."""
+    text: str = _starfile.to_string(blocks, float_format=None)
+    return "# Written by cectflow" + text[text.index("\n") :]  # in place of the time
