@@ -28,6 +28,7 @@ __all__ = [
     "PLACEMENT_COLUMNS",
     "CoordinateConvention",
     "Frames",
+    "columns_of",
     "coordinate_columns",
     "coordinates_zyx",
     "look_up",
@@ -123,7 +124,7 @@ def coordinates_zyx(
         lies more than a voxel outside the tomogram, ``coords_voxel_size`` is given for
         coordinates in angstrom, or the tomogram is not of the size that ``info`` says.
     """
-    _columns_of(table.rows)
+    columns_of(table.rows)
     if len(table.tomograms) > 1:
         msg = (
             f"the particles are in {len(table.tomograms)} tomograms, {table.tomograms[0]}, "
@@ -194,6 +195,25 @@ def coordinate_columns(
     return write_positions(positions, convention, frames)
 
 
+def columns_of(rows: pd.DataFrame) -> tuple[str, ...]:
+    """Columns of position that count in a table, the first kind of those that it has.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    known = (CENTRED, M_SPECIES, CORNER, PLAIN)
+    for columns in known:
+        if {*columns} <= {*rows.columns}:
+            return columns
+    msg = (
+        f"the particles have no coordinates: looked for {'; '.join(', '.join(c) for c in known)}; "
+        f"found {', '.join(map(str, rows.columns))}"
+    )
+    raise ValueError(msg)
+
+
 def stated_unit(
     table: ParticleTable, coords_voxel_size: float | None = None
 ) -> Float[NDArray[np.float64], " n"] | None:
@@ -219,7 +239,7 @@ def stated_unit(
         is not positive, a pixel size is no positive number, or the coordinates are fractions of
         the tomogram's size.
     """
-    columns = _columns_of(table.rows)
+    columns = columns_of(table.rows)
     in_angstrom = columns in (CENTRED, M_SPECIES)
     if coords_voxel_size is not None:
         if in_angstrom:
@@ -273,7 +293,7 @@ def read_positions(
     ValueError
         If a coordinate or an offset is no number, or a centre is not known.
     """
-    columns = _columns_of(table.rows)
+    columns = columns_of(table.rows)
     positions = _numbers(table.rows, columns) * unit[:, None]
     if columns == CENTRED:
         positions += _centres(extent_xyz)
@@ -400,27 +420,17 @@ def refuse_outside(
     row = int(outside[0])
     given = " x ".join(f"{value:.1f}" for value in positions_xyz[row] / voxel_size[row])
     expected = " x ".join(f"{value:.7g}" for value in extent_xyz[row] / voxel_size[row])
+    names = table.tomogram_names
+    where = f", {names[row]}" if names else ""
     remedy = (
         "is it the tomogram they were picked in, uncropped?"
-        if _columns_of(table.rows) in (CENTRED, M_SPECIES)
+        if columns_of(table.rows) in (CENTRED, M_SPECIES)
         else "if they are counted in other voxels, give their size with --coords-voxel-size"
     )
     msg = (
         f"{len(outside)} of {len(inside)} particles lie outside the tomogram, the first in "
-        f"row {row} at voxel {given} of {expected} (x, y, z; {voxel_size[row]:g} angstrom): "
-        f"{remedy}"
-    )
-    raise ValueError(msg)
-
-
-def _columns_of(rows: pd.DataFrame) -> tuple[str, ...]:
-    known = (CENTRED, M_SPECIES, CORNER, PLAIN)
-    for columns in known:
-        if {*columns} <= {*rows.columns}:
-            return columns
-    msg = (
-        f"the particles have no coordinates: looked for {'; '.join(', '.join(c) for c in known)}; "
-        f"found {', '.join(map(str, rows.columns))}"
+        f"row {row} at voxel {given} of {expected} (x, y, z; {voxel_size[row]:g} angstrom"
+        f"{where}): {remedy}"
     )
     raise ValueError(msg)
 
@@ -463,13 +473,14 @@ def _centres(extent_xyz: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _offsets(rows: pd.DataFrame, unit: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far each particle lies from its coordinates, (x, y, z) in angstrom, to be subtracted."""
-    if {*ORIGIN} <= {*rows.columns}:
-        offsets = _numbers(rows, ORIGIN)
-    elif {*ORIGIN_PIXELS} <= {*rows.columns}:
-        offsets = _numbers(rows, ORIGIN_PIXELS) * unit[:, None]
-    else:
-        return np.zeros((len(rows), 3))
-    if {*SUBTOMOGRAM_ANGLES} <= {*rows.columns} and len(rows):
+    columns = next((c for c in (ORIGIN, ORIGIN_PIXELS) if {*c} & {*rows.columns}), ())
+    offsets = np.zeros((len(rows), 3))
+    for axis, column in enumerate(columns):
+        if column in rows:  # one that is missing is 0, as in RELION
+            offsets[:, axis] = _numbers(rows, (column,))[:, 0]
+    if columns == ORIGIN_PIXELS:
+        offsets *= unit[:, None]
+    if columns and {*SUBTOMOGRAM_ANGLES} <= {*rows.columns} and len(rows):
         angles = _numbers(rows, SUBTOMOGRAM_ANGLES)
         # RELION's matrix is the inverse of the intrinsic rotation Z Y Z by rot, tilt, psi.
         rotations = Rotation.from_euler("ZYZ", angles, degrees=True).inv()

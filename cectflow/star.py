@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import starfile
 
-__all__ = ["Blocks", "format_star", "read_star"]
+__all__ = ["Blocks", "format_star", "read_star", "refuse_unwritable"]
 
 Blocks = dict[str, pd.DataFrame | dict[str, Any]]
 """Of a STAR file, by name, in its order: a table for each loop, a dict for key-value pairs."""
@@ -51,3 +51,29 @@ def format_star(blocks: Blocks) -> str:
     """Text of a STAR file; numbers have every digit they hold, and no time of day is in it."""
     text: str = _starfile.to_string(blocks, float_format=None)
     return "# Written by cectflow" + text[text.index("\n") :]  # in place of the time
+
+
+def refuse_unwritable(blocks: Blocks) -> None:
+    """Refuse names and texts that a STAR file would not give back as they were.
+
+    Raises
+    ------
+    ValueError
+        With the block and column of the first.
+    """
+    for name, block in blocks.items():
+        rows = pd.DataFrame([block]) if isinstance(block, dict) else block
+        for number, column in enumerate(map(str, rows)):
+            where = f"column {column!r} of block {name!r}"
+            if not column or any(not c.isprintable() or c in " #\"'" for c in column):
+                msg = f"{where}: a STAR file's columns have names without spaces, quotes and #"
+                raise ValueError(msg)
+            if pd.api.types.is_numeric_dtype(rows.iloc[:, number]):
+                continue
+            for row, value in enumerate(rows.iloc[:, number]):
+                text = str(value)
+                begins_block = number == 0 and text.startswith(("data_", "loop_", "_"))
+                if begins_block or any(not c.isprintable() or c in "#\"'" for c in text):
+                    fault = "begins like a block" if begins_block else "holds quotes, # or breaks"
+                    msg = f"{where}, row {row}: {text!r} {fault}, a STAR file would not keep it"
+                    raise ValueError(msg)
