@@ -164,6 +164,23 @@ def test_what_is_not_star_is_refused(tmp_path: Path, content: bytes) -> None:
         read_particles(tmp_path / "a.star")
 
 
+def test_what_would_be_lost_or_made_up_is_refused(tmp_path: Path) -> None:
+    loop = "data_particles\n\nloop_\n_rlnCoordinateX #1\n_rlnCoordinateY #2\n_rlnImageName #3\n"
+    path = tmp_path / "a.star"
+    with pytest.raises(ValueError, match="has the block 'particles' more than once"):
+        read_particles(write(path, f"{loop}1 2 a\n\n{loop}3 4 b\n"))
+    with pytest.raises(ValueError, match="has the column 'rlnCoordinateX' more than once"):
+        read_particles(write(path, f"{loop.replace('Y', 'X')}1 2 a\n"))
+    cut = "row 1 of block 'particles' has 2 values for 3 columns: the file may be cut off"
+    with pytest.raises(ValueError, match=cut):
+        read_particles(write(path, f"{loop}1 2 a\n3 4"))
+    with pytest.raises(ValueError, match=cut):
+        read_particles(write(path, f"{loop.replace('ImageName', 'AnglePsi')}1 2 3\n4 5\n6 7 8\n"))
+    whole = read_particles(write(path, f"{loop}1 2 <NA>\n3 4 'b c'\n5 6 nan # said\n"))
+    assert list(whole.rows["rlnImageName"].isna()) == [True, False, True]
+    assert list(read_particles(write(path, f'{loop}1 2 ""\n')).rows["rlnImageName"]) == [""]
+
+
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_particles(tmp_path / "a.star")
