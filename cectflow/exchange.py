@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cectflow.coordinates import PIXEL_SIZES, PLACEMENT_COLUMNS
 from cectflow.dataset import SPLITS, Manifest, SplitName, open_dataset, read_manifest
 from cectflow.execution import track
 from cectflow.files import appearing, refuse_existing_folder
-from cectflow.particles import PIXEL_SIZES, PLACEMENT_COLUMNS, ParticleTable, read_particles
+from cectflow.particles import ParticleTable, read_particles
 from cectflow.subtomogram import flip_contrast
 from cectflow.volume import Volume, write_volume
 

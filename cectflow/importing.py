@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
+from cectflow.coordinates import PIXEL_SIZES, PLACEMENT_COLUMNS
 from cectflow.dataset import (
     SPLITS,
     Dataset,
@@ -29,13 +30,7 @@ from cectflow.dataset import (
 from cectflow.execution import track
 from cectflow.files import appearing, refuse_existing_folder, sha256_of
 from cectflow.model_card import Contrast, CtfCorrection
-from cectflow.particles import (
-    PIXEL_SIZES,
-    PLACEMENT_COLUMNS,
-    ParticleTable,
-    particles_from,
-    read_particles,
-)
+from cectflow.particles import ParticleTable, particles_from, read_particles
 from cectflow.subtomogram import flip_contrast
 from cectflow.volume import find_stacks, read_stack
 

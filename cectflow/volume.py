@@ -1,4 +1,4 @@
-"""Volumes: 3D arrays with a voxel size, their MRC files, and stacks of them.
+"""Volumes: 3D arrays with a voxel size, their files, and stacks of them.
 
 Reads and writes volumes (:func:`read_volume`, :func:`write_volume`) and volume stacks
 (:func:`find_stacks`, :func:`read_stack`, :func:`write_stack`), and writes outputs larger than
@@ -19,14 +19,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mrcfile
 import numpy as np
-from mrcfile.dtypes import HEADER_DTYPE
 from numpy.typing import DTypeLike, NDArray
 
 from cectflow.files import replacing
+from cectflow.volume_header import (
+    HEADER_BYTES,
+    MRC_TYPES,
+    is_em,
+    judge_voxel_size,
+    read_em_header,
+    read_mrc_header,
+)
 
 __all__ = [
     "STACK_SUFFIXES",
@@ -41,18 +48,20 @@ __all__ = [
     "write_volume",
 ]
 
-# Finer than any cryo-EM voxel: the header is then in nm or micrometres.
-SMALLEST_VOXEL_SIZE = 0.3  # angstrom
-LARGEST_ANISOTROPY = 0.01
 STACK_SUFFIXES = (".mrc", ".mrcs", ".rec", ".map")
+"""Of MRC files, read and written."""
+READ_SUFFIXES = (*STACK_SUFFIXES, ".em")
 TRUTH_ENDINGS = ("_labels", "_instances")
 """Of the stacks beside one of a dataset folder: class and particle of every voxel."""
+
+READ_BYTES = 1 << 24
+"""Of a compressed file at a time."""
+LARGEST_DEFLATION = 1040
+"""Times that gzip's content is larger than the file, at the very most (zlib's manual: 1032)."""
 
 _mrcfile: Any = mrcfile  # which has no type annotations
 _OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2"}
-_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
-_REFUSED_MODES = {3: "complex integers", 4: "complex numbers", 16: "RGB", 101: "4-bit integers"}
 # What MRC lacks but can hold without loss.
 _WIDENED: dict[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(bool): np.dtype(np.int8),
@@ -94,16 +103,18 @@ class Volume:
 
 
 def read_volume(path: Path, *, voxel_size: float | None = None, mmap: bool = True) -> Volume:
-    """Volume of an MRC file (.mrc, .rec, .map, also gzipped or bzip2-compressed).
+    """Volume of an MRC file (.mrc, .rec, .map) or an EM file (.em), also compressed.
 
     Parameters
     ----------
     path
-        The file. Compression is recognised by content.
+        The file. EM is told by its name, gzip and bzip2 by content.
     voxel_size
-        In angstrom; holds instead of the header's, which is then not looked at.
+        In angstrom; holds instead of the header's, which is then not looked at. EM files have none.
     mmap
-        Leave the array on disk, read-only. Compressed and byte-swapped files are loaded anyway.
+        Leave the array on disk, read-only. Compressed and byte-swapped files are loaded anyway:
+        they cannot be mapped, so their whole content takes memory, and more than once while they
+        are read.
 
     Returns
     -------
@@ -116,9 +127,9 @@ def read_volume(path: Path, *, voxel_size: float | None = None, mmap: bool = Tru
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is no MRC file, is shorter than its header says, holds complex, RGB or 4-bit
-        values or a stack of several volumes, or if its voxel size is 0, exactly 1, different along
-        the axes by more than 1 % or below 0.3 angstrom.
+        If the file is no MRC or EM file, is shorter than its header says, holds complex, RGB or
+        4-bit values or a stack of several volumes, or if its voxel size is missing, 0, exactly 1,
+        different along the axes by more than 1 % or below 0.3 angstrom.
 
     Warns
     -----
@@ -137,7 +148,8 @@ def read_stack(
 ) -> tuple[NDArray[Any], float]:
     """Volumes of an MRC volume stack, ``(n, z, y, x)``, and their voxel size in angstrom.
 
-    A volume stack has the space group 401 (MRC2014). A plain volume is a stack of one, except
+    A volume stack has the space group 401 (MRC2014). A plain volume, MRC or EM, is a stack of one,
+    except
     where its sections are a multiple of the sampling ``mz`` and a cube comes out of that: such
     stacks are written by programs that forget the space group.
 
@@ -181,7 +193,7 @@ def find_stacks(pattern: str) -> tuple[Path, ...]:
     if not found:
         msg = (
             f"no subtomograms at {pattern!r}: expected a file, a folder or a glob of "
-            f"{', '.join(STACK_SUFFIXES)} (also .gz)"
+            f"{', '.join(READ_SUFFIXES)} (also .gz, .bz2)"
         )
         raise FileNotFoundError(msg)
     return tuple(found)
@@ -208,7 +220,7 @@ def write_volume(
     FileExistsError
         If the file exists and is not to be overwritten.
     ValueError
-        If MRC has no such type, a value is not finite, or a label does not fit.
+        If MRC has no such type, a value is not finite, a label does not fit, or the name says EM.
     """
     _write(path, volume.data, volume.voxel_size, overwrite=overwrite, labels=labels)
 
@@ -306,6 +318,7 @@ def create_volume(
     """
     _check_given_voxel_size(voxel_size)
     _check_labels(labels)
+    _refuse_em(path)
     if len(shape) not in (3, 4) or min(shape) < 1:
         msg = f"a volume is (z, y, x) and a stack (n, z, y, x), each at least 1: given {shape}"
         raise ValueError(msg)
@@ -313,7 +326,7 @@ def create_volume(
         msg = f"{path}: a memory-mapped output cannot be compressed: leave out {path.suffix}"
         raise ValueError(msg)
     storable = _storable(np.dtype(dtype))
-    mode = next(mode for mode, code in _MODES.items() if np.dtype(code) == storable)
+    mode = next(mode for mode, code in MRC_TYPES.items() if np.dtype(code) == storable)
     with (
         replacing(path, overwrite=overwrite) as temporary,
         _mrcfile.new_mmap(temporary, shape, mrc_mode=mode) as mrc,
@@ -336,40 +349,41 @@ def _reserve(path: Path) -> None:
 def _read(
     path: Path, voxel_size: float | None, *, mmap: bool, guess_stack: bool
 ) -> tuple[NDArray[Any], float]:
-    # mrcfile's own reader warns through process-wide filters and allocates whatever a broken header
-    # asks for. Therefore the header is judged here, and the data block mapped only after that.
     opener = _opener(path)
-    content = None if opener is None else _read_bytes(path, None)
-    header, faults = _parse_header(path, _read_bytes(path, 1024) if content is None else content)
-    dtype, shape = _data_dtype(path, header, faults), _data_shape(path, header, guess_stack)
-    offset = HEADER_DTYPE.itemsize + int(header.nsymbt)
+    start = _read_bytes(path, opener, HEADER_BYTES)
+    layout = (
+        read_em_header(path, start)
+        if is_em(path)
+        else read_mrc_header(path, start, guess_stack=guess_stack)
+    )
+    content = None if opener is None else _decompress(path, opener, layout.end)
     given = path.stat().st_size if content is None else len(content)
-    expected = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    if given < expected:
-        msg = (
-            f"{path} is truncated: its header calls for {expected} bytes, it has {given}: "
-            "copy or reconstruct it again"
-        )
-        raise ValueError(msg)
-    if given > expected:
-        faults.append(f"{given - expected} bytes follow its data")
+    if given < layout.end:
+        _refuse_truncated(path, layout.end, str(given))
+    faults = list(layout.faults)
+    if given > layout.end:
+        what = "bytes follow" if content is not None else f"{given - layout.end} bytes follow"
+        faults.append(f"{what} its data")
     if voxel_size is None:
-        voxel_size = _header_voxel_size(path, header)
+        voxel_size = judge_voxel_size(path, layout.sampling_xyz)
     _check_given_voxel_size(voxel_size)
     if faults:
         warnings.warn(f"{path} was read although {', '.join(faults)}", stacklevel=3)
     if content is None:
-        data: NDArray[Any] = np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
+        data: NDArray[Any] = np.memmap(
+            path, layout.dtype, mode="r", offset=layout.offset, shape=layout.shape
+        )
     else:
-        data = np.frombuffer(content, dtype, count=int(np.prod(shape)), offset=offset)
-    data = _in_zyx_order(data.reshape(shape), header)
-    if not dtype.isnative or (content is None and not mmap):
-        data = np.array(data, dtype.newbyteorder("="))
+        data = np.frombuffer(content, layout.dtype, count=layout.count, offset=layout.offset)
+    data = data.reshape(layout.shape).transpose(layout.axes)
+    if not layout.dtype.isnative or (content is None and not mmap):
+        data = np.array(data, layout.dtype.newbyteorder("="))
     return data, voxel_size
 
 
 def _is_stack(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith(STACK_SUFFIXES)
+    name = path.name.lower()
+    return name.removesuffix(".gz").removesuffix(".bz2").endswith(READ_SUFFIXES)
 
 
 def _opener(path: Path) -> Callable[[Path], Any] | None:
@@ -382,114 +396,32 @@ def _opener(path: Path) -> Callable[[Path], Any] | None:
     return None if start[208:212] == b"MAP " else _OPENERS.get(start[:2])
 
 
-def _read_bytes(path: Path, num_bytes: int | None) -> bytes:
-    opener = _opener(path) or (lambda name: name.open("rb"))
+def _decompress(path: Path, opener: Callable[[Path], Any], end: int) -> bytes:
+    """Content up to one byte after the end of the data, which tells whether more follow."""
+    largest = LARGEST_DEFLATION * path.stat().st_size
+    if opener is gzip.open and end > largest:
+        _refuse_truncated(path, end, f"{largest} at most")
+    return _read_bytes(path, opener, end + 1)
+
+
+def _read_bytes(path: Path, opener: Callable[[Path], Any] | None, num_bytes: int) -> bytes:
+    parts = []
     try:
-        with opener(path) as stream:
-            content: bytes = stream.read() if num_bytes is None else stream.read(num_bytes)
+        with path.open("rb") if opener is None else opener(path) as stream:
+            # In pieces: a single read would allocate what a header asks for, however much.
+            while num_bytes > 0 and (part := stream.read(min(num_bytes, READ_BYTES))):
+                parts.append(part)
+                num_bytes -= len(part)
     except (EOFError, OSError, zlib.error) as error:
         msg = f"{path} cannot be read, it may be truncated: {error}"
         raise ValueError(msg) from None
-    return content
+    return b"".join(parts)
 
 
-def _parse_header(path: Path, content: bytes) -> tuple[Any, list[str]]:
-    """Header in the byte order that makes sense of it, and what is wrong with it."""
-    if len(content) < HEADER_DTYPE.itemsize:
-        msg = f"{path} is not an MRC file: it has {len(content)} bytes, the header alone takes 1024"
-        raise ValueError(msg)
-    raw = np.frombuffer(content, HEADER_DTYPE, count=1)[0]
-    faults = []
-    if bytes(raw["map"])[:3] != b"MAP":
-        faults.append("its header lacks the map string")
-    stamp = bytes(raw["machst"])[:2]
-    if stamp not in (b"DD", b"DA", b"\x11\x11"):
-        faults.append("its header lacks a machine stamp")
-    little = HEADER_DTYPE.newbyteorder("<")
-    big = HEADER_DTYPE.newbyteorder(">")
-    likely, other = (big, little) if stamp == b"\x11\x11" else (little, big)
-    for dtype in (likely, other):
-        header: Any = np.frombuffer(content, dtype, count=1).reshape(()).view(np.recarray)
-        if _is_plausible(header):
-            if dtype is other and stamp in (b"DD", b"DA", b"\x11\x11"):
-                faults.append("its machine stamp is that of the other byte order")
-            return header, faults
+def _refuse_truncated(path: Path, expected: int, given: str) -> NoReturn:
     msg = (
-        f"{path} is not an MRC file: in neither byte order does it begin with a size and a mode, "
-        f"but with {int(raw['nx'])} x {int(raw['ny'])} x {int(raw['nz'])}, mode {int(raw['mode'])}"
-    )
-    raise ValueError(msg)
-
-
-def _is_plausible(header: Any) -> bool:
-    sizes = (int(header.nx), int(header.ny), int(header.nz))
-    known = int(header.mode) in {*_MODES, *_REFUSED_MODES}
-    return min(sizes) > 0 and known and int(header.nsymbt) >= 0
-
-
-def _data_dtype(path: Path, header: Any, faults: list[str]) -> np.dtype[Any]:
-    mode = int(header.mode)
-    if mode in _REFUSED_MODES:
-        msg = (
-            f"{path} holds {_REFUSED_MODES[mode]} (mode {mode}): expected real numbers "
-            "(mode 0, 1, 2, 6 or 12)"
-        )
-        raise ValueError(msg)
-    dtype: np.dtype[Any] = np.dtype(header.mode.dtype.byteorder + _MODES[mode])
-    if mode != 0:
-        return dtype
-    # https://bio3d.colorado.edu/imod/doc/mrc_format.txt: bit 0 of imodFlags marks signed bytes.
-    stamp, flags = np.frombuffer(header.extra2.tobytes(), f"{header.nx.dtype.byteorder}i4")[10:12]
-    if stamp == 1146047817:
-        return np.dtype(np.int8 if flags & 1 else np.uint8)
-    if header.dmin >= 0 and 127 < header.dmax <= 255:
-        faults.append(f"its bytes are unsigned (largest value {float(header.dmax):g})")
-        return np.dtype(np.uint8)
-    return dtype
-
-
-def _data_shape(path: Path, header: Any, guess_stack: bool) -> tuple[int, int, int, int]:
-    num_x, num_y, num_z = int(header.nx), int(header.ny), int(header.nz)
-    sampling = int(header.mz)
-    if 401 <= int(header.ispg) <= 630:
-        if sampling < 1 or num_z % sampling:
-            msg = (
-                f"{path} is a volume stack of {num_z} sections with {sampling} in each volume: "
-                "expected a multiple"
-            )
-            raise ValueError(msg)
-        return num_z // sampling, sampling, num_y, num_x
-    if guess_stack and num_x == num_y == sampling and num_z % sampling == 0:
-        return num_z // sampling, sampling, num_y, num_x
-    return 1, num_z, num_y, num_x
-
-
-def _in_zyx_order(data: NDArray[Any], header: Any) -> NDArray[Any]:
-    axes = (int(header.maps), int(header.mapr), int(header.mapc))
-    if sorted(axes) != [1, 2, 3]:  # left at 0 by careless writers
-        return data
-    return data.transpose(0, *(1 + axes.index(axis) for axis in (3, 2, 1)))
-
-
-def _header_voxel_size(path: Path, header: Any) -> float:
-    cell = (float(header.cella.x), float(header.cella.y), float(header.cella.z))
-    sampling = (int(header.mx), int(header.my), int(header.mz))
-    sizes = [a / m if m > 0 else 0.0 for a, m in zip(cell, sampling, strict=True)]
-    mean = sum(sizes) / 3
-    if not all(np.isfinite(sizes)) or min(sizes) <= 0:
-        fault = "which is none"
-    elif max(sizes) - min(sizes) > LARGEST_ANISOTROPY * mean:
-        fault = "which differs along the axes by more than 1 %"
-    elif abs(mean - 1) < 1e-6:
-        fault = "which is what programs write that do not know it"
-    elif mean < SMALLEST_VOXEL_SIZE:
-        fault = "which looks like nm or micrometres"
-    else:
-        return float(f"{mean:.7g}")  # float32 holds no more digits
-    numbers = " x ".join(f"{size:g}" for size in sizes)
-    msg = (
-        f"{path}: its header says a voxel size of {numbers} angstrom (x, y, z), {fault}: give the "
-        "right one in angstrom with --voxel-size"
+        f"{path} is truncated: its header calls for {expected} bytes, it has {given}: "
+        "copy or reconstruct it again"
     )
     raise ValueError(msg)
 
@@ -503,7 +435,7 @@ def _check_given_voxel_size(voxel_size: float) -> None:
 def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
     dtype = dtype.newbyteorder("=")
     dtype = _WIDENED.get(dtype, dtype)
-    if dtype not in [np.dtype(code) for code in _MODES.values()]:
+    if dtype not in [np.dtype(code) for code in MRC_TYPES.values()]:
         remedy = "float32" if dtype.kind == "f" else "int16 or float32"
         msg = (
             f"MRC cannot hold {dtype.name}, only int8, int16, uint16, float16 and float32: convert "
@@ -511,6 +443,12 @@ def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
         )
         raise ValueError(msg)
     return dtype
+
+
+def _refuse_em(path: Path) -> None:
+    if is_em(path):
+        msg = f"{path} would be an MRC file: give it another ending, such as .mrc"
+        raise ValueError(msg)
 
 
 def _check_labels(labels: Sequence[str]) -> None:
@@ -546,6 +484,7 @@ def _write(
 ) -> None:
     _check_given_voxel_size(voxel_size)
     _check_labels(labels)
+    _refuse_em(path)
     dtype = _storable(data.dtype)
     if data.size == 0:
         msg = f"{path}: nothing to write, the array has shape {data.shape}"

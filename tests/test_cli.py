@@ -27,7 +27,7 @@ COMMANDS = (
     ("evaluate", "generalisation"), ("evaluate", "cost"), ("evaluate", "unknown"),
     ("models", "list"), ("models", "show"), ("models", "promote"), ("models", "rollback"),
     ("models", "lineage"), ("models", "diff"), ("models", "pull"), ("models", "push"),
-    ("predict", "classify"), ("predict", "segment"), ("doctor",),
+    ("predict", "classify"), ("predict", "segment"), ("convert",), ("doctor",),
 )  # fmt: skip
 
 Run = Callable[..., tuple[int, str, str]]

@@ -1,4 +1,4 @@
-"""Particle files come back as they were, and every convention leads to the same voxels."""
+"""Particle files come back as they were, block by block and digit by digit."""
 
 from __future__ import annotations
 
@@ -13,15 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cectflow.particles import (
-    CoordinateConvention,
-    ParticleTable,
-    coordinate_columns,
-    coordinates_zyx,
-    make_particle_rows,
-    particles_from,
-    read_particles,
-)
+from cectflow.coordinates import coordinates_zyx
+from cectflow.particles import ParticleTable, make_particle_rows, particles_from, read_particles
 
 SHAPE = (40, 100, 80)
 POSITIONS = np.array([[20.0, 50.0, 40.0], [3.25, 99.0, 0.5]])
@@ -171,6 +164,23 @@ def test_what_is_not_star_is_refused(tmp_path: Path, content: bytes) -> None:
         read_particles(tmp_path / "a.star")
 
 
+def test_what_would_be_lost_or_made_up_is_refused(tmp_path: Path) -> None:
+    loop = "data_particles\n\nloop_\n_rlnCoordinateX #1\n_rlnCoordinateY #2\n_rlnImageName #3\n"
+    path = tmp_path / "a.star"
+    with pytest.raises(ValueError, match="has the block 'particles' more than once"):
+        read_particles(write(path, f"{loop}1 2 a\n\n{loop}3 4 b\n"))
+    with pytest.raises(ValueError, match="has the column 'rlnCoordinateX' more than once"):
+        read_particles(write(path, f"{loop.replace('Y', 'X')}1 2 a\n"))
+    cut = "row 1 of block 'particles' has 2 values for 3 columns: the file may be cut off"
+    with pytest.raises(ValueError, match=cut):
+        read_particles(write(path, f"{loop}1 2 a\n3 4"))
+    with pytest.raises(ValueError, match=cut):
+        read_particles(write(path, f"{loop.replace('ImageName', 'AnglePsi')}1 2 3\n4 5\n6 7 8\n"))
+    whole = read_particles(write(path, f"{loop}1 2 <NA>\n3 4 'b c'\n5 6 nan # said\n"))
+    assert list(whole.rows["rlnImageName"].isna()) == [True, False, True]
+    assert list(read_particles(write(path, f'{loop}1 2 ""\n')).rows["rlnImageName"]) == [""]
+
+
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_particles(tmp_path / "a.star")
@@ -192,147 +202,6 @@ def test_csv_files_hold_voxels_and_keep_their_columns(tmp_path: Path) -> None:
         read_particles(write(tmp_path / "c.csv", "a,b\n1,2\n"))
     with pytest.raises(ValueError, match="not a CSV file"):
         read_particles(write(tmp_path / "d.csv", ""))
-
-
-# Coordinates
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    positions_zyx=hnp.arrays(
-        np.float64, st.integers(0, 4).map(lambda n: (n, 3)), elements=st.floats(0, 39)
-    ),
-    convention=st.sampled_from(["relion3", "relion4", "relion5"]),
-    pixel_size=st.floats(0.5, 4),
-)
-def test_every_convention_leads_back_to_the_same_voxels(
-    positions_zyx: np.ndarray, convention: CoordinateConvention, pixel_size: float
-) -> None:
-    columns = coordinate_columns(
-        positions_zyx,
-        convention,
-        voxel_size=12.0,
-        shape=SHAPE,
-        tilt_series_pixel_size=pixel_size,
-    )
-    np.testing.assert_allclose(positions(table_of(columns)), positions_zyx, atol=1e-9)
-
-
-def test_relion_4_needs_its_pixel_size() -> None:
-    with pytest.raises(ValueError, match="unbinned pixels"):
-        coordinate_columns(POSITIONS, "relion4", voxel_size=12.0, shape=SHAPE)
-
-
-def test_relion_5_counts_from_half_the_size() -> None:
-    table = table_of(xyz("rlnCenteredCoordinate{}Angst", np.zeros((1, 3))))
-    np.testing.assert_array_equal(positions(table), [[20, 50, 40]])
-
-
-def test_relion_5_takes_the_unbinned_size_where_it_is_known() -> None:
-    columns = xyz("rlnCenteredCoordinate{}Angst", np.zeros((2, 3))) | {"rlnTomoName": ["t", "t"]}
-    sizes = {
-        f"rlnTomoSize{axis}": [size, 9] for axis, size in zip("XYZ", (641, 800, 322), strict=True)
-    }
-    tomograms = pd.DataFrame(
-        {"rlnTomoName": ["t", "other"], "rlnTomoTiltSeriesPixelSize": [1.5, 1.5], **sizes}
-    )
-    table = table_of(columns, **{"global": tomograms})
-    np.testing.assert_allclose(positions(table), [[322 / 16, 50, 641 / 16]] * 2)
-
-
-def test_relion_4_counts_in_unbinned_pixels_of_each_optics_group() -> None:
-    columns = xyz("rlnCoordinate{}", POSITIONS * np.array([[4], [8]])) | {"rlnOpticsGroup": [1, 2]}
-    optics = pd.DataFrame({"rlnOpticsGroup": [2, 1], "rlnTomoTiltSeriesPixelSize": [1.5, 3.0]})
-    table = table_of(columns, optics=optics)
-    np.testing.assert_allclose(positions(table), POSITIONS)
-    missing = table_of(columns, optics=optics.iloc[:1].assign(rlnOpticsGroup=3).iloc[[0, 0]])
-    with pytest.raises(ValueError, match="2 particles lack a number in rlnTomoTiltSeriesPixelSize"):
-        positions(missing)
-
-
-def test_relion_3_counts_in_voxels_of_the_tomogram_or_as_told() -> None:
-    table = table_of(xyz("rlnCoordinate{}", POSITIONS))
-    np.testing.assert_array_equal(positions(table), POSITIONS)
-    fine = table_of(xyz("rlnCoordinate{}", POSITIONS * 4))
-    np.testing.assert_allclose(positions(fine, coords_voxel_size=3.0), POSITIONS)
-
-
-def test_m_counts_in_angstrom_from_the_corner() -> None:
-    table = table_of(xyz("wrpCoordinate{}1", POSITIONS * 12.0))
-    np.testing.assert_allclose(positions(table), POSITIONS)
-
-
-def test_warp_exports_count_in_the_exported_pixels() -> None:
-    columns = xyz("rlnCoordinate{}", POSITIONS * 2) | {"rlnMicrographName": ["a.tomostar"] * 2}
-    table = table_of(columns | {"rlnPixelSize": [6.0, 6.0]})
-    np.testing.assert_allclose(positions(table), POSITIONS)
-    with pytest.raises(ValueError, match="between 0 and 1, as Warp's template matching"):
-        positions(table_of(columns | xyz("rlnCoordinate{}", POSITIONS / 100)))
-
-
-def test_the_real_warp_export_fills_its_tomograms(shared_data: Path) -> None:
-    # 4400 x 6000 x 1400 pixels of 1.667 angstrom. Coordinates read as unbinned pixels would crowd
-    # into a corner of an eighth of each edge; WarpTools divides by the exported 12 angstrom.
-    table = read_particles(shared_data / "star" / "relion5_particles.star")
-    shape = tuple(int(size * 1.667 / 10) for size in (1400, 6000, 4400))
-    for name in table.tomograms:
-        found = positions(table.in_tomogram(name), voxel_size=10.0, shape=shape)
-        assert (found.max(axis=0) > np.array(shape) * 0.6).all()
-    first = table.select(np.arange(40) == 0)
-    np.testing.assert_allclose(
-        positions(first, voxel_size=10.0, shape=shape) / 1.2, [[28.146, 564.065, 494.521]]
-    )
-    with pytest.raises(ValueError, match=r"in 4 tomograms, Unt_083.tomostar, .*those of one"):
-        positions(table)
-    with pytest.raises(ValueError, match=r"no particles in tomogram 'TS_1': .* Unt_083.tomostar"):
-        table.in_tomogram("TS_1")
-
-
-def test_origins_are_subtracted() -> None:
-    columns = xyz("rlnCoordinate{}", POSITIONS)
-    shifted = table_of(columns | xyz("rlnOrigin{}Angst", np.full((2, 3), 6.0)))
-    np.testing.assert_allclose(positions(shifted), POSITIONS - 0.5)
-    in_pixels = table_of(columns | xyz("rlnOrigin{}", np.full((2, 3), 0.25)))
-    np.testing.assert_allclose(positions(in_pixels), POSITIONS - 0.25)
-
-
-def test_origins_turn_with_the_subtomogram() -> None:
-    # RELION's matrix for rot = 90 takes x to -y: subtracting it moves the particle along +y.
-    columns = xyz("rlnCoordinate{}", POSITIONS[:1]) | xyz("rlnOrigin{}Angst", np.eye(3)[2:] * 12)
-    angles = {"rlnTomoSubtomogramRot": [90], "rlnTomoSubtomogramTilt": [0]}
-    table = table_of(columns | angles | {"rlnTomoSubtomogramPsi": [0]})
-    np.testing.assert_allclose(positions(table), POSITIONS[:1] + np.array([[0, 1, 0]]))
-
-
-def test_coordinates_outside_are_refused_with_the_remedy() -> None:
-    table = table_of(xyz("rlnCoordinate{}", np.vstack([POSITIONS, POSITIONS * 5])))
-    with pytest.raises(
-        ValueError,
-        match=r"2 of 4 .* row 2 at voxel 200.0 x 250.0 x 100.0 of 80 x 100 x 40 .*"
-        "12 angstrom.*--coords-voxel-size",
-    ):
-        positions(table)
-    centred = table_of(xyz("rlnCenteredCoordinate{}Angst", POSITIONS * 100))
-    with pytest.raises(ValueError, match="uncropped"):
-        positions(centred)
-    border = np.array([[-0.5, 0, 0], [40, 100, 80]])
-    assert len(positions(table_of(xyz("rlnCoordinate{}", border)))) == 2
-
-
-def test_a_voxel_size_that_would_be_ignored_is_refused() -> None:
-    table = table_of(xyz("rlnCenteredCoordinate{}Angst", POSITIONS))
-    with pytest.raises(ValueError, match="rlnCenteredCoordinateXAngst is in angstrom already"):
-        positions(table, coords_voxel_size=6.0)
-    with pytest.raises(ValueError, match="positive number of angstrom, given 0"):
-        positions(table_of(xyz("rlnCoordinate{}", POSITIONS)), coords_voxel_size=0.0)
-
-
-def test_coordinates_that_are_no_numbers_are_refused() -> None:
-    columns = xyz("rlnCoordinate{}", POSITIONS) | {"rlnCoordinateY": [1.0, np.nan]}
-    with pytest.raises(
-        ValueError, match=r"1 particles lack a number in rlnCoordinateX.*first row 1"
-    ):
-        positions(table_of(columns))
 
 
 def test_new_rows_carry_tomogram_position_and_angles() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import struct
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -385,3 +387,106 @@ def test_ground_truth_beside_stacks_is_not_taken_for_subtomograms(tmp_path: Path
     assert find_stacks(f"{tmp_path}/*.mrcs") == expected
     alone = tmp_path / "00000_labels.mrcs"
     assert find_stacks(str(alone)) == (alone,)
+
+
+EM_TYPES = {"int8": 1, "int16": 2, "int32": 4, "float32": 5, "float64": 9}
+
+
+def em_bytes(data: np.ndarray, machine: int = 6, code: int | None = None) -> bytes:
+    """An EM file from its documentation: machine, type, sizes x y z, 512 bytes of header."""
+    order = "<" if machine == 6 else ">"
+    code = EM_TYPES[data.dtype.name] if code is None else code
+    header = struct.pack("BBBB", machine, 0, 0, code) + struct.pack(f"{order}3i", *data.shape[::-1])
+    return header.ljust(512, b"\0") + data.astype(data.dtype.newbyteorder(order)).tobytes()
+
+
+@pytest.mark.parametrize("name", ["a.em", "a.EM", "a.em.gz", "a.em.bz2"])
+@pytest.mark.parametrize("dtype", EM_TYPES)
+@pytest.mark.parametrize("machine", [6, 5, 3])
+def test_em_files_are_read_in_zyx_order(
+    tmp_path: Path, dtype: str, name: str, machine: int
+) -> None:
+    content = em_bytes(counting((2, 3, 4), dtype), machine)
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(pack(content))
+    volume = read_volume(tmp_path / name, voxel_size=13.2)
+    assert (volume.shape, volume.data.dtype, volume.voxel_size) == ((2, 3, 4), dtype, 13.2)
+    assert volume.data[0, 0, 1] == 1  # x is the fastest
+    np.testing.assert_array_equal(volume.data, counting((2, 3, 4), dtype))
+    cubes, size = read_stack(tmp_path / name, voxel_size=13.2)
+    assert (cubes.shape, size) == ((1, 2, 3, 4), 13.2)
+
+
+def test_plain_em_files_stay_on_disk(tmp_path: Path) -> None:
+    (tmp_path / "a.em").write_bytes(em_bytes(counting((2, 3, 4))))
+    assert isinstance(read_volume(tmp_path / "a.em", voxel_size=2.0).data, np.memmap)
+
+
+def test_em_files_have_no_voxel_size(tmp_path: Path) -> None:
+    (tmp_path / "a.em").write_bytes(em_bytes(counting((2, 3, 4))))
+    with pytest.raises(ValueError, match=r"EM files hold no voxel size: .*--voxel-size"):
+        read_volume(tmp_path / "a.em")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "0 bytes, the header alone takes 512"),
+        (em_bytes(counting((2, 3, 4)), machine=1), "machine byte is 1, expected 6"),
+        (em_bytes(counting((2, 3, 4)), code=8), "holds complex numbers"),
+        (em_bytes(counting((2, 3, 4)), code=7), "unknown type 7: expected .* 5 .float32"),
+        (em_bytes(counting((0, 3, 4))), "size is 4 x 3 x 0"),
+        (em_bytes(counting((2, 3, 4)))[:-1], "truncated: .* calls for 608 bytes, it has 607"),
+        (b"\6\0\0\5" + struct.pack("<3i", *[2**31 - 1] * 3) + bytes(600), "truncated"),
+    ],
+)
+def test_what_is_not_em_is_refused(tmp_path: Path, content: bytes, match: str) -> None:
+    (tmp_path / "a.em").write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        read_volume(tmp_path / "a.em", voxel_size=2.0)
+
+
+def test_em_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="would be an MRC file: give it another ending"):
+        write_volume(tmp_path / "a.em", Volume(counting((2, 2, 2)), 2.0))
+    with (
+        pytest.raises(ValueError, match="another ending"),
+        create_volume(tmp_path / "a.em", (1, 1, 1), 2.0, "i1"),
+    ):
+        pass
+
+
+def test_stacks_are_found_under_every_ending_that_is_read(tmp_path: Path) -> None:
+    plain = [f"a{suffix}" for suffix in (".mrc", ".mrcs", ".rec", ".map", ".em", ".MRC")]
+    names = [*plain, *(f"{name}{packed}" for name in plain for packed in (".gz", ".bz2"))]
+    for name in [*names, "a.star", "a.gz", "a.txt"]:
+        (tmp_path / name).touch()
+    assert {path.name for path in find_stacks(str(tmp_path))} == set(names)
+
+
+@pytest.mark.parametrize("suffix", [".mrc", ".em"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".bz2"])
+def test_hostile_sizes_are_refused_before_memory_is_taken(
+    tmp_path: Path, mrc: Path, suffix: str, packed: str
+) -> None:
+    # Their product, 2^93 and more, would wrap around in fixed-width integers.
+    sizes = struct.pack("<3i", *[2**31 - 1] * 3)
+    content = mrc.read_bytes() if suffix == ".mrc" else em_bytes(counting((2, 3, 4)))
+    content = sizes + content[12:] if suffix == ".mrc" else content[:4] + sizes + content[16:]
+    path = tmp_path / f"hostile{suffix}{packed}"
+    path.write_bytes({".gz": gzip.compress, ".bz2": bz2.compress}.get(packed, bytes)(content))
+    tracemalloc.start()
+    try:
+        for read in (read_volume, read_stack):
+            with pytest.raises(ValueError, match=r"truncated: its header calls for \d{28,} bytes"):
+                read(path, voxel_size=2.0)
+        assert tracemalloc.get_traced_memory()[1] < 40e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_bytes_after_packed_data_are_read_past_with_a_warning(mrc: Path) -> None:
+    packed = mrc.with_suffix(".mrc.gz")
+    packed.write_bytes(gzip.compress(mrc.read_bytes() + bytes(10)))
+    with pytest.warns(UserWarning, match="bytes follow its data"):
+        np.testing.assert_array_equal(read_volume(packed).data, counting((2, 3, 4)))

@@ -10,6 +10,7 @@ import typer
 
 from cectflow import __version__
 from cectflow.cli import dataset, evaluate, models, predict, simulate, structures
+from cectflow.cli.convert import convert
 from cectflow.cli.options import JsonOption, TrackingOption
 from cectflow.cli.output import print_json, print_table
 from cectflow.cli.training import distill, sweep, train
@@ -30,6 +31,7 @@ app.add_typer(dataset.app, name="dataset")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(models.app, name="models")
 app.add_typer(predict.app, name="predict")
+app.command("convert")(convert)
 app.command("train")(train)
 app.command("distill")(distill)
 app.command("sweep")(sweep)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cectflow.particles import PIXEL_SIZES, ParticleTable, coordinates_zyx, read_particles
+from cectflow.coordinates import PIXEL_SIZES, coordinates_zyx
+from cectflow.particles import ParticleTable, read_particles
 from cectflow.prediction.detection import (
     Agreement,
     Found,

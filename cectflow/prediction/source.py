@@ -12,8 +12,9 @@ import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from cectflow.coordinates import coordinates_zyx
 from cectflow.model_card import ModelCard
-from cectflow.particles import ParticleTable, coordinates_zyx, particles_from, read_particles
+from cectflow.particles import ParticleTable, particles_from, read_particles
 from cectflow.prediction.contract import InputOptions, bring_to_card, report_changes, source_box
 from cectflow.subtomogram import cut
 from cectflow.volume import Volume, find_stacks, read_stack, read_volume

@@ -15,9 +15,10 @@ from builders import make_card
 from torch import Tensor, nn
 
 from cectflow.cli import main
+from cectflow.coordinates import coordinates_zyx
 from cectflow.flows.prediction import predict_segments
 from cectflow.model_card import ModelCard, Picking
-from cectflow.particles import coordinates_zyx, read_particles
+from cectflow.particles import read_particles
 from cectflow.prediction.contract import InputOptions, LoadedNetwork
 from cectflow.prediction.picks import PickRules
 from cectflow.prediction.source import InputFiles
