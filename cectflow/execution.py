@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ __all__ = [
     "Parent",
     "WorkerProcesses",
     "Workplace",
+    "prefetch",
     "run_all",
     "run_together",
     "single_thread",
@@ -147,6 +149,7 @@ def run_all(
     where: Workplace,
     title: str,
     paths: Sequence[Path] = (),
+    status: Callable[[], str] | None = None,
 ) -> Iterator[Result]:
     """Results of ``function(job)`` as they are finished, in any order, with progress shown.
 
@@ -165,6 +168,8 @@ def run_all(
         What the work is, a few words.
     paths
         Files and folders that the jobs read or write; workers elsewhere must see them too.
+    status
+        As of :func:`track`.
 
     Raises
     ------
@@ -173,13 +178,13 @@ def run_all(
     """
     workers = where.workers
     if workers == 1:
-        yield from track((function(job) for job in jobs), total=len(jobs), title=title)
+        yield from track((function(job) for job in jobs), total=len(jobs), title=title, status=status)
         return
     with WorkerProcesses(workers) as executor:
         futures = [executor.submit(function, job) for job in jobs]
         try:
             finished = (future.result() for future in as_completed(futures))
-            yield from track(finished, total=len(jobs), title=title)
+            yield from track(finished, total=len(jobs), title=title, status=status)
         except BrokenProcessPool:
             msg = (
                 f"{title}: one of {workers} processes has died, perhaps for want of memory: use "
@@ -187,6 +192,46 @@ def run_all(
                 f"is finished"
             )
             raise ChildProcessError(msg) from None
+
+
+def prefetch(items: Iterable[Item], *, depth: int = 2) -> Iterator[Item]:
+    """The items, made by a thread that is ahead by at most ``depth`` of them.
+
+    What the thread raises is raised here, after the items before it. When the consumer stops, the
+    thread does, with the item that it is making.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    given_up = threading.Event()
+
+    def put(kind: str, content: Any) -> None:
+        while not given_up.is_set():
+            with suppress(queue.Full):
+                ready.put((kind, content), timeout=0.1)
+                return
+
+    def make() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if given_up.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, content = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise content
+            yield content
+    finally:
+        given_up.set()
+        thread.join()
 
 
 class Parent:

@@ -105,6 +105,22 @@ class ParticleTable:
         """Table of the rows where ``keep`` is true, in the same order; other blocks stay whole."""
         return self._with_rows(self.rows[np.asarray(keep, bool)].reset_index(drop=True))
 
+    def take(self, rows: NDArray[np.int64]) -> ParticleTable:
+        """Table of these rows, counted from 0, in their order; other blocks stay whole."""
+        return self._with_rows(self.rows.iloc[rows].reset_index(drop=True))
+
+    def rows_by_tomogram(self) -> dict[str, NDArray[np.int64]]:
+        """Name of each tomogram, in order of appearance → its rows, counted from 0.
+
+        All rows are under an empty name where the table names no tomograms.
+        """
+        if not self.tomogram_names:
+            return {"": np.arange(len(self))}
+        numbers, names = pd.factorize(np.array(self.tomogram_names, object))
+        order = np.argsort(numbers, kind="stable")
+        starts = np.searchsorted(numbers[order], np.arange(1, len(names)))
+        return dict(zip(map(str, names), np.split(order, starts), strict=True))
+
     def in_tomogram(self, name: str) -> ParticleTable:
         """Table of the rows in one tomogram, in the same order; other blocks stay whole.
 

@@ -1,19 +1,101 @@
-"""Classification of particles: cubes in, the input's table with class and probability out."""
+"""Classification of particles: cubes in, the input's table with class and probability out.
+
+The particles are worked through in blocks, by this process or by others, and every finished block
+is recorded (:mod:`.journal`), so that what ends the work costs one block.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
 
-from cectflow.execution import track
+from cectflow.execution import HERE, Workplace, prefetch, run_all
+from cectflow.model_card import ModelCard
 from cectflow.particles import ParticleTable
-from cectflow.prediction.contract import LoadedNetwork
-from cectflow.prediction.source import CubeSource
+from cectflow.prediction.contract import InputOptions, LoadedNetwork, NetworkFiles, open_network
+from cectflow.prediction.journal import Answers, open_journal
+from cectflow.prediction.mask import masked_with
+from cectflow.prediction.source import Block, CubeSource, read_block
 from cectflow.trust import find_unknown, probabilities_of
 
-__all__ = ["Classification", "classify_particles", "refuse_existing"]
+__all__ = [
+    "NOT_PREDICTED",
+    "Classification",
+    "Classifier",
+    "Judgement",
+    "classify_particles",
+    "judge",
+    "refuse_existing",
+    "split_blocks",
+]
+
+BLOCK_SIZE = 1024
+"""Particles that are predicted and recorded together: a second of work or less for a student."""
+NOT_PREDICTED = "none"
+"""Class name of a particle that could not be predicted; its class number is 0."""
+JUDGED_CUBES = 64
+"""Of which the contrast can be judged."""
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The network, and the segmenter that takes the neighbours out first, by their files.
+
+    Any process can open it; each opens it once.
+    """
+
+    network: NetworkFiles
+    segmenter: NetworkFiles | None = None
+
+    def open(self) -> LoadedNetwork:
+        """The network, ready to predict."""
+        return _open(self)
+
+
+@lru_cache(maxsize=2)
+def _open(classifier: Classifier) -> LoadedNetwork:
+    network = open_network(classifier.network)
+    if classifier.segmenter is None:
+        return network
+    return masked_with(network, open_network(classifier.segmenter))
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What logits mean by a card.
+
+    Attributes
+    ----------
+    class_ids
+        The most probable class from 1; 0 where there is no prediction.
+    probabilities
+        Calibrated where the card has a temperature, 0 where there is no prediction.
+    entropy
+        Of the probabilities in nats; 0 is sure, the logarithm of the number of classes is not.
+    unknown
+        Whether the particle looks like none of the classes; None where the card has no threshold.
+    """
+
+    class_ids: NDArray[np.int64]
+    probabilities: Float[NDArray[np.float64], "n class"]
+    entropy: Float[NDArray[np.float64], " n"]
+    unknown: NDArray[np.bool_] | None
+
+    @property
+    def of_class(self) -> Float[NDArray[np.float64], " n"]:
+        """Probability of the most probable class."""
+        highest: NDArray[np.float64] = self.probabilities.max(axis=1)
+        return highest
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,54 +105,263 @@ class Classification:
     Attributes
     ----------
     table
-        The input's rows, columns and blocks, with ``cectflowClassName``,
-        ``cectflowClassNumber`` (from 1), ``cectflowProbability`` and ``cectflowModel`` added,
-        and ``rlnClassNumber`` where the input had none. Where the card states how sure the network
-        may be, probabilities are calibrated, and ``cectflowUnknown`` is 1 where the particle looks
-        like none of the classes; its class is then the least unlikely one.
+        The input's rows, columns and blocks, with ``cectflowClassName``, ``cectflowClassNumber``
+        (from 1), ``cectflowProbability``, ``cectflowEntropy`` (nats), ``cectflowModel`` and
+        ``cectflowModelDigest`` added, and ``rlnClassNumber`` where the input had none. Where the
+        card states how sure the network may be, probabilities are calibrated, and
+        ``cectflowUnknown`` is 1 where the particle looks like none of the classes; its class is
+        then the least unlikely one. A particle that could not be predicted is of the class
+        ``none``, number 0.
+    judgement
+        Of every row.
+    faults
+        Row → why it was not predicted.
     counts
         Class name → number of particles, most frequent first.
     mean_probability
         Of the chosen classes.
     num_unknown
         Particles that look like none of the classes; None where the card has no threshold.
+    per_second
+        Particles predicted per second by this call, network and reading together.
     """
 
     table: ParticleTable
+    judgement: Judgement = field(repr=False)
+    faults: dict[int, str]
     counts: dict[str, int]
     mean_probability: float
     num_unknown: int | None = None
+    per_second: float = 0.0
 
 
-def classify_particles(network: LoadedNetwork, source: CubeSource) -> Classification:
-    """Classification of every particle of a source."""
-    rows = len(source.table.rows)
-    logits = [
-        network.infer(cubes)
-        for cubes in track(source.batches(), total=source.num_batches, title="classifying")
-    ]
-    answers, trust = np.concatenate(logits), network.card.trust
-    assert len(answers) == rows
-    probabilities = probabilities_of(answers, 1.0 if trust is None else trust.temperature)
-    chosen = probabilities.argmax(axis=1)
-    names = [network.card.classes[index] for index in chosen]
+def classify_particles(
+    classifier: Classifier,
+    source: CubeSource,
+    out: Path,
+    *,
+    where: Workplace = HERE,
+    block_size: int = BLOCK_SIZE,
+    anew: bool = False,
+    report: Report,
+    finish: Callable[[Classification], None],
+) -> Classification:
+    """Classification of every particle of a source.
+
+    Parameters
+    ----------
+    classifier, source
+        The network and its cubes.
+    out
+        The output that ``finish`` writes; the journal is kept beside it until then.
+    where
+        Processes that read and predict.
+    block_size
+        Particles that are lost at most when a process is killed.
+    anew
+        Drop what an earlier run has finished.
+    report
+        Told what is gone on with, and what looks wrong.
+    finish
+        Writes the outputs.
+
+    Raises
+    ------
+    ValueError
+        If an earlier run with the same output was of other work.
+    """
+    network = classifier.open()
+    blocks = split_blocks(source, block_size)
+    plan = _plan(classifier, network, source, blocks)
+    with open_journal(out, plan, anew=anew) as journal:
+        done = journal.finished()
+        for number in done:
+            if number >= len(blocks) or journal.read(number, len(blocks[number])) is None:
+                journal.forget(number)
+        done = journal.finished()
+        jobs = [
+            _Job(classifier, block, source.options, number)
+            for number, block in enumerate(blocks)
+            if number not in done
+        ]
+        if done:
+            report(f"going on: {len(done)} of {len(blocks)} blocks are finished")
+        began, predicted = time.perf_counter(), 0
+        watch = _ContrastWatch(source.card, source.options, report)
+
+        def rate() -> str:
+            return f"{predicted / max(time.perf_counter() - began, 1e-3):,.0f} particles/s"
+
+        paths = (classifier.network.folder, *{block.path for block in blocks})
+        for number, answers in run_all(
+            _answer, jobs, where=where, title="classifying", paths=paths, status=rate
+        ):
+            journal.record(number, answers)
+            predicted += len(answers.logits)
+            watch.see(answers)
+        seconds = time.perf_counter() - began
+        everything = [journal.read(number, len(block)) for number, block in enumerate(blocks)]
+        outcome = _assemble(network, source, blocks, everything)
+        outcome = replace(outcome, per_second=predicted / seconds if jobs else 0.0)
+        finish(outcome)
+    return outcome
+
+
+def split_blocks(source: CubeSource, size: int) -> tuple[Block, ...]:
+    """What is predicted and recorded together: of one file each, at most so many particles."""
+    return tuple(part for block in source.files for part in block.split(size))
+
+
+def judge(logits: Float[NDArray[np.float32], "n class"], card: ModelCard) -> Judgement:
+    """Classes, probabilities and verdicts of logits; those that are no numbers have none."""
+    missing = np.isnan(logits).all(axis=1)
+    given = np.where(missing[:, None], np.float32(0.0), logits)
+    trust = card.trust
+    probabilities = probabilities_of(given, 1.0 if trust is None else trust.temperature)
+    probabilities[missing] = 0.0
+    entropy = -(probabilities * np.log(np.maximum(probabilities, 1e-300))).sum(axis=1)
+    class_ids = np.where(missing, 0, probabilities.argmax(axis=1) + 1)
+    unknown = None if trust is None else find_unknown(given, trust) & ~missing
+    return Judgement(class_ids, probabilities, entropy, unknown)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    classifier: Classifier
+    block: Block
+    options: InputOptions
+    number: int
+
+
+def _answer(job: _Job) -> tuple[int, Answers]:
+    """What the network says of a block; a file that has become unreadable is a fault of its rows.
+
+    Cubes are read by a thread while the network is at work.
+    """
+    network = job.classifier.open()
+    card, block = network.card, job.block
+    logits = np.full((len(block), len(card.classes)), np.nan, np.float32)
+    lightness = np.full(len(block), np.nan, np.float32)
+    faults: dict[int, str] = {}
+    try:
+        for batch in prefetch(read_block(block, card, job.options)):
+            faults |= batch.faults
+            if len(batch.kept):
+                logits[batch.kept] = network.infer(batch.cubes)
+                lightness[batch.kept] = _lightness(batch.cubes)
+    except OSError as error:
+        missing = np.flatnonzero(np.isnan(lightness)).tolist()
+        faults |= {place: f"{block.path}: {error}" for place in missing if place not in faults}
+    return job.number, Answers(logits, lightness, faults)
+
+
+def _lightness(cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> NDArray[np.float32]:
+    """By how much a cube's middle is lighter than its faces, in standard errors of that."""
+    edge = cubes.shape[-1]
+    inner = slice(edge // 2 - max(1, edge // 10), edge // 2 + max(1, edge // 10) + 1)
+    core = cubes[:, 0, inner, inner, inner]
+    faces = np.stack([cubes[:, 0, 0], cubes[:, 0, -1]], axis=1)
+    difference = core.mean(axis=(1, 2, 3)) - faces.mean(axis=(1, 2, 3))
+    return np.asarray(difference / (faces.std(axis=(1, 2, 3)) + 1e-30), np.float32)
+
+
+class _ContrastWatch:
+    """Warns once where particles look lighter than their surroundings to the network."""
+
+    def __init__(self, card: ModelCard, options: InputOptions, report: Report) -> None:
+        self._expected = card.contrast
+        self._given = options.contrast
+        self._report = report
+        self._values: list[NDArray[np.float32]] = []
+        self._told = False
+
+    def see(self, answers: Answers) -> None:
+        """Take the cubes of a block into account."""
+        if self._told:
+            return
+        self._values.append(answers.lightness[np.isfinite(answers.lightness)])
+        values = np.concatenate(self._values)
+        if len(values) < JUDGED_CUBES:
+            return
+        lighter = values if self._expected == "dark" else -values
+        mean, error = float(lighter.mean()), float(lighter.std() / np.sqrt(len(lighter)))
+        if mean > 5 * error:
+            self._told = True
+            other = "light" if self._given == "dark" else "dark"
+            self._report(
+                f"warning: particles look {'lighter' if self._expected == 'dark' else 'darker'} "
+                f"than their surroundings ({mean:.2f} ± {error:.2f} deviations in "
+                f"{len(lighter)} cubes), as if the contrast were inverted: the input was said to "
+                f"be {self._given}; if it is not, start anew with --contrast {other} --overwrite"
+            )
+
+
+def _plan(
+    classifier: Classifier, network: LoadedNetwork, source: CubeSource, blocks: Sequence[Block]
+) -> dict[str, object]:
+    """What answers depend on: a change of any of it makes the journal that of other work."""
+    options = asdict(source.options)
+    for name in ("overwrite", "device", "batch_size"):
+        del options[name]  # they change nothing but rounding
+    files = {str(block.path): _stamp(block.path) for block in source.files}
+    places = hashlib.sha256()
+    for block in blocks:
+        places.update(f"{block.path} {len(block)} {block.box} ".encode())
+        places.update(np.ascontiguousarray(block.rows))
+        places.update(np.ascontiguousarray(block.places))
+    masking = classifier.segmenter
+    return {
+        "model": network.label,
+        "card": network.card.digest(),
+        "segmenter": None if masking is None else masking.label,
+        "input": options,
+        "volumes": hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest(),
+        "particles": places.hexdigest(),
+    }
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _assemble(
+    network: LoadedNetwork,
+    source: CubeSource,
+    blocks: Sequence[Block],
+    everything: Sequence[Answers | None],
+) -> Classification:
+    card, table = network.card, source.table
+    logits = np.full((len(table), len(card.classes)), np.nan, np.float32)
+    faults = dict(source.faults)
+    for block, answers in zip(blocks, everything, strict=True):
+        assert answers is not None
+        logits[block.rows] = answers.logits
+        faults |= {int(block.rows[place]): why for place, why in answers.faults.items()}
+    judgement = judge(logits, card)
+    names = np.array([NOT_PREDICTED, *card.classes], object)[judgement.class_ids]
     columns: dict[str, object] = {
         "cectflowClassName": names,
-        "cectflowClassNumber": chosen + 1,
-        "cectflowProbability": probabilities[np.arange(rows), chosen].round(6),
-        "cectflowModel": [network.label] * rows,
+        "cectflowClassNumber": judgement.class_ids,
+        "cectflowProbability": judgement.of_class.round(6),
+        "cectflowEntropy": judgement.entropy.round(6),
+        "cectflowModel": network.label,
+        "cectflowModelDigest": card.digest(),
     }
-    unknown = None if trust is None else find_unknown(answers, trust)
-    if unknown is not None:
-        columns["cectflowUnknown"] = unknown.astype(np.int64)
-    if "rlnClassNumber" not in source.table.rows:
-        columns["rlnClassNumber"] = chosen + 1
-    tally = sorted(((names.count(name), name) for name in set(names)), reverse=True)
+    if judgement.unknown is not None:
+        columns["cectflowUnknown"] = judgement.unknown.astype(np.int64)
+    if "rlnClassNumber" not in table.rows:
+        columns["rlnClassNumber"] = judgement.class_ids
+    found = np.bincount(judgement.class_ids, minlength=len(card.classes) + 1)[1:]
+    order = sorted(range(len(found)), key=lambda index: (-found[index], card.classes[index]))
+    predicted = judgement.class_ids > 0
     return Classification(
-        source.table.with_columns(**columns),
-        {name: count for count, name in tally},
-        float(probabilities.max(axis=1).mean()),
-        None if unknown is None else int(unknown.sum()),
+        table.with_columns(**columns),
+        judgement,
+        dict(sorted(faults.items())),
+        {card.classes[index]: int(found[index]) for index in order if found[index]},
+        float(judgement.of_class[predicted].mean()) if predicted.any() else 0.0,
+        None if judgement.unknown is None else int(judgement.unknown.sum()),
     )
 
 

@@ -13,20 +13,32 @@ from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 
 from cectflow.model_card import Contrast, Masking, ModelCard, Variant
-from cectflow.runtime import Infer, choose_device, choose_runtime, load_runtime
+from cectflow.runtime import (
+    Infer,
+    RuntimeName,
+    choose_device,
+    choose_runtime,
+    has_openvino,
+    load_runtime,
+)
 from cectflow.subtomogram import rescale
 
 __all__ = [
     "InputOptions",
     "LoadedNetwork",
+    "NetworkFiles",
     "bring_to_card",
+    "check_network",
     "load_network",
+    "open_network",
     "report_changes",
     "require_rescale",
     "same_voxel_size",
     "source_box",
 ]
 
+LARGEST_PARITY = 0.001
+"""Difference of logits between runtimes up to which they are one network, as policies ask for."""
 VOXEL_TOLERANCE = 0.01
 """Relative difference of voxel sizes that still counts as equal."""
 
@@ -54,6 +66,8 @@ class InputOptions:
         ``auto``, ``torch``, ``onnxruntime`` or ``openvino``.
     variant
         What the network computes in; its card tells what it loses in each.
+    ctf_correction
+        Of the input, where the user says so: a warning tells if the network was trained otherwise.
     """
 
     voxel_size: float | None = None
@@ -64,6 +78,7 @@ class InputOptions:
     overwrite: bool = False
     runtime: str = "auto"
     variant: Variant = "float32"
+    ctf_correction: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +113,33 @@ class LoadedNetwork:
         return f"cectflow {self.label}", f"dataset {self.card.dataset_digest[:36]}"
 
 
-def load_network(
+@dataclass(frozen=True)
+class NetworkFiles:
+    """A network by its files: what another process needs to open it.
+
+    Attributes
+    ----------
+    folder
+        As the registry resolves it.
+    label
+        Written into every output.
+    device
+        ``cpu`` or ``cuda``.
+    runtime, variant
+        Chosen and checked.
+    threads
+        On the CPU; None leaves it to the runtime.
+    """
+
+    folder: Path
+    label: str
+    device: str
+    runtime: RuntimeName
+    variant: Variant
+    threads: int | None = None
+
+
+def check_network(
     folder: Path,
     *,
     tasks: tuple[str, ...],
@@ -106,8 +147,8 @@ def load_network(
     device: str,
     runtime: str = "auto",
     variant: Variant = "float32",
-) -> LoadedNetwork:
-    """Network of a model folder.
+) -> NetworkFiles:
+    """A model folder's network and how it is to run; nothing of it is loaded but the card.
 
     Parameters
     ----------
@@ -120,8 +161,10 @@ def load_network(
     device
         ``auto``, ``cpu`` or ``cuda``.
     runtime
-        ``auto`` or a name, see :func:`~cectflow.runtime.choose_runtime`; ``auto`` takes onnxruntime
-        for whole tomograms on a CPU, since it gives back its memory between windows.
+        A name, or ``auto``: torch on a GPU; for whole tomograms on a CPU onnxruntime, since it
+        gives back its memory between windows; for cubes the fastest that is installed, by the
+        card's timings. Where the card's parity exceeds :data:`LARGEST_PARITY` only torch, which
+        runs the program that was judged.
     variant
         Other ones than ``float32`` are added to the label, such as ``cectflow-student/3+int8``.
 
@@ -147,18 +190,59 @@ def load_network(
         )
         raise ValueError(msg)
     chosen = choose_device("cpu" if (device, runtime) == ("auto", "openvino") else device)
-    if runtime == "auto" and (chosen, variant, card.task) == ("cpu", "float32", "semantic"):
-        runtime = "onnxruntime"
-    infer = load_runtime(
-        folder,
-        choose_runtime(runtime, variant, chosen),
-        variant=variant,
-        device=chosen,
-        gives_back=card.task == "semantic",
-    )
+    if runtime == "auto" and (chosen, variant) == ("cpu", "float32"):
+        runtime = _fastest(card)
     if variant != "float32":
         label = f"{label}+{variant}"
-    return LoadedNetwork(card, infer, label, chosen)
+    return NetworkFiles(folder, label, chosen, choose_runtime(runtime, variant, chosen), variant)
+
+
+def _fastest(card: ModelCard) -> str:
+    """Runtime of a network on a CPU in float32."""
+    if card.parity is not None and card.parity > LARGEST_PARITY:
+        return "torch"
+    if card.task == "semantic":
+        return "onnxruntime"
+    rates = {
+        timing.runtime: timing.subtomograms_per_s
+        for timing in (card.cost.timings if card.cost else ())
+        if (timing.variant, timing.device) == ("float32", "cpu") and timing.batch_size > 1
+    }
+    # torch takes 2 s to import, which a faster network does not earn back within a thousand cubes.
+    installed = ("onnxruntime", *(["openvino"] if has_openvino() else []))
+    known = [name for name in installed if name in rates]
+    return max(known, key=lambda name: rates[name]) if len(known) == len(installed) else "auto"
+
+
+def open_network(files: NetworkFiles) -> LoadedNetwork:
+    """Network of :func:`check_network`, loaded."""
+    card = ModelCard.from_folder(files.folder)
+    if files.runtime == "torch" and files.threads is not None:
+        import torch
+
+        torch.set_num_threads(files.threads)
+    infer = load_runtime(
+        files.folder, files.runtime, variant=files.variant, device=files.device,
+        threads=files.threads, gives_back=card.task == "semantic",
+    )  # fmt: skip
+    return LoadedNetwork(card, infer, files.label, files.device)
+
+
+def load_network(
+    folder: Path,
+    *,
+    tasks: tuple[str, ...],
+    label: str,
+    device: str,
+    runtime: str = "auto",
+    variant: Variant = "float32",
+) -> LoadedNetwork:
+    """Network of a model folder, checked and loaded; parameters as of :func:`check_network`."""
+    return open_network(
+        check_network(
+            folder, tasks=tasks, label=label, device=device, runtime=runtime, variant=variant
+        )
+    )
 
 
 def source_box(

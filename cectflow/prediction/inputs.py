@@ -1,0 +1,256 @@
+"""InputFiles: where a user says that the particles are, and the source that this makes."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cectflow.dataset import MANIFEST_FILE, SPLITS, open_dataset
+from cectflow.model_card import ModelCard
+from cectflow.particles import ParticleTable, read_particles
+from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.source import (
+    Border,
+    CubeSource,
+    open_listed,
+    open_stacks,
+    open_tomograms,
+)
+from cectflow.star import read_star
+from cectflow.tomogram_table import WARP_SUFFIX, TomogramInfo, find_tomogram, read_tomograms
+from cectflow.volume import find_stacks
+
+__all__ = ["InputFiles", "find_tomograms"]
+
+PLACEHOLDER = "{name}"
+"""In a path: the tomogram's name in the particle table."""
+RECONSTRUCTIONS = ("rlnTomoReconstructedTomogram", "rlnTomoReconstructedTomogramDenoised")
+"""Columns of RELION 5's table of tomograms that hold files."""
+
+
+@dataclass(frozen=True)
+class InputFiles:
+    """Where the particles are: in subtomograms, or in tomograms with picks.
+
+    Attributes
+    ----------
+    subtomograms
+        Stack, folder, glob, dataset folder, or a STAR file that names subtomograms; or
+    tomogram, particles
+        a volume and its picks, STAR or CSV. For picks in many tomograms: a glob, a ``.txt`` list,
+        a path with ``{name}`` in place of the tomogram's name, or RELION 5's ``tomograms.star``. A
+        semantic segmenter takes the volume alone.
+    coords_voxel_size
+        Å per unit of the picks' coordinates, where they are of another binning.
+    border
+        What becomes of particles whose cube reaches over a face of the tomogram.
+    tomogram_table
+        RELION's ``tomograms.star``, for sizes where the files are named otherwise.
+
+    Raises
+    ------
+    ValueError
+        If it is neither subtomograms nor a tomogram with picks, or both.
+    """
+
+    subtomograms: str | None = None
+    tomogram: str | Path | None = None
+    particles: Path | None = None
+    coords_voxel_size: float | None = None
+    border: Border = "fill"
+    tomogram_table: Path | None = None
+
+    def __post_init__(self) -> None:
+        given = self.subtomograms is not None, self.tomogram is not None, self.particles is not None
+        if given not in {(True, False, False), (False, True, True), (False, True, False)}:
+            msg = (
+                "expected either --subtomograms, or --tomogram together with --particles, or "
+                "--tomogram alone for a semantic segmenter"
+            )
+            raise ValueError(msg)
+
+    @property
+    def whole_tomogram(self) -> Path | None:
+        """The one tomogram that is given without picks; None: it is something else."""
+        if self.tomogram is None or self.particles is not None:
+            return None
+        return Path(self.tomogram)
+
+    @property
+    def volumes(self) -> tuple[Path, ...]:
+        """Files that are known without reading a table, which no output may replace."""
+        if self.tomogram is not None:
+            given = [Path(self.tomogram), *([self.particles] if self.particles else [])]
+            return tuple(path for path in given if path.is_file())
+        assert self.subtomograms is not None
+        return _stacks_of(self.subtomograms)
+
+    def open(
+        self, card: ModelCard, options: InputOptions, report: Callable[[str], None]
+    ) -> CubeSource:
+        """Source of the subtomograms; what cannot be brought to the card at all is refused here.
+
+        Raises
+        ------
+        ValueError
+            Among others if the particles of a tomogram are missing.
+        """
+        if self.subtomograms is not None:
+            if self.subtomograms.endswith(".star"):
+                path = Path(self.subtomograms)
+                return open_listed(read_particles(path), path.parent, card, options, report)
+            return open_stacks(_stacks_of(self.subtomograms), card, options, report)
+        if self.particles is None:
+            what = "outlines" if card.task == "target" else "names"
+            msg = (
+                f"a {card.role} for the task {card.task!r} {what} particles at known positions: "
+                "give --particles PICKS.star; to find them in a whole tomogram use `cectflow "
+                "predict segment --model cectflow-tomogram-segmenter@production --picks PICKS.star`"
+            )
+            raise ValueError(msg)
+        table = read_particles(self.particles)
+        if not len(table):
+            msg = f"{self.particles} holds no particles: expected at least one"
+            raise ValueError(msg)
+        return open_tomograms(
+            table, find_tomograms(str(self.tomogram), tuple(table.rows_by_tomogram())), card,
+            options, report, coords_voxel_size=self.coords_voxel_size, infos=self._infos(table),
+            border=self.border,
+        )  # fmt: skip
+
+    def _infos(self, table: ParticleTable) -> dict[str, TomogramInfo]:
+        """What a table of tomograms says of those that the particles are in."""
+        path = self.tomogram_table
+        if path is None and str(self.tomogram).endswith(".star"):
+            path = Path(str(self.tomogram))
+        if path is None:
+            return {}
+        known = read_tomograms(path)
+        return {name: known[find_tomogram(known, name)] for name in table.rows_by_tomogram()}
+
+
+def find_tomograms(given: str, names: Sequence[str]) -> dict[str, Path | str]:
+    """Name in a particle table → file of the tomogram, or why there is none.
+
+    Parameters
+    ----------
+    given
+        A volume, folder, glob, ``.txt`` list of paths, path with ``{name}``, or RELION 5's table of
+        tomograms. In a list or glob a file fits a name if its own begins so and goes on with no
+        letter or digit (``TS_1`` is ``TS_1.mrc`` or ``TS_1_10.00Apx.mrc``, not ``TS_10.mrc``).
+    names
+        As in the table; one empty name where it names none.
+
+    Raises
+    ------
+    ValueError
+        If several files fit one name, or names that are parts of paths hold more than a name.
+    FileNotFoundError
+        If there is no such file at all.
+    """
+    if PLACEHOLDER in given:
+        return {name: _existing(given.replace(PLACEHOLDER, _plain(name))) for name in names}
+    if given.endswith(".star"):
+        return _of_table(Path(given), names)
+    paths = _listed(given)
+    if len(paths) == len(names) == 1:
+        return {names[0]: paths[0]}
+    if names == ("",):
+        msg = f"the particles name no tomogram, and {given} are {len(paths)}: expected one"
+        raise ValueError(msg)
+    return {name: _fitting(name, paths, given) for name in names}
+
+
+def _stacks_of(given: str) -> tuple[Path, ...]:
+    """Stacks of a file, folder, glob or dataset folder (all its splits, in order)."""
+    folder = Path(given)
+    if (folder / MANIFEST_FILE).is_file():
+        shards = open_dataset(folder).manifest.shards
+        return tuple(
+            folder / f"{shard.name}.mrcs" for split in SPLITS for shard in shards.get(split, ())
+        )
+    if given.endswith(".star"):
+        return (folder,)
+    return find_stacks(given)
+
+
+def _listed(given: str) -> list[Path]:
+    path = Path(given)
+    if path.suffix == ".txt":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        paths = [Path(line) for line in lines if line and not line.startswith("#")]
+    elif path.is_dir():
+        paths = list(find_stacks(given))
+    elif path.is_file():
+        paths = [path]
+    else:
+        paths = sorted(Path(name) for name in glob.glob(given, recursive=True))
+    if not paths:
+        msg = f"no tomogram at {given!r}: expected a volume, a glob, a .txt list or '…{{name}}…'"
+        raise FileNotFoundError(msg)
+    return paths
+
+
+def _fitting(name: str, paths: Sequence[Path], given: str) -> Path | str:
+    base = Path(name).name.removesuffix(WARP_SUFFIX)
+    for suffix in (".mrc", ".rec"):
+        base = base.removesuffix(suffix)
+    exact = [path for path in paths if path.name.split(".")[0] == base or path.stem == base]
+    fitting = exact or [
+        path
+        for path in paths
+        if path.name.startswith(base) and not path.name[len(base) : len(base) + 1].isalnum()
+    ]
+    if len(fitting) > 1:
+        msg = (
+            f"{len(fitting)} files at {given} fit the tomogram {name!r}, {fitting[0]} and "
+            f"{fitting[1]}: say which with a path that holds {PLACEHOLDER}"
+        )
+        raise ValueError(msg)
+    if not fitting:
+        return f"there is no file for the tomogram {name!r} among {len(paths)} at {given}"
+    return fitting[0]
+
+
+def _of_table(table: Path, names: Sequence[str]) -> dict[str, Path | str]:
+    """Files that RELION 5's table of tomograms names, from here or from the table's folder."""
+    files: dict[str, str] = {}
+    for block in read_star(table).values():
+        column = next((each for each in RECONSTRUCTIONS if each in block), None)
+        if column is None or isinstance(block, dict):
+            continue
+        files |= dict(zip(block["rlnTomoName"].astype(str), block[column].astype(str), strict=True))
+    if not files:
+        msg = (
+            f"{table} names no reconstructions ({', '.join(RECONSTRUCTIONS)}): give their files as "
+            f"--tomogram 'folder/{PLACEHOLDER}.mrc', and this table as --tomogram-table"
+        )
+        raise ValueError(msg)
+    found: dict[str, Path | str] = {}
+    for name in names:
+        known = next(
+            (files[key] for key in (name, name.removesuffix(WARP_SUFFIX)) if key in files), None
+        )
+        if known is None:
+            found[name] = f"{table} does not describe the tomogram {name!r}"
+        else:
+            found[name] = _existing(known if Path(known).is_file() else str(table.parent / known))
+    return found
+
+
+def _existing(path: str) -> Path | str:
+    return Path(path) if Path(path).is_file() else f"there is no tomogram {path}"
+
+
+def _plain(name: str) -> str:
+    """A tomogram's name as a part of a path; one that would lead elsewhere is refused."""
+    base = name.removesuffix(WARP_SUFFIX)
+    if not base or base.startswith(".") or "/" in base or "\\" in base or "\0" in base:
+        msg = (
+            f"the tomogram {name!r} cannot be put in place of {PLACEHOLDER}: expected a plain name "
+            "without slashes; give a glob or a .txt list of the files"
+        )
+        raise ValueError(msg)
+    return base
