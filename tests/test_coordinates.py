@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from cectflow.particles import ParticleTable, read_particles
 from cectflow.subtomogram import cut
 from cectflow.tomogram_table import TomogramInfo, read_tomograms
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (40, 100, 80)
 POSITIONS = np.array([[20.0, 50.0, 40.0], [3.25, 99.0, 0.5]])
 
@@ -262,3 +264,12 @@ def test_pixel_sizes_that_are_none_are_refused() -> None:
     columns = xyz("rlnCoordinate{}", POSITIONS) | {"rlnTomoTiltSeriesPixelSize": [1.5, 0.0]}
     with pytest.raises(ValueError, match="positive number of angstrom, the table says 0"):
         positions(table_of(columns))
+
+
+def test_the_picture_of_the_page_shows_what_is_written(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "conventions.py"))
+    numbers = {name: script["numbers_of"](name) for name in ("relion3", "relion4", "relion5", "m")}
+    # Voxel 5, 1 at binning 2 and 5 angstrom; half of 14 x 10 pixels is 35, 25 angstrom.
+    assert numbers == {"relion3": (5, 1), "relion4": (10, 2), "relion5": (15, -15), "m": (50, 10)}
+    script["write_figure"](script["draw_conventions"](), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000

@@ -20,7 +20,9 @@ from road import ROOT, Road
 from cectflow.flows.simulation import write_tomogram
 from cectflow.recipe import load_recipe
 
-PAGES = ("structures", "simulation", "datasets", "training", "registry", "prediction")
+PAGES = (
+    "structures", "simulation", "datasets", "training", "registry", "prediction", "conventions",
+)  # fmt: skip
 
 RUNNER = """
 import json, sys
@@ -64,6 +66,11 @@ def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> No
         written = write_tomogram(load_recipe("tiny").simulation, road.folder / "example")
         shutil.copy(written.tomogram, road.folder)
         shutil.copy(written.particles, road.folder)
+        # Of 48 x 48 x 32 voxels of 16 angstrom at binning 4, odd along x.
+        columns = ("Name", "SizeX", "SizeY", "SizeZ", "TiltSeriesPixelSize", "TomogramBinning")
+        header = "".join(f"_rlnTomo{name}\n" for name in columns)
+        table = f"data_global\n\nloop_\n{header}tomogram 193 192 128 4.0 4.0\n"
+        (road.folder / "tomograms.star").write_text(table)
     text = (ROOT / "docs" / f"{page}.md").read_text()
     commands = [
         line
