@@ -178,7 +178,9 @@ def run_all(
     """
     workers = where.workers
     if workers == 1:
-        yield from track((function(job) for job in jobs), total=len(jobs), title=title, status=status)
+        yield from track(
+            (function(job) for job in jobs), total=len(jobs), title=title, status=status
+        )
         return
     with WorkerProcesses(workers) as executor:
         futures = [executor.submit(function, job) for job in jobs]

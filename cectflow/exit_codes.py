@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["BAD_INPUT", "INTERRUPTED", "REFUSED", "is_foreseen"]
+__all__ = ["BAD_INPUT", "INCOMPLETE", "INTERRUPTED", "REFUSED", "is_foreseen"]
 
 BAD_INPUT = 2
 """What the user gave cannot be used; the message says what to give instead."""
 REFUSED = 3
 """The work was done and its answer is no: a promotion refused, a dataset found faulty."""
+INCOMPLETE = 4
+"""The work was done but for some particles; a file beside the output lists them with the reason."""
 INTERRUPTED = 130
 """Ctrl-C; what was finished is kept."""
 

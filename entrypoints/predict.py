@@ -9,7 +9,7 @@ from typing import cast
 from cectflow.flows.prediction import predict_classes, predict_segments
 from cectflow.flows.simulation import new_folder
 from cectflow.model_card import Variant
-from cectflow.prediction.source import InputFiles
+from cectflow.prediction.inputs import InputFiles
 from cectflow.tracking.runs import connect, start_run
 from entrypoints.door import Parameters, chosen, walk
 from entrypoints.input_options import INPUT_PARAMETERS, read_input_options

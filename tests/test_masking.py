@@ -25,8 +25,8 @@ from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.particles import read_particles
 from cectflow.prediction.contract import InputOptions, load_network
+from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.mask import mask_neighbours
-from cectflow.prediction.source import InputFiles
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Stage = Literal["staging", "production"]
 Runtime = Literal["auto", "torch", "onnxruntime", "openvino"]
 Variant = Literal["float32", "bfloat16", "int8"]
+Border = Literal["fill", "fail"]
+CtfCorrection = Literal["none", "phase_flip", "premultiplied", "wiener"]
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", help="Name (tiny, demo, real …) or path of a YAML file.")
@@ -47,9 +49,14 @@ ModelOption = Annotated[
     typer.Option("--model", help="NAME, NAME@stage, NAME/VERSION, models:/ URI, or a folder."),
 ]
 SubtomogramsOption = Annotated[
-    str | None, typer.Option("--subtomograms", help="MRC stack, folder or glob.")
+    str | None,
+    typer.Option("--subtomograms", help="Stack, folder, glob, dataset, or STAR with their names."),
 ]
 TomogramOption = Annotated[Path | None, typer.Option("--tomogram", help="MRC volume.")]
+TomogramsOption = Annotated[
+    str | None,
+    typer.Option("--tomogram", help="Volume, glob, .txt list, 'path/{name}.mrc', tomograms.star."),
+]
 ParticlesOption = Annotated[
     Path | None, typer.Option("--particles", help="Picks in it: STAR or CSV.")
 ]

@@ -9,8 +9,11 @@ import typer
 
 from cectflow.cli.options import (
     BatchOption,
+    Border,
+    ClusterOption,
     ContrastOption,
     CoordsOption,
+    CtfCorrection,
     DeviceOption,
     ModelOption,
     OverwriteOption,
@@ -19,11 +22,14 @@ from cectflow.cli.options import (
     RuntimeOption,
     SubtomogramsOption,
     TomogramOption,
+    TomogramsOption,
     TrackingOption,
     VariantOption,
     VoxelSizeOption,
     connect_for,
 )
+from cectflow.cli.output import print_table
+from cectflow.exit_codes import INCOMPLETE
 
 if TYPE_CHECKING:
     from cectflow.prediction.whole import WholeOptions
@@ -47,16 +53,47 @@ def predict_classify(
     model: ModelOption,
     out: Annotated[Path, typer.Option("--out", help="STAR file.")],
     subtomograms: SubtomogramsOption = None,
-    tomogram: TomogramOption = None,
+    tomogram: TomogramsOption = None,
     particles: ParticlesOption = None,
+    tomogram_table: Annotated[
+        Path | None,
+        typer.Option("--tomogram-table", help="RELION's tomograms.star: sizes and binning."),
+    ] = None,
     coords_voxel_size: CoordsOption = None,
     voxel_size: VoxelSizeOption = None,
     contrast: ContrastOption = "dark",
+    ctf_correction: Annotated[
+        CtfCorrection | None,
+        typer.Option("--ctf-correction", help="Of the input; warns if the model's is another."),
+    ] = None,
     rescale: RescaleOption = False,
+    border: Annotated[
+        Border,
+        typer.Option("--border", help="Cubes over a face: fill with their mean, or fail."),
+    ] = "fill",
     mask_with: Annotated[
         str | None,
         typer.Option("--mask-with", help="Target segmenter that takes out the neighbours first."),
     ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", help="Parquet or CSV with every class's probability."),
+    ] = None,
+    per_class: Annotated[
+        Path | None, typer.Option("--per-class", help="Folder with a STAR file for each class.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option("--summary", help="PNG of counts, probabilities and examples.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes that read and predict.")
+    ] = 1,
+    cluster: ClusterOption = None,
+    block_size: Annotated[
+        int,
+        typer.Option("--block-size", min=1, help="Particles recorded together; a kill loses one."),
+    ] = 1024,
     device: DeviceOption = "auto",
     batch_size: BatchOption = 64,
     overwrite: OverwriteOption = False,
@@ -64,18 +101,42 @@ def predict_classify(
     variant: VariantOption = "float32",
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Name the structure of each subtomogram, or of each pick in a tomogram."""
-    from cectflow.flows.prediction import predict_classes
-    from cectflow.prediction.contract import InputOptions
-    from cectflow.prediction.source import InputFiles
+    """Name the structure of each subtomogram, or of each pick in one or many tomograms.
 
-    files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
+    What was broken off goes on from its last block when the same command is given again. Exit code
+    4: some particles could not be predicted; a list beside the output says why.
+    """
+    from cectflow.execution import Workplace
+    from cectflow.flows.prediction import plan_classes, predict_classes
+    from cectflow.prediction.contract import InputOptions
+    from cectflow.prediction.inputs import InputFiles
+    from cectflow.prediction.outputs import ClassOutputs, summarise
+
+    files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size, border, tomogram_table)
     options = InputOptions(
-        voxel_size, contrast, rescale, device, batch_size, overwrite, runtime, variant
-    )
+        voxel_size, contrast, rescale, device, batch_size, overwrite, runtime, variant,
+        ctf_correction,
+    )  # fmt: skip
+    outputs = ClassOutputs(out, table, per_class, summary)
+    where = Workplace(workers, cluster)
     for name in (model, mask_with or model):
         connect_for(name, tracking_uri)
-    predict_classes(model, files, out, options, typer.echo, mask_with=mask_with)
+    if dry_run:
+        plan_classes(
+            model, files, outputs, options, typer.echo, mask_with=mask_with, where=where,
+            block_size=block_size,
+        )  # fmt: skip
+        return
+    outcome = predict_classes(
+        model, files, outputs, options, typer.echo, mask_with=mask_with, where=where,
+        block_size=block_size,
+    )  # fmt: skip
+    print_table(
+        ("class", "particles", "probability", "entropy"),
+        [(name, str(count), f"{p:.3f}", f"{h:.3f}") for name, count, p, h in summarise(outcome)],
+    )
+    if outcome.faults:
+        raise typer.Exit(INCOMPLETE)
 
 
 @app.command("segment")
@@ -139,7 +200,7 @@ def predict_segment(
     """
     from cectflow.flows.prediction import predict_segments
     from cectflow.prediction.contract import InputOptions
-    from cectflow.prediction.source import InputFiles
+    from cectflow.prediction.inputs import InputFiles
 
     files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
     options = InputOptions(

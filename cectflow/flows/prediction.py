@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from cectflow.execution import HERE, Workplace
 from cectflow.files import replacing
-from cectflow.model_card import CARD_FILE, Variant
-from cectflow.prediction.classify import Classification, classify_particles, refuse_existing
-from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
-from cectflow.prediction.mask import masked_with
+from cectflow.model_card import CARD_FILE, ModelCard, Variant
+from cectflow.prediction.classify import (
+    BLOCK_SIZE,
+    NOT_PREDICTED,
+    Classification,
+    Classifier,
+    classify_particles,
+    refuse_existing,
+    split_blocks,
+)
+from cectflow.prediction.contract import (
+    InputOptions,
+    LoadedNetwork,
+    NetworkFiles,
+    check_network,
+    open_network,
+    report_correction,
+)
+from cectflow.prediction.inputs import InputFiles
+from cectflow.prediction.journal import Journal, journal_folder
+from cectflow.prediction.outputs import ClassOutputs, write_outputs
 from cectflow.prediction.picks import PickRules
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
-from cectflow.prediction.source import InputFiles, TomogramSource
+from cectflow.prediction.source import CubeSource
 from cectflow.prediction.whole import (
     WholeOptions,
     WholeOutputs,
@@ -25,7 +45,7 @@ from cectflow.prediction.whole import (
 from cectflow.tracking.bundle import open_model_folder
 from cectflow.volume import STACK_SUFFIXES, read_volume
 
-__all__ = ["load_model", "predict_classes", "predict_segments"]
+__all__ = ["find_network", "load_model", "plan_classes", "predict_classes", "predict_segments"]
 
 Report = Callable[[str], None]
 
@@ -33,13 +53,17 @@ Report = Callable[[str], None]
 def predict_classes(
     model: str,
     files: InputFiles,
-    out: Path,
+    out: Path | ClassOutputs,
     options: InputOptions,
     report: Report,
     *,
     mask_with: str | None = None,
+    where: Workplace = HERE,
+    block_size: int = BLOCK_SIZE,
 ) -> Classification:
     """Classes of particles, written as a STAR file with every row and column of the input.
+
+    What ends the work costs one block at most: the same call goes on from what is finished.
 
     Parameters
     ----------
@@ -48,46 +72,124 @@ def predict_classes(
     files
         Where the particles are.
     out
-        STAR file.
+        STAR file, or all outputs.
     options
         What the user says of the input.
     report
         Told what is done to the input and what came out.
     mask_with
         Target segmenter, named like the model, that takes the neighbours out of each cube first.
+    where
+        Processes that read and predict.
+    block_size
+        Particles of a block.
     """
-    refuse_existing((out,), overwrite=options.overwrite, inputs=files.volumes)
-    network = load_model(
-        model, ("classify",), options.device, runtime=options.runtime, variant=options.variant
-    )
-    trained = network.card.masking
-    if mask_with is not None:
-        segmenter = load_model(mask_with, ("target",), options.device)
-        if trained is None:
-            report(f"warning: {network.label} was trained on cubes with their neighbours")
-        elif trained.card_digest != segmenter.card.digest():
-            report(f"warning: {network.label} was trained on cubes masked with {trained.segmenter}")
-        network = masked_with(network, segmenter)
-    elif trained is not None:
-        msg = (
-            f"{network.label} was trained on cubes whose neighbours {trained.segmenter} took out: "
-            f"give --mask-with {trained.segmenter}"
-        )
-        raise ValueError(msg)
-    outcome = classify_particles(network, files.open(network.card, options, report))
-    outcome.table.write(out, overwrite=options.overwrite)
+    outputs = ClassOutputs(out) if isinstance(out, Path) else out
+    classifier, source = _prepare(model, files, outputs, options, report, mask_with, where)
+    outcome = classify_particles(
+        classifier, source, outputs.star, where=where, block_size=block_size,
+        anew=options.overwrite, report=report,
+        finish=lambda done: write_outputs(outputs, done, source, overwrite=True),
+    )  # fmt: skip
     counts = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
     unknown = "" if outcome.num_unknown is None else f"; {outcome.num_unknown} of them unknown"
+    label = classifier.open().label
     report(
-        f"{len(outcome.table.rows)} particles by {network.label}: {counts}{unknown}; "
-        f"mean probability {outcome.mean_probability:.2f}; written to {out}"
+        f"{len(outcome.table.rows) - len(outcome.faults)} particles by {label}: {counts}{unknown}; "
+        f"mean probability {outcome.mean_probability:.2f}; written to {outputs.star}"
     )
+    if outcome.faults:
+        report(
+            f"{len(outcome.faults)} of {len(outcome.table)} particles could not be predicted: "
+            f"class {NOT_PREDICTED}, number 0; why: {outputs.failures}"
+        )
     if outcome.num_unknown is None:
         report(
-            f"warning: the card of {network.label} states neither a temperature nor a threshold: "
+            f"warning: the card of {label} states neither a temperature nor a threshold: "
             "probabilities are not calibrated, and no particle is called unknown; train it again"
         )
     return outcome
+
+
+def plan_classes(
+    model: str,
+    files: InputFiles,
+    outputs: ClassOutputs,
+    options: InputOptions,
+    report: Report,
+    *,
+    mask_with: str | None = None,
+    where: Workplace = HERE,
+    block_size: int = BLOCK_SIZE,
+) -> CubeSource:
+    """All that :func:`predict_classes` checks, and what it would do, without doing it."""
+    classifier, source = _prepare(model, files, outputs, options, report, mask_with, where)
+    network, card = classifier.network, source.card
+    blocks = split_blocks(source, block_size)
+    particles = sum(map(len, blocks))
+    rate = next(
+        (
+            timing.subtomograms_per_s
+            for timing in reversed(card.cost.timings if card.cost else ())
+            if (timing.runtime, timing.variant) == (network.runtime, network.variant)
+        ),
+        None,
+    )
+    took = "" if rate is None else f"; about {particles / rate / where.workers:.0f} s by its card"
+    report(
+        f"would classify {particles} of {len(source.table)} particles of {len(source.files)} files "
+        f"in {len(blocks)} blocks with {network.label} ({network.runtime}, {network.variant}, "
+        f"{network.device}){took}"
+    )
+    for row, reason in list(source.faults.items())[:3]:
+        report(f"particle {row + 1} could not be predicted: {reason}")
+    journal = journal_folder(outputs.star)
+    finished = len(Journal(journal).finished()) if journal.is_dir() else 0
+    if finished and not options.overwrite:
+        report(f"{finished} blocks are finished already")
+    return source
+
+
+def _prepare(
+    model: str,
+    files: InputFiles,
+    outputs: ClassOutputs,
+    options: InputOptions,
+    report: Report,
+    mask_with: str | None,
+    where: Workplace,
+) -> tuple[Classifier, CubeSource]:
+    """Everything that can be refused, before work starts."""
+    # A journal is there only if its run was allowed to write this output.
+    going_on = journal_folder(outputs.star).is_dir()
+    refuse_existing(outputs.paths, overwrite=options.overwrite or going_on, inputs=files.volumes)
+    threads = None
+    if where.cluster is not None or where.workers > 1:
+        threads = 1 if where.cluster else max(1, (os.cpu_count() or 1) // where.workers)
+    network = find_network(
+        model, ("classify",), options.device, runtime=options.runtime, variant=options.variant
+    )
+    network = replace(network, threads=threads)
+    card = ModelCard.from_folder(network.folder)
+    segmenter = None
+    if mask_with is not None:
+        segmenter = replace(find_network(mask_with, ("target",), options.device), threads=threads)
+        masker = ModelCard.from_folder(segmenter.folder)
+        if card.masking is None:
+            report(f"warning: {network.label} was trained on cubes with their neighbours")
+        elif card.masking.card_digest != masker.digest():
+            trained = card.masking.segmenter
+            report(f"warning: {network.label} was trained on cubes masked with {trained}")
+    elif card.masking is not None:
+        msg = (
+            f"{network.label} was trained on cubes whose neighbours {card.masking.segmenter} took "
+            f"out: give --mask-with {card.masking.segmenter}"
+        )
+        raise ValueError(msg)
+    report_correction(card, options, report)
+    classifier = Classifier(network, segmenter)
+    classifier.open()  # a network that does not load is refused before the particles are looked at
+    return classifier, files.open(card, options, report)
 
 
 def predict_segments(
@@ -143,7 +245,7 @@ def predict_segments(
             "tomograms need a semantic segmenter, such as cectflow-tomogram-segmenter@production"
         )
         raise ValueError(msg)
-    if isinstance(source, TomogramSource):
+    if files.tomogram is not None:
         outcome = segment_tomogram(network, source, out, probabilities, overwrite=options.overwrite)
     else:
         outcome = segment_stack(network, source, out, probabilities, overwrite=options.overwrite)
@@ -162,7 +264,8 @@ def _predict_whole(
     whole: WholeOptions,
     report: Report,
 ) -> WholeSegmentation:
-    if files.tomogram is None or files.particles is not None:
+    tomogram = files.whole_tomogram
+    if tomogram is None:
         msg = (
             f"{network.label} is for the task 'semantic', which labels a whole tomogram by itself: "
             "give --tomogram alone; to outline known particles use --model "
@@ -175,17 +278,15 @@ def _predict_whole(
             "are not asked for: give --picks"
         )
         raise ValueError(msg)
-    outcome = segment_whole(network, files.tomogram, outputs, options, whole, report)
+    outcome = segment_whole(network, tomogram, outputs, options, whole, report)
     shares = ", ".join(f"{name} {share:.2%}" for name, share in outcome.shares.items())
-    report(
-        f"{files.tomogram} by {network.label}: {shares} of the voxels; written to {outputs.labels}"
-    )
+    report(f"{tomogram} by {network.label}: {shares} of the voxels; written to {outputs.labels}")
     if outcome.picks is not None:
         counts = outcome.picks.rows["cectflowClassName"].value_counts()
         named = ", ".join(f"{name} {count}" for name, count in counts.items())
         report(f"{len(outcome.picks)} particles{': ' if named else ''}{named}; {outputs.picks}")
     if outputs.figure is not None:
-        _draw(files.tomogram, outputs, outcome, options)
+        _draw(tomogram, outputs, outcome, options)
         report(f"slices: {outputs.figure}")
     return outcome
 
@@ -215,15 +316,15 @@ def _draw(
         picture.savefig(temporary, format="png", dpi=130)
 
 
-def load_model(
+def find_network(
     model: str,
     tasks: tuple[str, ...],
     device: str,
     *,
     runtime: str = "auto",
     variant: Variant = "float32",
-) -> LoadedNetwork:
-    """Network of a registered model or a model folder.
+) -> NetworkFiles:
+    """Verified files of a registered model or a model folder.
 
     Parameters
     ----------
@@ -234,7 +335,7 @@ def load_model(
     device
         ``auto``, ``cpu`` or ``cuda``.
     runtime, variant
-        See :func:`~cectflow.prediction.contract.load_network`.
+        See :func:`~cectflow.prediction.contract.check_network`.
 
     Raises
     ------
@@ -244,14 +345,24 @@ def load_model(
     folder = Path(model)
     if (folder / CARD_FILE).is_file():
         # A folder needs no registry: MLflow is not even imported.
-        return load_network(
-            folder, tasks=tasks, label=open_model_folder(folder),
-            device=device, runtime=runtime, variant=variant,
-        )  # fmt: skip
-    from cectflow.tracking.registry import resolve_model
+        label = open_model_folder(folder)
+    else:
+        from cectflow.tracking.registry import resolve_model
 
-    resolved, version = resolve_model(model)
-    label = f"{version.name}/{version.version}" if version else resolved.name
-    return load_network(
-        resolved, tasks=tasks, label=label, device=device, runtime=runtime, variant=variant
+        folder, version = resolve_model(model)
+        label = f"{version.name}/{version.version}" if version else folder.name
+    return check_network(
+        folder, tasks=tasks, label=label, device=device, runtime=runtime, variant=variant
     )
+
+
+def load_model(
+    model: str,
+    tasks: tuple[str, ...],
+    device: str,
+    *,
+    runtime: str = "auto",
+    variant: Variant = "float32",
+) -> LoadedNetwork:
+    """Network of :func:`find_network`, loaded."""
+    return open_network(find_network(model, tasks, device, runtime=runtime, variant=variant))

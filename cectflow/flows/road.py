@@ -28,7 +28,7 @@ from cectflow.flows.training import (
     train_tomogram_segmenter,
 )
 from cectflow.prediction.contract import InputOptions
-from cectflow.prediction.source import InputFiles
+from cectflow.prediction.inputs import InputFiles
 from cectflow.recipe import Recipe
 from cectflow.runtime import check_variant
 from cectflow.tracking.runs import start_run

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cectflow.model_card import ModelCard
 from cectflow.prediction.contract import InputOptions
-from cectflow.prediction.source import InputFiles
+from cectflow.prediction.inputs import InputFiles
 
 __all__ = ["Unlabelled", "find_unlabelled"]
 

@@ -32,6 +32,7 @@ __all__ = [
     "load_network",
     "open_network",
     "report_changes",
+    "report_correction",
     "require_rescale",
     "same_voxel_size",
     "source_box",
@@ -324,6 +325,24 @@ def report_changes(
         f"rescale: {box}³ at {voxel_size:g} Å, Fourier-resampled to {card.voxel_size:g} Å, "
         f"cropped to {card.box}³"
     )
+
+
+def report_correction(
+    card: ModelCard, options: InputOptions, report: Callable[[str], None]
+) -> None:
+    """Say which CTF correction the network was trained for, where the input's may be another."""
+    given, expected = options.ctf_correction, card.ctf_correction
+    if given is None:
+        report(
+            f"expected are data with ctf_correction {expected}: say with --ctf-correction what "
+            "yours have"
+        )
+    elif given != expected:
+        report(
+            f"warning: the input's ctf_correction is {given}, the network was trained on "
+            f"{expected}: its figures do not hold for these data; reconstruct them so, or train on "
+            f"a recipe with `ctf_correction: {given}`"
+        )
 
 
 def same_voxel_size(given: float, expected: float) -> bool:

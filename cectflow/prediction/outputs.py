@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,7 +132,7 @@ def draw_summary(outcome: Classification, source: CubeSource) -> Figure:
     Cubes are shown as the network saw them: the mean of the central fifth of their sections, and
     each on its own grey scale.
     """
-    from cectflow.figures import draw_classes
+    from cectflow.prediction.figures import draw_classes
 
     judgement, classes = outcome.judgement, source.card.classes
     examples: dict[str, list[np.ndarray]] = {}
@@ -144,16 +144,16 @@ def draw_summary(outcome: Classification, source: CubeSource) -> Figure:
         name: judgement.of_class[judgement.class_ids == number]
         for number, name in enumerate(classes, 1)
     }
-    return draw_classes(probabilities, examples, voxel_size=source.card.voxel_size)
+    return draw_classes(
+        probabilities, examples, voxel_size=source.card.voxel_size, missing=len(outcome.faults)
+    )
 
 
 def _central_section(source: CubeSource, row: int) -> np.ndarray:
     for block in source.files:
         (at,) = np.nonzero(block.rows == row)
         if len(at):
-            one = next(
-                part for number, part in enumerate(block.split(1)) if number == int(at[0])
-            )
+            one = replace(block, rows=block.rows[at], places=block.places[at])
             cube = next(iter(read_block(one, source.card, source.options))).cubes[0, 0]
             half = max(1, len(cube) // 10)
             middle = len(cube) // 2

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from cectflow.execution import track
 from cectflow.prediction.contract import LoadedNetwork
-from cectflow.prediction.source import CubeSource, StackSource, TomogramSource
+from cectflow.prediction.source import CubeSource
 from cectflow.subtomogram import rescale
-from cectflow.volume import create_volume, write_stack
+from cectflow.volume import create_volume, read_volume, write_stack
 
 __all__ = ["Segmentation", "segment_stack", "segment_tomogram"]
 
@@ -50,7 +50,7 @@ class Segmentation:
 
 def segment_stack(
     network: LoadedNetwork,
-    source: StackSource,
+    source: CubeSource,
     labels: Path,
     probabilities: Path | None,
     *,
@@ -80,7 +80,7 @@ def segment_stack(
 
 def segment_tomogram(
     network: LoadedNetwork,
-    source: TomogramSource,
+    source: CubeSource,
     labels: Path,
     probabilities: Path | None,
     *,
@@ -109,7 +109,15 @@ def segment_tomogram(
     if number > np.iinfo(np.int16).max:
         msg = f"{number} particles: at most {np.iinfo(np.int16).max} fit a label map; split them"
         raise ValueError(msg)
-    shape, voxel_size = source.volume.data.shape, source.volume.voxel_size
+    if len(source.files) > 1:
+        msg = (
+            f"the particles are in {len(source.files)} tomograms: one label map is of one tomogram; "
+            "give those of one at a time"
+        )
+        raise ValueError(msg)
+    (block,) = source.files
+    volume = read_volume(block.path, voxel_size=source.options.voxel_size)
+    shape, voxel_size = volume.shape, volume.voxel_size
     headers = network.headers
     sizes: list[int] = []
     with ExitStack() as stack:
@@ -123,7 +131,7 @@ def segment_tomogram(
         owner = stack.enter_context(
             create_volume(labels, shape, voxel_size, np.int16, overwrite=overwrite, labels=headers)
         )
-        centres = np.round(source.centres_zyx).astype(np.int64)
+        centres = np.floor(block.places + 0.5).astype(np.int64)  # as the cubes are cut
         index = 0
         for cubes in _foreground(network, source):
             for cube in _to_tomogram(cubes, network, voxel_size):

@@ -11,8 +11,8 @@ from cectflow.flows.prediction import predict_classes
 from cectflow.model_card import ModelCard
 from cectflow.particles import read_particles
 from cectflow.prediction.contract import InputOptions, load_network
+from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.mask import EDGE, mask_neighbours, masked_with
-from cectflow.prediction.source import InputFiles
 
 CENTRE = 12
 

@@ -23,8 +23,8 @@ from cectflow.model_card import CARD_FILE, ModelCard, Score, VariantFigures
 from cectflow.particles import read_particles
 from cectflow.prediction.classify import Classification
 from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.segment import Segmentation, _paste
-from cectflow.prediction.source import InputFiles
 from cectflow.quantise import quantise
 from cectflow.runtime import load_runtime
 from cectflow.volume import read_stack, read_volume, write_stack
@@ -397,7 +397,7 @@ def test_prediction_imports_no_training_library(
         "import sys; from pathlib import Path\n"
         "from cectflow.flows.prediction import predict_classes\n"
         "from cectflow.prediction.contract import InputOptions\n"
-        "from cectflow.prediction.source import InputFiles\n"
+        "from cectflow.prediction.inputs import InputFiles\n"
         f"predict_classes({str(classifier)!r}, InputFiles({str(stack)!r}),"
         f" Path({str(tmp_path / 'o.star')!r}), InputOptions(device='cpu'), print)\n"
         "heavy = {'lightning_fabric', 'torchmetrics', 'mlflow', 'torch'} & set(sys.modules)\n"

@@ -20,8 +20,8 @@ from cectflow.flows.prediction import predict_segments
 from cectflow.model_card import ModelCard, Picking
 from cectflow.particles import read_particles
 from cectflow.prediction.contract import InputOptions, LoadedNetwork
+from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.picks import PickRules
-from cectflow.prediction.source import InputFiles
 from cectflow.prediction.tomogram import WholeTomogram, open_tomogram, resample
 from cectflow.prediction.whole import WholeOptions, WholeOutputs, WholeSegmentation, segment_whole
 from cectflow.volume import Volume, create_volume, read_volume, write_volume
