@@ -214,7 +214,7 @@ def split_blocks(source: CubeSource, size: int) -> tuple[Block, ...]:
 
 def judge(logits: Float[NDArray[np.float32], "n class"], card: ModelCard) -> Judgement:
     """Classes, probabilities and verdicts of logits; those that are no numbers have none."""
-    missing = np.isnan(logits).all(axis=1)
+    missing = np.asarray(np.isnan(logits).all(axis=1))
     given = np.where(missing[:, None], np.float32(0.0), logits)
     trust = card.trust
     probabilities = probabilities_of(given, 1.0 if trust is None else trust.temperature)
@@ -307,8 +307,7 @@ def _plan(
     places = hashlib.sha256()
     for block in blocks:
         places.update(f"{block.path} {len(block)} {block.box} ".encode())
-        places.update(np.ascontiguousarray(block.rows))
-        places.update(np.ascontiguousarray(block.places))
+        places.update(block.rows.tobytes() + block.places.tobytes())
     masking = classifier.segmenter
     return {
         "model": network.label,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cectflow.dataset import MANIFEST_FILE, SPLITS, open_dataset
 from cectflow.model_card import ModelCard
 from cectflow.particles import ParticleTable, read_particles
 from cectflow.prediction.contract import InputOptions
@@ -166,7 +165,9 @@ def find_tomograms(given: str, names: Sequence[str]) -> dict[str, Path | str]:
 def _stacks_of(given: str) -> tuple[Path, ...]:
     """Stacks of a file, folder, glob or dataset folder (all its splits, in order)."""
     folder = Path(given)
-    if (folder / MANIFEST_FILE).is_file():
+    if (folder / "manifest.json").is_file():
+        from cectflow.dataset import SPLITS, open_dataset  # which imports torch: 2 s
+
         shards = open_dataset(folder).manifest.shards
         return tuple(
             folder / f"{shard.name}.mrcs" for split in SPLITS for shard in shards.get(split, ())

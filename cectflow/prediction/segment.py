@@ -111,7 +111,7 @@ def segment_tomogram(
         raise ValueError(msg)
     if len(source.files) > 1:
         msg = (
-            f"the particles are in {len(source.files)} tomograms: one label map is of one tomogram; "
+            f"the particles are in {len(source.files)} tomograms, a label map is of one: "
             "give those of one at a time"
         )
         raise ValueError(msg)

@@ -237,21 +237,21 @@ def open_listed(
         rows.append(row)
         numbers.append(int(number or 1) - 1)
     blocks = []
-    for name, (rows, numbers) in places.items():
-        path = Path(name) if Path(name).is_file() else folder / name
-        count = opened.count(path)
+    for given, (rows, numbers) in places.items():
+        file = Path(given) if Path(given).is_file() else folder / given
+        count = opened.count(file)
         if count is None:
-            opened.faults |= dict.fromkeys(rows, opened.failed[path])
+            opened.faults |= dict.fromkeys(rows, opened.failed[file])
             continue
         wrong = {row: at for row, at in zip(rows, numbers, strict=True) if not 0 <= at < count}
         opened.faults |= {
-            row: f"{path} holds {count} subtomograms: there is no number {at + 1}"
+            row: f"{file} holds {count} subtomograms: there is no number {at + 1}"
             for row, at in wrong.items()
         }
         kept = np.array([row for row in rows if row not in wrong], np.int64)
         chosen = np.array([at for at in numbers if 0 <= at < count], np.int64)
         if len(kept):
-            blocks.append(Block(path, kept, chosen, opened.box(path)))
+            blocks.append(Block(file, kept, chosen, opened.box(file)))
     opened.refuse_nothing(blocks)
     return CubeSource(table, tuple(blocks), card, options, opened.faults)
 

@@ -415,13 +415,22 @@ def test_labels_open_in_mrcfile_without_complaint(
     assert mrcfile.validate(tmp_path / "l.mrc")
 
 
-def test_a_cube_with_values_that_are_not_finite_is_named(
+def test_a_cube_with_values_that_are_not_finite_is_listed_and_the_others_are_predicted(
     classifier: Path, cubes: np.ndarray, tmp_path: Path
 ) -> None:
     write_stack(tmp_path / "wrong.mrcs", cubes, 12.0)
     with mrcfile.open(tmp_path / "wrong.mrcs", mode="r+") as file:
         file.data[4, 3, 3, 3] = np.nan
-    with pytest.raises(ValueError, match=r"wrong\.mrcs: subtomogram 5 holds values that are not"):
-        classify(classifier, tmp_path / "out.star", OPTIONS, silent,
-                 subtomograms=str(tmp_path / "wrong.mrcs"))  # fmt: skip
-    assert not (tmp_path / "out.star").exists()
+    told: list[str] = []
+    out = tmp_path / "out.star"
+    outcome = classify(classifier, out, OPTIONS, told.append,
+                       subtomograms=str(tmp_path / "wrong.mrcs"))  # fmt: skip
+    rows = read_particles(out).rows
+    assert rows["cectflowClassName"].tolist()[4] == "none"
+    assert rows["cectflowClassNumber"].tolist()[4] == rows["cectflowProbability"].tolist()[4] == 0
+    assert (rows["cectflowClassNumber"][:4] > 0).all()
+    assert sum(outcome.counts.values()) == 4
+    listed = pd.read_csv(tmp_path / "out_failures.csv")
+    assert listed["row"].tolist() == [5]
+    assert "wrong.mrcs: subtomogram 5 holds values that are not finite" in listed["reason"][0]
+    assert any("1 of 5 particles could not be predicted" in line for line in told)
