@@ -38,7 +38,7 @@ class ClassOutputs:
     per_class
         Folder with a STAR file for each class.
     summary
-        PNG: how many of each class, how sure, and the surest cubes of each.
+        PNG: how many of each class, how sure, and some cubes of each.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def write_outputs(
     if outputs.summary is not None:
         figure = draw_summary(outcome, source)
         with replacing(outputs.summary, overwrite=overwrite) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
+            figure.savefig(temporary, format="png", dpi=200)
     outcome.table.write(outputs.star, overwrite=overwrite)
 
 
@@ -127,25 +127,33 @@ def summarise(outcome: Classification) -> list[tuple[str, int, float, float]]:
 
 
 def draw_summary(outcome: Classification, source: CubeSource) -> Figure:
-    """Particles of each class, how sure of them the network is, and its surest cubes of each.
+    """Particles of each class, how sure of them the network is, and some cubes of each.
 
-    Cubes are shown as the network saw them: the mean of the central fifth of their sections, and
-    each on its own grey scale.
+    Cubes are evenly spaced in the order of their probabilities, so that the doubtful ones are seen
+    too. They are shown as the network saw them: the mean of the central fifth of their sections,
+    and each on its own grey scale.
     """
-    from cectflow.prediction.figures import draw_classes
+    from cectflow.prediction.figures import Example, draw_classes
 
     judgement, classes = outcome.judgement, source.card.classes
-    examples: dict[str, list[np.ndarray]] = {}
-    for number, name in enumerate(classes, 1):
-        chosen = np.flatnonzero(judgement.class_ids == number)
-        surest = chosen[np.argsort(-judgement.of_class[chosen], kind="stable")][:EXAMPLES]
-        examples[name] = [_central_section(source, int(row)) for row in surest]
-    probabilities = {
-        name: judgement.of_class[judgement.class_ids == number]
-        for number, name in enumerate(classes, 1)
-    }
+    examples: dict[str, list[Example]] = {}
+    chosen = {name: judgement.class_ids == number for number, name in enumerate(classes, 1)}
+    for name, rows in chosen.items():
+        order = np.flatnonzero(rows)
+        order = order[np.argsort(-judgement.of_class[order], kind="stable")]
+        ranks = np.linspace(0, max(len(order) - 1, 0), min(len(order), EXAMPLES)).round()
+        examples[name] = [
+            Example(_central_section(source, int(row)), float(judgement.of_class[row]))
+            for row in order[ranks.astype(np.int64)]
+        ]
+    unknown = judgement.unknown
     return draw_classes(
-        probabilities, examples, voxel_size=source.card.voxel_size, missing=len(outcome.faults)
+        {name: judgement.of_class[rows] for name, rows in chosen.items()},
+        examples,
+        voxel_size=source.card.voxel_size,
+        unknown=None if unknown is None else {name: unknown[rows] for name, rows in chosen.items()},
+        missing=len(outcome.faults),
+        title=str(outcome.table.rows["cectflowModel"].iloc[0]),
     )
 
 
