@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from once import make_once
 from stores import pristine_mlflow, working_folder
 
 # Before torch is imported: several test workers with several threads each only wait for each other.
@@ -48,11 +49,13 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow database to copy: making one takes seconds."""
     from cectflow.tracking.runs import connect
 
-    root = tmp_path_factory.mktemp("stores")
-    with pristine_mlflow(), working_folder(root):
-        os.environ["MLFLOW_RUN_ID"] = "none"  # so that no experiment is made, for its folder stays
-        connect(f"sqlite:///{root}/empty.db")
-    return root / "empty.db"
+    def make(root: Path) -> None:
+        with pristine_mlflow(), working_folder(root):
+            # So that no experiment is made, for its folder stays.
+            os.environ["MLFLOW_RUN_ID"] = "none"
+            connect(f"sqlite:///{root}/empty.db")
+
+    return make_once("stores", make, tmp_path_factory) / "empty.db"
 
 
 @pytest.hookimpl(trylast=True)
