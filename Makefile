@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_OPTIONS := -q --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-servers test-uv test-slurm lint bench clean
+.PHONY: demo test test-servers test-uv test-slurm lint style types bench clean
 
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" mlflow run . --env-manager local -P recipe=demo -P workers=2
@@ -29,11 +29,15 @@ test-slurm: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps 'mlflow-slurm==1.0.6'
 	$(BIN)/python -m pytest tests/walks/slurm_cluster.py
 
-lint: $(VENV)/.installed
+lint: style types
+
+style: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.road --quick --json road-quick.json

@@ -30,6 +30,7 @@ __all__ = [
     "has_openvino",
     "load_program",
     "load_runtime",
+    "load_torch",
 ]
 
 RuntimeName = Literal["torch", "torch.compile", "onnxruntime", "openvino"]
@@ -255,20 +256,43 @@ def _existing(path: Path) -> Path:
     raise FileNotFoundError(msg)
 
 
-def _load_torch(folder: Path, device: str, variant: Variant, *, compiled: bool) -> Infer:
+def load_torch(
+    folder: Path, device: str, variant: Variant = "float32", *, compiled: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Callable from cubes to float32 logits, both tensors on the device.
+
+    Parameters
+    ----------
+    folder, variant
+        As of :func:`load_runtime`.
+    device
+        As torch names it.
+    compiled
+        By ``torch.compile``.
+    """
     import torch
 
     program = load_program(folder, device)
     forward: Callable[[Tensor], Tensor] = torch.compile(program) if compiled else program
 
-    def infer(cubes: NDArray[np.float32]) -> NDArray[np.float32]:
+    def infer(cubes: Tensor) -> Tensor:
         # Autocast takes convolutions and dense layers to bfloat16, and leaves means and roots.
-        low = torch.autocast(device, torch.bfloat16, enabled=variant == "bfloat16")
+        low = torch.autocast(cubes.device.type, torch.bfloat16, enabled=variant == "bfloat16")
         with torch.inference_mode(), low:
-            # torch refuses negative strides and warns of read-only memory.
-            owned = np.require(cubes, requirements=["C", "W"])
-            logits = forward(torch.from_numpy(owned).to(device))
-        return logits.float().cpu().numpy()
+            return forward(cubes).float()
+
+    return infer
+
+
+def _load_torch(folder: Path, device: str, variant: Variant, *, compiled: bool) -> Infer:
+    import torch
+
+    forward = load_torch(folder, device, variant, compiled=compiled)
+
+    def infer(cubes: NDArray[np.float32]) -> NDArray[np.float32]:
+        # torch refuses negative strides and warns of read-only memory.
+        owned = np.require(cubes, requirements=["C", "W"])
+        return forward(torch.from_numpy(owned).to(device)).cpu().numpy()
 
     return infer
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 __all__ = [
     "DEVIATION_PER_MAD",
@@ -20,6 +20,7 @@ __all__ = [
     "flip_contrast",
     "inside",
     "normalise",
+    "resampling_matrix",
     "rescale",
     "robust_statistics",
 ]
@@ -37,6 +38,7 @@ def cut(
     *,
     periodic: bool,
     fill: float | int | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Shaped[NDArray[Any], "n {box} {box} {box}"]:
     """Cubes around centres, with the voxel nearest to each centre at index box//2.
 
@@ -53,11 +55,13 @@ def cut(
         False: what is missing of them is filled.
     fill
         Value of missing voxels; None: the mean of the voxels that the cube has. Give 0 for labels.
+    dtype
+        Of the cubes; None: the volume's, in integers of which a mean is rounded.
 
     Returns
     -------
     NDArray
-        ``(n, box, box, box)`` of the volume's type.
+        ``(n, box, box, box)``.
 
     Raises
     ------
@@ -69,7 +73,7 @@ def cut(
         msg = f"a box of {box} cannot be cut from a volume of {shape} voxels (z, y, x)"
         raise ValueError(msg)
     corners = _corners(centres_zyx, box)
-    cubes = np.empty((len(corners), box, box, box), volume_data.dtype)
+    cubes = np.empty((len(corners), box, box, box), dtype or volume_data.dtype)
     for row, (cube, corner) in enumerate(zip(cubes, corners, strict=True)):
         starts, stops = np.maximum(corner, 0), np.minimum(corner + box, shape)
         if (stops - starts == box).all():
@@ -198,7 +202,7 @@ def rescale(
         starts = [n // 2 - box // 2 for n in cubes.shape[1:]]
         cropped = cubes[(slice(None), *(slice(start, start + box) for start in starts))]
         return np.array(cropped, np.float32)
-    along_z, along_y, along_x = (_resampling(n, ratio, box) for n in cubes.shape[1:])
+    along_z, along_y, along_x = (resampling_matrix(n, ratio, box) for n in cubes.shape[1:])
     result = along_y @ (cubes.astype(np.float32) @ along_x.T)
     result = along_z @ result.reshape(len(cubes), cubes.shape[1], box * box)
     return result.reshape(len(cubes), box, box, box)
@@ -232,8 +236,18 @@ def _as_type(value: float | int, dtype: np.dtype[Any]) -> Any:
     return dtype.type(value if dtype.kind == "f" else round(float(value)))
 
 
-def _resampling(num: int, ratio: float, box: int) -> NDArray[np.float32]:
-    """Matrix ``(box, num)`` from samples to the values of their trigonometric interpolation."""
+def resampling_matrix(num: int, ratio: float, box: int) -> Float[NDArray[np.float32], "box num"]:
+    """Matrix from samples to their trigonometric interpolation at other places.
+
+    Parameters
+    ----------
+    num
+        Samples; number ``num // 2`` stays where it is.
+    ratio
+        Distance of the new places, in samples.
+    box
+        How many there are.
+    """
     places = num // 2 + (np.arange(box) - box // 2) * ratio
     distances = places[:, None] - np.arange(num)
     frequencies = np.arange(num // 2 + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +20,11 @@ FOLDS = ("all", "without-barrel-bowl", "without-rod")
 
 
 @pytest.fixture(scope="module")
-def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        shutil.copy(empty_store, folder / "store.db")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/store.db")
         yield
 

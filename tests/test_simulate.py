@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +19,13 @@ PICTURES = {"field.png", "power_spectra.png", "ctf.png", "snr.png", "subtomogram
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mlflow.MlflowClient]:
+def store(
+    tmp_path_factory: pytest.TempPathFactory, empty_store: Path
+) -> Iterator[mlflow.MlflowClient]:
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        shutil.copy(empty_store, folder / "store.db")
         uri = f"sqlite:///{folder}/store.db"
         connect(uri)
         yield mlflow.MlflowClient(uri)

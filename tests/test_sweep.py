@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def make_recipe(**changes: object) -> Recipe:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, exported: Exported) -> Any:
+def bench(tmp_path: Path, exported: Exported, empty_store: Path) -> Any:
     """Callable that sweeps in a store of its own."""
     write_dataset(tmp_path / "data")
 
@@ -46,6 +47,7 @@ def bench(tmp_path: Path, exported: Exported) -> Any:
     with pristine_mlflow(), working_folder(tmp_path):
         from cectflow.tracking.runs import connect
 
+        shutil.copy(empty_store, tmp_path / "store.db")
         connect(f"sqlite:///{tmp_path}/store.db")
         yield run
 

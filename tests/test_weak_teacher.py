@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,11 @@ def test_chance_is_the_share_of_the_most_frequent_class() -> None:
 
 
 def test_distill_refuses_before_anything_is_simulated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    empty_store: Path,
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "store.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
     (tmp_path / "weak").mkdir()
     (tmp_path / "weak" / CARD_FILE).write_text(classifier(0.4).to_json())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -244,15 +244,37 @@ def _answer(job: _Job) -> tuple[int, Answers]:
     lightness = np.full(len(block), np.nan, np.float32)
     faults: dict[int, str] = {}
     try:
-        for batch in prefetch(read_block(block, card, job.options)):
-            faults |= batch.faults
-            if len(batch.kept):
-                logits[batch.kept] = network.infer(batch.cubes)
-                lightness[batch.kept] = _lightness(batch.cubes)
+        for kept, answers, light, wrong in _answers(network, block, job.options):
+            faults |= wrong
+            logits[kept] = answers
+            lightness[kept] = light
     except OSError as error:
         missing = np.flatnonzero(np.isnan(lightness)).tolist()
         faults |= {place: f"{block.path}: {error}" for place in missing if place not in faults}
     return job.number, Answers(logits, lightness, faults)
+
+
+def _answers(
+    network: LoadedNetwork, block: Block, options: InputOptions
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], dict[int, str]]]:
+    """Places in a block, their logits and lightness, and what is wrong with others, by batches."""
+    card = network.card
+    nothing = np.zeros((0, len(card.classes)), np.float32), np.zeros(0, np.float32)
+    if network.infer_there is not None and block.places.ndim == 2:
+        from cectflow.prediction.on_device import read_block_on_device
+
+        for cubes, kept, faults in read_block_on_device(block, card, options, network.device):
+            answers = nothing
+            if len(kept):
+                logits = network.infer_there(cubes).cpu().numpy()
+                answers = logits, _lightness(cubes.cpu().numpy())
+            yield kept, *answers, faults
+        return
+    for batch in prefetch(read_block(block, card, options)):
+        answers = nothing
+        if len(batch.kept):
+            answers = network.infer(batch.cubes), _lightness(batch.cubes)
+        yield batch.kept, *answers, batch.faults
 
 
 def _lightness(cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -20,8 +20,12 @@ from cectflow.runtime import (
     choose_runtime,
     has_openvino,
     load_runtime,
+    load_torch,
 )
 from cectflow.subtomogram import rescale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "InputOptions",
@@ -95,13 +99,16 @@ class LoadedNetwork:
     label
         What outputs call it, such as ``cectflow-student/3``.
     device
-        ``cpu`` or ``cuda``.
+        ``cpu``, ``cuda`` or one of several GPUs, such as ``cuda:1``.
+    infer_there
+        The same for cubes that are on the device already; None: it runs on the CPU.
     """
 
     card: ModelCard
     infer: Infer
     label: str
     device: str = "cpu"
+    infer_there: Callable[[Tensor], Tensor] | None = None
 
     @property
     def masking(self) -> Masking:
@@ -222,11 +229,27 @@ def open_network(files: NetworkFiles) -> LoadedNetwork:
         import torch
 
         torch.set_num_threads(files.threads)
+    device = _own_device(files.device)
     infer = load_runtime(
-        files.folder, files.runtime, variant=files.variant, device=files.device,
+        files.folder, files.runtime, variant=files.variant, device=device,
         threads=files.threads, gives_back=card.task == "semantic",
     )  # fmt: skip
-    return LoadedNetwork(card, infer, files.label, files.device)
+    there = None
+    if device != "cpu" and files.runtime == "torch":
+        there = load_torch(files.folder, device, files.variant)
+    return LoadedNetwork(card, infer, files.label, device, there)
+
+
+def _own_device(device: str) -> str:
+    """Of several GPUs, each worker process its own, by turns."""
+    import multiprocessing
+
+    identity = multiprocessing.current_process()._identity
+    if device != "cuda" or not identity:
+        return device
+    import torch
+
+    return f"cuda:{(identity[0] - 1) % torch.cuda.device_count()}"
 
 
 def load_network(

@@ -156,7 +156,7 @@ def read_block(block: Block, card: ModelCard, options: InputOptions) -> Iterator
         if block.places.ndim == 1:
             cubes = stack[_as_slice(places)]
         else:
-            cubes = cut(volume.data, places, block.box, periodic=False)
+            cubes = cut(volume.data, places, block.box, periodic=False, dtype=np.float32)
         cubes = np.asarray(cubes, np.float32)
         # A sum is finite only if all of its terms are, and takes a third of the time.
         sound = np.isfinite(cubes.sum(axis=(1, 2, 3), dtype=np.float64))

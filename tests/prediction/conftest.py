@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from builders import make_card
+from once import make_once
 
 from cectflow.export import export_network
 from cectflow.model_card import Role
@@ -39,33 +40,41 @@ def make_model_folder(
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "classifier"
-    return make_model_folder(folder, "strided_micro", "student", "classify")
+
+    def make(root: Path) -> None:
+        make_model_folder(root / "classifier", "strided_micro", "student", "classify")
+
+    return make_once("prediction-classifier", make, tmp_path_factory) / "classifier"
 
 
 @pytest.fixture(scope="session")
 def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "segmenter"
-    return make_model_folder(folder, "strided_ed_small", "segmenter", "target")
+
+    def make(root: Path) -> None:
+        make_model_folder(root / "segmenter", "strided_ed_small", "segmenter", "target")
+
+    return make_once("prediction-segmenter", make, tmp_path_factory) / "segmenter"
 
 
 @pytest.fixture(scope="session")
 def semantic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A semantic segmenter of two classes at 10 Å, without a sense of the centre."""
-    folder = tmp_path_factory.mktemp("models") / "semantic"
     names = CLASSES[:2]
     card = make_card(
         role="segmenter", task="semantic", network="strided_ed_small", num_outputs=3, classes=names,
         labels=names, box=BOX, voxel_size=10.0, normalisation="tomogram",
     )  # fmt: skip
-    torch.manual_seed(0)
-    export_network(
-        create_network("strided_ed_small", num_outputs=3, box=BOX, centred=False),
-        card,
-        folder,
-        stride=network_info("strided_ed_small").stride,
-    )
-    return folder
+
+    def make(root: Path) -> None:
+        torch.manual_seed(0)
+        export_network(
+            create_network("strided_ed_small", num_outputs=3, box=BOX, centred=False),
+            card,
+            root / "semantic",
+            stride=network_info("strided_ed_small").stride,
+        )
+
+    return make_once("prediction-semantic", make, tmp_path_factory) / "semantic"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from once import make_once
 from road import Road
 
 from cectflow.learning.fit import FitRecipe
@@ -18,17 +18,15 @@ from cectflow.recipe import load_recipe
 @pytest.fixture(scope="session")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Road:
     """The road, walked once for all test processes; its store is a copy that stays as it is."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "walked"
-    with FileLock(folder.with_suffix(".lock")):
-        output = folder / "output.txt"
-        if not output.is_file():
-            folder.mkdir()
-            walk = make_road(folder)
-            said = walk.mlflow_run("main", recipe="tiny", out=str(folder / "tour"), device="cpu")
-            shutil.copy(folder / "mlflow.db", folder / "walked.db")
-            output.write_text(said, encoding="utf-8")
-    return Road(folder, output.read_text(encoding="utf-8"), {})
+
+    def walk(folder: Path) -> None:
+        road = make_road(folder)
+        said = road.mlflow_run("main", recipe="tiny", out=str(folder / "tour"), device="cpu")
+        shutil.copy(folder / "mlflow.db", folder / "walked.db")
+        (folder / "output.txt").write_text(said, encoding="utf-8")
+
+    folder = make_once("walked", walk, tmp_path_factory)
+    return Road(folder, (folder / "output.txt").read_text(encoding="utf-8"), {})
 
 
 @pytest.fixture(scope="module")

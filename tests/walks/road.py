@@ -6,8 +6,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["ROOT", "Road"]
+__all__ = ["ROOT", "Road", "find_runs"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,3 +45,12 @@ class Road:
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
+
+
+def find_runs(road: Road) -> list[Any]:
+    """All runs of the road's store, the newest first."""
+    import mlflow
+
+    client = mlflow.MlflowClient(road.environment["MLFLOW_TRACKING_URI"])
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, max_results=100, order_by=["start_time DESC"]))
