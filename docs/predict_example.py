@@ -25,6 +25,8 @@ from cectflow.tomogram_table import TomogramInfo
 from cectflow.volume import read_volume
 
 COUNT = 3
+SHAPE = (48, 96, 96)
+"""Voxels (z, y, x)."""
 BINNING = 4
 RANDOM_SHARE = 1 / 6
 LEAST_SCORE, SCORE_STEP = 0.2, 0.01
@@ -35,7 +37,7 @@ def write_example(recipe_name: str, folder: Path) -> None:
     recipe = load_recipe(recipe_name).simulation
     made = deliver_tomograms(
         recipe, load_structures(recipe), folder / "simulated", count=COUNT,
-        shape=recipe.field_shape,
+        shape=SHAPE,
     )  # fmt: skip
     (folder / "tomograms").mkdir(exist_ok=True)
     rng = np.random.default_rng(1)

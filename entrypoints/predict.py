@@ -97,15 +97,17 @@ def _segment(given: Parameters, files: InputFiles, options: InputOptions) -> Non
 
 def _out(given: Parameters, name: str) -> Path:
     """The output that is asked for, or one in a new folder."""
-    if given["out"]:
-        return Path(given["out"])
+    chosen_out = _path(given, "out")
+    if chosen_out is not None:
+        return chosen_out
     folder = new_folder("predict")
     folder.mkdir(parents=True)
     return folder / name
 
 
 def _path(given: Parameters, name: str) -> Path | None:
-    return Path(given[name]) if given[name] else None
+    value = given[name]
+    return Path(value) if value else None
 
 
 def _positive(given: Parameters, name: str, default: int) -> int:

@@ -89,7 +89,8 @@ def draw_classes(
     grid[0, 1].set_title("probability", fontsize=USUAL)
     if columns:
         order = "from the surest to the most doubtful; probability below"
-        grid[0, 2].set_title(order, fontsize=USUAL, loc="left")
+        # It is as wide as several panels, and shall not widen its own.
+        grid[0, 2].set_title(order, fontsize=USUAL, loc="left").set_in_layout(False)
         draw_scale_bar(grid[0, 2], voxel_size)
     total = sum(map(len, probabilities.values()))
     lost = f", {missing:,} not predicted" if missing else ""

@@ -81,8 +81,8 @@ class InputFiles:
     def volumes(self) -> tuple[Path, ...]:
         """Files that are known without reading a table, which no output may replace."""
         if self.tomogram is not None:
-            given = [Path(self.tomogram), *([self.particles] if self.particles else [])]
-            return tuple(path for path in given if path.is_file())
+            given = (Path(self.tomogram), self.particles, self.tomogram_table)
+            return tuple(path for path in given if path is not None and path.is_file())
         assert self.subtomograms is not None
         return _stacks_of(self.subtomograms)
 
@@ -149,6 +149,12 @@ def find_tomograms(given: str, names: Sequence[str]) -> dict[str, Path | str]:
     FileNotFoundError
         If there is no such file at all.
     """
+    if PLACEHOLDER in given and names == ("",):
+        msg = (
+            f"the particles name no tomogram, which {PLACEHOLDER} in {given!r} stands for: "
+            "expected a column rlnTomoName or rlnMicrographName, or the file of one tomogram"
+        )
+        raise ValueError(msg)
     if PLACEHOLDER in given:
         return {name: _existing(given.replace(PLACEHOLDER, _plain(name))) for name in names}
     if given.endswith(".star"):
@@ -179,7 +185,7 @@ def _stacks_of(given: str) -> tuple[Path, ...]:
 
 def _listed(given: str) -> list[Path]:
     path = Path(given)
-    if path.suffix == ".txt":
+    if path.suffix == ".txt" and path.is_file():
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         paths = [Path(line) for line in lines if line and not line.startswith("#")]
     elif path.is_dir():

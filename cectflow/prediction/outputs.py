@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassOutputs", "draw_summary", "summarise", "write_failures", "write_outputs"]
 
+STAR_SUFFIXES = (".star", ".csv")
 TABLE_SUFFIXES = (".parquet", ".csv")
+PICTURE_SUFFIXES = (".png",)
 EXAMPLES = 6
 """Cubes of each class in the picture."""
 
@@ -43,7 +45,7 @@ class ClassOutputs:
     Raises
     ------
     ValueError
-        If the table's name ends otherwise.
+        If the name of a file ends otherwise, or a folder is in its place.
     """
 
     star: Path
@@ -52,8 +54,21 @@ class ClassOutputs:
     summary: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.table is not None and self.table.suffix not in TABLE_SUFFIXES:
-            msg = f"{self.table} would be a table: expected a name in {', '.join(TABLE_SUFFIXES)}"
+        for path, what, suffixes in (
+            (self.star, "particle table", STAR_SUFFIXES),
+            (self.table, "table", TABLE_SUFFIXES),
+            (self.summary, "picture", PICTURE_SUFFIXES),
+        ):
+            if path is None:
+                continue
+            if path.suffix not in suffixes:
+                msg = f"{path} would be a {what}: expected a name in {', '.join(suffixes)}"
+                raise ValueError(msg)
+            if path.is_dir():
+                msg = f"{path} is a folder: give the {what} another name"
+                raise ValueError(msg)
+        if self.per_class is not None and self.per_class.is_file():
+            msg = f"{self.per_class} is a file: the STAR files of the classes go into a folder"
             raise ValueError(msg)
 
     @property
@@ -63,8 +78,8 @@ class ClassOutputs:
 
     @property
     def paths(self) -> tuple[Path | None, ...]:
-        """Files that are always written."""
-        return self.star, self.table, self.summary
+        """What is always written: files, and the folder of the classes."""
+        return self.star, self.table, self.summary, self.per_class
 
 
 def write_outputs(
@@ -84,9 +99,11 @@ def write_outputs(
         outputs.per_class.mkdir(exist_ok=True)
         for number, name in enumerate(classes, 1):
             chosen = outcome.judgement.class_ids == number
+            path = outputs.per_class / f"{plain_name(name)}.star"
             if chosen.any():
-                path = outputs.per_class / f"{plain_name(name)}.star"
                 outcome.table.select(chosen).write(path, overwrite=overwrite)
+            else:
+                path.unlink(missing_ok=True)  # of an earlier run, which would pass for this one's
     if outputs.summary is not None:
         figure = draw_summary(outcome, source)
         with replacing(outputs.summary, overwrite=overwrite) as temporary:

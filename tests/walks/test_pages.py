@@ -21,21 +21,46 @@ from cectflow.flows.simulation import write_tomogram
 from cectflow.recipe import load_recipe
 
 PAGES = (
-    "structures", "simulation", "datasets", "training", "registry", "prediction", "conventions",
+    "structures", "simulation", "datasets", "training", "registry", "predict", "prediction",
+    "conventions",
 )  # fmt: skip
 
+# cectflow's commands in this process, others in a shell; each with the exit code that it must have.
 RUNNER = """
-import json, sys
+import json, subprocess, sys
 from cectflow.cli import main
 
 if __name__ == "__main__":
-    for command in json.load(sys.stdin):
-        try:
-            main(command)
-        except SystemExit as stop:
-            if stop.code:
-                sys.exit(f"{command} ended with {stop.code}")
+    for line, arguments, expected in json.load(sys.stdin):
+        code = 0
+        if arguments[0] == "cectflow":
+            try:
+                main(arguments[1:])
+            except SystemExit as stop:
+                code = stop.code or 0
+        else:
+            code = subprocess.run(line, shell=True, stdin=subprocess.DEVNULL).returncode
+        if code != expected:
+            sys.exit(f"{line} ended with {code}, expected {expected}")
 """
+CLONE = "~/cectflow"
+"""What the pages call the folder of the clone."""
+NAPARI = """
+import sys
+
+class Viewer:
+    def add_image(self, data, **given):
+        assert data.ndim == 3, data.shape
+
+    def add_points(self, data, **given):
+        assert data.shape[1] == 3, data.shape
+        assert len(data) == len(given["features"]["class"])
+        assert (data >= -0.5).all(), data.min()
+
+def run():
+    sys.exit(0)
+"""
+"""Stands in for napari, which is not among the requirements, and looks at what it is given."""
 
 pytestmark = pytest.mark.slow
 
@@ -79,15 +104,22 @@ def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> No
         if line.strip()
     ]
     assert commands
-    arguments = [shlex.split(command) for command in commands]
-    assert {program for program, *_ in arguments} == {"cectflow"}
-    for line in arguments:
-        if line[1:3] == ["structures", "fetch"]:
-            line += ["--base-url", archive]
+    steps = []
+    assert {command.split()[0] for command in commands} <= {"cectflow", "mlflow", "python", "ls"}
+    for command in commands:
+        line = command.replace(CLONE, str(ROOT))
+        arguments = shlex.split(line, comments=True)
+        if arguments[1:3] == ["structures", "fetch"]:
+            arguments += ["--base-url", archive]
+        code = re.search(r"# exit code (\d+)$", line)
+        steps.append((line, arguments, int(code[1]) if code else 0))
     # One process for a page: what its libraries do to signals must not reach the other tests.
     walked = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=json.dumps([line[1:] for line in arguments]),
+        [sys.executable, "-c", RUNNER], input=json.dumps(steps),
         cwd=road.folder, env=road.environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert walked.returncode == 0, walked.stdout[-3000:] + walked.stderr[-3000:]
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        (road.folder / "napari.py").write_text(NAPARI)
+        subprocess.run([sys.executable, "-c", snippet], cwd=road.folder, check=True)
