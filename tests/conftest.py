@@ -36,7 +36,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FIRST = (
     "test_entry_points", "test_delivery", "test_tomograms", "test_calibration", "test_live",
-    "test_imaging", "test_pages",
+    "test_imaging", "test_cluster_workers", "test_pages",
 )  # fmt: skip
 """Files that begin. The long walks would keep one of two workers waiting at the end; the pages take
 up the road that the entry points walk meanwhile, so others come before them."""

@@ -25,6 +25,12 @@ StructuresOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Replaces the recipe's.")]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes that simulate.")]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster", help="Many machines: a Dask scheduler's tcp://HOST:PORT, or a YAML file."
+    ),
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto: a GPU where there is one.")]
 DevicesOption = Annotated[
     int, typer.Option("--devices", help="GPUs, or processes on the CPU, that train together.")
