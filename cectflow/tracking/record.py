@@ -45,8 +45,8 @@ class Change:
     time: str
     """When it was begun: ISO 8601, UTC."""
     action: Action
-    """``found``: the alias was seen where no change on record had put it: other hands than cectflow's
-    moved it, or changes that met and broke off."""
+    """``found``: the alias was seen where no change on record had put it: other hands than
+    cectflow's moved it, or changes that met and broke off."""
     stage: str
     """``staging``, ``production`` or, of an archive, ``archived``."""
     version: str | None
