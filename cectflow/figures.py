@@ -28,6 +28,7 @@ __all__ = [
     "draw_groups",
     "draw_learning_curves",
     "draw_radial_power",
+    "draw_scale_bar",
     "draw_slices",
     "draw_tomogram",
     "write_figure",
@@ -147,7 +148,7 @@ def draw_slices(
         title = titles[column]
         size = 9 * min(1.0, TITLE_CHARACTERS / max(len(title), 1))
         panels[0, column].set_title(title, fontsize=max(size, 4))
-    _scale_bar(panels[0, 0], voxel_size)
+    draw_scale_bar(panels[0, 0], voxel_size)
     if outlines:
         handles = [Line2D([], [], color=colour, label=name) for _, name, colour in outlines]
         figure.legend(
@@ -255,7 +256,7 @@ def draw_field(
                 axes.set_ylabel(f"{plane} slice:  {plane[1]} →")
         grid[0, column].set_title(name, fontsize=10)
         grid[1, column].set_xlabel("x →")
-    _scale_bar(grid[0, 0], voxel_size)
+    draw_scale_bar(grid[0, 0], voxel_size)
     if title:
         figure.suptitle(title, fontsize=11)
     if classes:
@@ -317,7 +318,7 @@ def draw_tomogram(
                 axes.plot(chosen[:, 2], chosen[:, across], "+", color=colour, markersize=6)
             axes.set_xlim(-0.5, width - 0.5)
             axes.set_ylim(-0.5, outlined.shape[0] - 0.5)
-    _scale_bar(panels[0, 0], voxel_size)
+    draw_scale_bar(panels[0, 0], voxel_size)
     panels[0, 0].set_title(title, fontsize=10)
     panels[0, 1].set_title(
         f"labels, and picks within {depth:g} Å of the slice" if len(positions_zyx) else "labels",
@@ -464,7 +465,7 @@ def _outline(axes: Axes, plane: NDArray[Any], colour: str) -> None:
     axes.set(xlim=limits[0], ylim=limits[1])
 
 
-def _scale_bar(axes: Axes, voxel_size: float) -> None:
+def draw_scale_bar(axes: Axes, voxel_size: float) -> None:
     """Bar of a round length, about a third of the width, at the lower left."""
     low, high = axes.get_xlim()
     width = (high - low) * voxel_size * SCALE_BAR_FRACTION

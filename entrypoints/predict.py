@@ -6,57 +6,123 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from cectflow.flows.prediction import predict_classes, predict_segments
+from cectflow.execution import Workplace
+from cectflow.exit_codes import INCOMPLETE
+from cectflow.flows.prediction import predict_segments
+from cectflow.flows.prediction_run import log_classes
 from cectflow.flows.simulation import new_folder
 from cectflow.model_card import Variant
+from cectflow.prediction.classify import BLOCK_SIZE
+from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
+from cectflow.prediction.outputs import ClassOutputs
+from cectflow.prediction.source import Border
 from cectflow.tracking.runs import connect, start_run
-from entrypoints.door import Parameters, chosen, walk
+from entrypoints.door import Parameters, chosen, integer, number, tell, walk
 from entrypoints.input_options import INPUT_PARAMETERS, read_input_options
 
+OF_CLASSES = (
+    "tomogram_table", "ctf_correction", "border", "mask_with", "table", "per_class", "summary",
+    "block_size", "workers", "cluster",
+)  # fmt: skip
+"""Parameters of the task ``classify`` alone."""
 PARAMETERS = (
-    "task", "model", "subtomograms", "tomogram", "particles", "out", *INPUT_PARAMETERS, "device",
-    "runtime", "variant", "mask_with",
+    "task", "model", "subtomograms", "tomogram", "particles", "coords_voxel_size", "out",
+    *INPUT_PARAMETERS, "device", "runtime", "variant", "batch_size", "overwrite", *OF_CLASSES,
 )  # fmt: skip
 
 
-def story(given: Parameters) -> None:
-    """Predict, and log what came out."""
+def story(given: Parameters) -> int | None:
+    """Predict, and log what came out; some particles without a prediction are an exit code."""
     task = chosen(given, "task", ("classify", "segment"))
+    corrections = ("", "none", "phase_flip", "premultiplied", "wiener")
     options = replace(
         read_input_options(given),
         runtime=chosen(given, "runtime", ("auto", "torch", "onnxruntime", "openvino")),
         variant=cast("Variant", chosen(given, "variant", ("float32", "bfloat16", "int8"))),
+        batch_size=_positive(given, "batch_size", InputOptions().batch_size),
+        overwrite=chosen(given, "overwrite", ("false", "true")) == "true",
+        ctf_correction=chosen(given, "ctf_correction", corrections) or None,
     )
     files = InputFiles(
         given["subtomograms"],
-        Path(given["tomogram"]) if given["tomogram"] else None,
-        Path(given["particles"]) if given["particles"] else None,
+        given["tomogram"],
+        _path(given, "particles"),
+        number(given, "coords_voxel_size"),
+        cast("Border", chosen(given, "border", ("fill", "fail"))),
+        _path(given, "tomogram_table"),
     )
-    suffix = "star" if task == "classify" else ("mrc" if files.tomogram else "mrcs")
-    out = Path(given["out"]) if given["out"] else new_folder("predict") / f"{task}.{suffix}"
-    if not given["out"]:
-        out.parent.mkdir(parents=True)
+    if task == "classify":
+        return _classify(given, files, options)
+    _segment(given, files, options)
+    return None
+
+
+def _classify(given: Parameters, files: InputFiles, options: InputOptions) -> int | None:
+    where = Workplace(_positive(given, "workers", 1), given["cluster"])
+    block_size = _positive(given, "block_size", BLOCK_SIZE)
+    out = _out(given, "classify.star")
+    outputs = ClassOutputs(
+        out, _path(given, "table"), _path(given, "per_class"),
+        _path(given, "summary") or out.with_name(f"{out.stem}_summary.png"),
+    )  # fmt: skip
     connect()
-    with start_run(f"predict_{task}") as run:
-        if task == "classify":
-            model = given["model"] or "cectflow-student@production"
-            mask_with = given["mask_with"]
-            outcome = predict_classes(model, files, out, options, print, mask_with=mask_with)
-            run.log({f"count/{name}": count for name, count in outcome.counts.items()})
-            run.log({"particles": len(outcome.table), "probability": outcome.mean_probability})
-            if outcome.num_unknown is not None:
-                run.log({"unknown": outcome.num_unknown})
-        else:
-            whole = files.tomogram is not None and files.particles is None
-            name = "tomogram-segmenter" if whole else "segmenter"
-            picks = out.with_suffix(".star") if whole else None
-            model = given["model"] or f"cectflow-{name}@production"
-            segmented = predict_segments(model, files, out, None, options, print, picks=picks)
-            run.log(segmented.figures)
-            if picks is not None:
-                run.log_files(picks)
+    with start_run("predict_classify") as run:
+        outcome = log_classes(
+            run, given["model"] or "cectflow-student@production", files, outputs, options, tell,
+            mask_with=given["mask_with"], where=where, block_size=block_size,
+        )  # fmt: skip
+    return INCOMPLETE if outcome.faults else None
+
+
+def _segment(given: Parameters, files: InputFiles, options: InputOptions) -> None:
+    defaults = {"border": "fill", "block_size": str(BLOCK_SIZE), "workers": "1"}
+    for name in OF_CLASSES:
+        if given[name] not in {None, defaults.get(name)}:
+            msg = f"{name} is {given[name]!r}: it is for the task classify"
+            raise ValueError(msg)
+    whole = files.tomogram is not None and files.particles is None
+    out = _out(given, f"segment.{'mrc' if files.tomogram else 'mrcs'}")
+    picks = out.with_suffix(".star") if whole else None
+    role = "tomogram-segmenter" if whole else "segmenter"
+    model = given["model"] or f"cectflow-{role}@production"
+    connect()
+    with start_run("predict_segment") as run:
+        segmented = predict_segments(model, files, out, None, options, tell, picks=picks)
+        run.log(segmented.figures)
+        if picks is not None:
+            run.log_files(picks)
         run.log_files(out)
+
+
+def _out(given: Parameters, name: str) -> Path:
+    """The output that is asked for, or one in a new folder."""
+    if given["out"]:
+        return Path(given["out"])
+    folder = new_folder("predict")
+    folder.mkdir(parents=True)
+    return folder / name
+
+
+def _path(given: Parameters, name: str) -> Path | None:
+    return Path(given[name]) if given[name] else None
+
+
+def _positive(given: Parameters, name: str, default: int) -> int:
+    """Number of a parameter, or the default.
+
+    Raises
+    ------
+    ValueError
+        If it is no whole number from 1 on.
+    """
+    value = integer(given, name)
+    if value is None:
+        return default
+    if value < 1:
+        msg = f"{name} is {value}: expected 1 or more"
+        raise ValueError(msg)
+    return value
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def predict_classes(
     mask_with: str | None = None,
     where: Workplace = HERE,
     block_size: int = BLOCK_SIZE,
+    opened: Callable[[CubeSource], None] | None = None,
 ) -> Classification:
     """Classes of particles, written as a STAR file with every row and column of the input.
 
@@ -83,9 +84,13 @@ def predict_classes(
         Processes that read and predict.
     block_size
         Particles of a block.
+    opened
+        Told what is read, when all is checked and before the work starts.
     """
     outputs = ClassOutputs(out) if isinstance(out, Path) else out
     classifier, source = _prepare(model, files, outputs, options, report, mask_with, where)
+    if opened is not None:
+        opened(source)
     outcome = classify_particles(
         classifier, source, outputs.star, outputs=_all_files(outputs, source.card), where=where,
         block_size=block_size,

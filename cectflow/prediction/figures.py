@@ -3,70 +3,152 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-__all__ = ["draw_classes"]
+from cectflow.figures import draw_scale_bar
+
+__all__ = ["Example", "draw_classes"]
 
 BARS = np.linspace(0.0, 1.0, 21)
+KNOWN_COLOUR, UNKNOWN_COLOUR = "0.45", "#D55E00"
+SMALL, USUAL = 8, 9
+"""Font sizes in points."""
+ROW, HEAD = 0.92, 1.05
+"""Heights in inches: of a class, and of titles and legend together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A cube's section, and how sure the network is of it."""
+
+    section: Float[NDArray[np.floating[Any]], "y x"]
+    probability: float
 
 
 def draw_classes(
     probabilities: Mapping[str, Float[NDArray[np.float64], " n"]],
-    examples: Mapping[str, Sequence[Float[NDArray[np.floating[Any]], "y x"]]],
+    examples: Mapping[str, Sequence[Example]],
     *,
     voxel_size: float,
+    unknown: Mapping[str, Bool[NDArray[np.bool_], " n"]] | None = None,
     missing: int = 0,
+    title: str = "",
 ) -> Figure:
     """Particles of each class, how sure of them the network is, and some cubes of each.
+
+    A row for each class that has particles, the most frequent first; the others are named below.
 
     Parameters
     ----------
     probabilities
         Class name → those of the particles that are called so.
     examples
-        Class name → sections ``(y, x)``, the surest first.
+        Class name → sections, the surest first.
     voxel_size
         Of the sections in Å.
+    unknown
+        Class name → which of its particles look like none of the classes; None where the network
+        cannot tell.
     missing
         Particles that could not be predicted.
+    title
+        What was classified and by which model.
     """
-    names = list(probabilities)
-    columns = max((len(sections) for sections in examples.values()), default=0)
-    rows = max(len(names), 1)
-    figure = Figure(figsize=(5.0 + 1.0 * columns, 0.9 + 0.9 * rows), layout="constrained")
+    names = sorted(
+        (name for name, values in probabilities.items() if len(values)),
+        key=lambda name: -len(probabilities[name]),
+    )
+    columns = max((len(examples[name]) for name in names), default=0)
+    figure = Figure(
+        figsize=(4.4 + ROW * max(columns, 1), HEAD + ROW * max(len(names), 1)),
+        layout="constrained",
+    )
     grid = figure.subplots(
-        rows, 2 + max(columns, 1), squeeze=False,
-        width_ratios=[1.6, 1.6, *[1.0] * max(columns, 1)],
+        max(len(names), 1), 2 + max(columns, 1), squeeze=False,
+        width_ratios=[1.5, 1.5, *[ROW] * max(columns, 1)],
     )  # fmt: skip
-    largest = max((len(values) for values in probabilities.values()), default=1) or 1
-    for axes, name in zip(grid, names, strict=False):
+    for axes in grid.flat:
+        axes.set_axis_off()
+    largest = len(probabilities[names[0]]) if names else 1
+    for row, name in zip(grid, names, strict=False):
         values = probabilities[name]
-        axes[0].barh(0, len(values), color="0.4", height=0.5)
-        axes[0].set(xlim=(0, 1.35 * largest), ylim=(-0.5, 0.5), yticks=[], xticks=[])
-        axes[0].text(len(values) + 0.03 * largest, 0, f"{len(values):,}", va="center", fontsize=8)
-        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        axes[0].spines[["top", "right", "bottom"]].set_visible(False)
-        axes[1].hist(values, BARS, color="0.4")
-        axes[1].set(xlim=(0, 1), yticks=[])
-        axes[1].tick_params(labelsize=6)
-        axes[1].spines[["top", "right", "left"]].set_visible(False)
-        for place, panel in enumerate(axes[2:]):
-            panel.set_axis_off()
-            if place < len(examples[name]):
-                section = examples[name][place]
-                low, high = np.quantile(section, (0.01, 0.99))
-                panel.imshow(section, cmap="gray", vmin=low, vmax=high, origin="lower")
-    grid[0, 0].set_title("particles", fontsize=9)
-    grid[0, 1].set_title("probability", fontsize=9)
+        strange = np.zeros(len(values), np.bool_) if unknown is None else unknown[name]
+        _draw_count(row[0], name, len(values), int(strange.sum()), largest)
+        _draw_histogram(row[1], values, strange, is_last=name == names[-1])
+        for panel, example in zip(row[2:], examples[name], strict=False):
+            _draw_example(panel, example)
+    grid[0, 0].set_title("particles", fontsize=USUAL)
+    grid[0, 1].set_title("probability", fontsize=USUAL)
     if columns:
-        edge = next(iter(s for e in examples.values() for s in e)).shape[-1] * voxel_size
-        grid[0, 2].set_title(f"surest, {edge:.0f} Å wide", fontsize=9, loc="left")
-    total = sum(len(values) for values in probabilities.values())
+        order = "from the surest to the most doubtful; probability below"
+        grid[0, 2].set_title(order, fontsize=USUAL, loc="left")
+        draw_scale_bar(grid[0, 2], voxel_size)
+    total = sum(map(len, probabilities.values()))
     lost = f", {missing:,} not predicted" if missing else ""
-    figure.suptitle(f"{total:,} particles{lost}", fontsize=10)
+    figure.suptitle(f"{title}{': ' if title else ''}{total:,} particles{lost}", fontsize=10)
+    _draw_legend(figure, tuple(name for name in probabilities if name not in names), unknown)
     return figure
+
+
+def _draw_count(axes: Axes, name: str, count: int, strange: int, largest: int) -> None:
+    axes.set_axis_on()
+    axes.barh(0, count - strange, color=KNOWN_COLOUR, height=0.5)
+    axes.barh(0, strange, left=count - strange, color=UNKNOWN_COLOUR, height=0.5)
+    axes.set(xlim=(0, 1.45 * largest), ylim=(-0.5, 0.5), yticks=[], xticks=[])
+    axes.text(count + 0.04 * largest, 0, f"{count:,}", va="center", fontsize=SMALL)
+    axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=USUAL)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _draw_histogram(
+    axes: Axes,
+    values: Float[NDArray[np.float64], " n"],
+    strange: Bool[NDArray[np.bool_], " n"],
+    *,
+    is_last: bool,
+) -> None:
+    axes.set_axis_on()
+    axes.hist(
+        [values[~strange], values[strange]], BARS.tolist(), stacked=True,
+        color=[KNOWN_COLOUR, UNKNOWN_COLOUR],
+    )  # fmt: skip
+    axes.set(xlim=(0, 1), yticks=[], xticks=[0, 0.5, 1])
+    axes.tick_params(labelsize=SMALL, labelbottom=is_last)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _draw_example(axes: Axes, example: Example) -> None:
+    section = example.section
+    low, high = np.quantile(section, (0.01, 0.99))
+    axes.imshow(section, cmap="gray", vmin=low, vmax=high, origin="lower")
+    axes.text(
+        0.5, -0.04, f"{example.probability:.2f}", transform=axes.transAxes, ha="center", va="top",
+        fontsize=SMALL,
+    )  # fmt: skip
+
+
+def _draw_legend(
+    figure: Figure, empty: tuple[str, ...], unknown: Mapping[str, object] | None
+) -> None:
+    """Colours, and the classes that no particle is called."""
+    handles = [Patch(color=KNOWN_COLOUR, label="looks like its class")]
+    if unknown is None:
+        handles = []
+    else:
+        handles.append(Patch(color=UNKNOWN_COLOUR, label="unknown"))
+    if empty:
+        more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
+        handles.append(Patch(alpha=0, label=f"no particle is called {', '.join(empty[:8])}{more}"))
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False,
+            fontsize=SMALL,
+        )  # fmt: skip

@@ -47,7 +47,7 @@ class ClassOutputs:
     per_class
         Folder with a STAR file for each class.
     summary
-        PNG: how many of each class, how sure, and the surest cubes of each.
+        PNG: how many of each class, how sure, and some cubes of each.
 
     Raises
     ------
@@ -152,7 +152,7 @@ def write_outputs(
     if outputs.summary is not None:
         figure = draw_summary(outcome, source)
         with replacing(outputs.summary, overwrite=overwrite) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
+            figure.savefig(temporary, format="png", dpi=200)
     outcome.table.write(outputs.star, overwrite=overwrite)
 
 
@@ -194,32 +194,40 @@ def summarise(outcome: Classification) -> list[tuple[str, int, float, float]]:
 
 
 def draw_summary(outcome: Classification, source: CubeSource) -> Figure:
-    """Particles of each class, how sure of them the network is, and its surest cubes of each.
+    """Particles of each class, how sure of them the network is, and some cubes of each.
 
-    Cubes are shown as the network saw them: the mean of the central fifth of their sections, and
-    each on its own grey scale.
+    Cubes are evenly spaced in the order of their probabilities, so that the doubtful ones are seen
+    too. They are shown as the network saw them: the mean of the central fifth of their sections,
+    and each on its own grey scale.
     """
-    from cectflow.prediction.figures import draw_classes
+    from cectflow.prediction.figures import Example, draw_classes
 
     judgement, classes = outcome.judgement, source.card.classes
-    of_class = judgement.of_class
+    of_class, unknown = judgement.of_class, judgement.unknown
     chosen = {
         name: np.flatnonzero(judgement.class_ids == number)
         for number, name in enumerate(classes, 1)
     }
-    surest = {
-        name: rows[np.argsort(-of_class[rows], kind="stable")][:EXAMPLES]
-        for name, rows in chosen.items()
-    }
-    sections = _central_sections(source, np.concatenate([*surest.values()]))
+    shown: dict[str, NDArray[np.int64]] = {}
+    for name, rows in chosen.items():
+        order = rows[np.argsort(-of_class[rows], kind="stable")]
+        ranks = np.linspace(0, max(len(order) - 1, 0), min(len(order), EXAMPLES)).round()
+        shown[name] = order[ranks.astype(np.int64)]
+    sections = _central_sections(source, np.concatenate([*shown.values()]))
     return draw_classes(
         {name: of_class[rows] for name, rows in chosen.items()},
         {
-            name: [sections[row] for row in rows.tolist() if row in sections]
-            for name, rows in surest.items()
+            name: [
+                Example(sections[row], float(of_class[row]))
+                for row in rows.tolist()
+                if row in sections
+            ]
+            for name, rows in shown.items()
         },
         voxel_size=source.card.voxel_size,
+        unknown=None if unknown is None else {name: unknown[rows] for name, rows in chosen.items()},
         missing=int((judgement.class_ids == 0).sum()),
+        title=str(outcome.table.rows["cectflowModel"].iloc[0]),
     )
 
 

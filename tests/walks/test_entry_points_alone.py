@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from road import Road, find_runs
@@ -18,12 +20,22 @@ from cectflow.recipe import LiveRecipe, load_recipe
 pytestmark = pytest.mark.slow
 
 
-def logged_epochs(road: Road, run_id: str) -> list[int]:
-    """Steps at which a run logged its training loss."""
+def client_of(road: Road) -> Any:
+    """Client of the road's store."""
     import mlflow
 
-    client = mlflow.MlflowClient(road.environment["MLFLOW_TRACKING_URI"])
-    return [entry.step for entry in client.get_metric_history(run_id, "train_loss")]
+    return mlflow.MlflowClient(road.environment["MLFLOW_TRACKING_URI"])
+
+
+def logged_files(road: Road, run: Any) -> set[str]:
+    """Artifacts of a run, without what is in folders."""
+    return {file.path for file in client_of(road).list_artifacts(run.info.run_id)}
+
+
+def logged_epochs(road: Road, run_id: str) -> list[int]:
+    """Steps at which a run logged its training loss."""
+    history = client_of(road).get_metric_history(run_id, "train_loss")
+    return [entry.step for entry in history]
 
 
 @pytest.mark.parametrize(
@@ -78,9 +90,31 @@ def test_evaluate_promote_and_predict_alone(road: Road) -> None:
     # A second version of the same recipe is as good as the first: a tie passes.
     output = road.mlflow_run("promote", role="teacher")
     assert "is in staging" in output
-    stack = road.folder / "tour/dataset/test/00000.mrcs"
-    road.mlflow_run("predict", subtomograms=str(stack), out=str(road.folder / "alone.star"))
-    assert "cectflowClassName" in read_particles(road.folder / "alone.star").rows
+    # Some particles that cannot be predicted fail the command, but not the run.
+    (road.folder / "cubes").mkdir()
+    shutil.copy(road.folder / "tour/dataset/test/00000.mrcs", road.folder / "cubes")
+    (road.folder / "cubes/torn.mrcs").write_bytes(b"no volume at all")
+    out = road.folder / "alone.star"
+    output = road.mlflow_run(
+        "predict", code=1, subtomograms=str(road.folder / "cubes/*.mrcs"), out=str(out),
+        table=str(road.folder / "alone.parquet"), block_size="16",
+    )  # fmt: skip
+    assert "1 of" in output
+    assert "could not be predicted" in output
+    rows = read_particles(out).rows
+    assert rows["cectflowClassName"].iloc[-1] == "none"
+    run = find_runs(road)[0]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["failed"] == 1
+    assert run.data.metrics["particles"] == len(rows)
+    assert run.data.metrics["per_second"] > 0
+    assert run.data.tags["input_model"] == "models:/cectflow-student/1"
+    assert logged_files(road, run) == {
+        "alone.star", "alone.parquet", "alone_summary.png", "alone_failures.csv", "classes.json",
+        "volumes.json",
+    }  # fmt: skip
+    (given,) = client_of(road).get_run(run.info.run_id).inputs.dataset_inputs
+    assert given.dataset.name == "00000.mrcs"
 
 
 def test_a_refused_promotion_fails_the_run_and_changes_nothing(road: Road) -> None:
@@ -100,6 +134,7 @@ def test_a_refused_promotion_fails_the_run_and_changes_nothing(road: Road) -> No
     [
         ("simulate", {"recipe": "nosuch"}, "unknown recipe 'nosuch'"),
         ("train_teacher", {"recipe": "tiny", "seed": "x"}, "seed is 'x': expected a whole number"),
+        ("predict", {"subtomograms": "x", "block_size": "0"}, "block_size is 0: expected 1 or"),
         ("main", {"recipe": "tiny", "stages": "champion"}, "expected some of staging, production"),
     ],
 )

@@ -1,0 +1,111 @@
+"""Prediction logged as an MLflow run: what was read, what came out, how fast."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cectflow.execution import HERE, Workplace
+from cectflow.files import sha256_of
+from cectflow.flows.prediction import predict_classes
+from cectflow.prediction.classify import BLOCK_SIZE, Classification
+from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.inputs import InputFiles
+from cectflow.prediction.outputs import ClassOutputs, summarise
+from cectflow.prediction.source import CubeSource
+from cectflow.tracking.registry import find_version
+from cectflow.tracking.runs import Run
+
+__all__ = ["log_classes"]
+
+HASHED_BYTES = 16 * 2**30
+"""Of volumes whose digests are taken, half a minute's work; later ones are named by size and
+time."""
+
+
+def log_classes(
+    run: Run,
+    model: str,
+    files: InputFiles,
+    outputs: ClassOutputs,
+    options: InputOptions,
+    report: Callable[[str], None],
+    *,
+    mask_with: str | None = None,
+    where: Workplace = HERE,
+    block_size: int = BLOCK_SIZE,
+) -> Classification:
+    """Classification of particles with its inputs, figures and files in a run.
+
+    Inputs are logged before the work starts, so that a run that is killed has them too. The run of
+    a classification that some particles are missing from has them counted as ``failed``.
+
+    Parameters
+    ----------
+    run
+        Receives it.
+    model, files, outputs, options, report, mask_with, where, block_size
+        As of :func:`~cectflow.flows.prediction.predict_classes`.
+    """
+    if not Path(model).is_dir():
+        run.log_input_model(find_version(model))
+
+    outcome = predict_classes(
+        model, files, outputs, options, report, mask_with=mask_with, where=where,
+        block_size=block_size, opened=lambda source: _log_inputs(run, files, source),
+    )  # fmt: skip
+    table = outcome.table
+    figures: dict[str, float | int] = {
+        f"count/{name}": count for name, count in outcome.counts.items()
+    }
+    figures |= {"particles": len(table), "failed": len(outcome.faults)}
+    figures |= {"probability": outcome.mean_probability, "per_second": outcome.per_second}
+    predicted = outcome.judgement.class_ids > 0
+    if predicted.any():
+        figures["entropy"] = float(outcome.judgement.entropy[predicted].mean())
+    if outcome.num_unknown is not None:
+        figures["unknown"] = outcome.num_unknown
+    run.log(figures)
+    run.set_tags({"predicted_with": str(table.rows["cectflowModel"].iloc[0])})
+    run.log_json(
+        [
+            {"class": name, "particles": count, "probability": probability, "entropy": entropy}
+            for name, count, probability, entropy in summarise(outcome)
+        ],
+        "classes.json",
+    )
+    for path in (outputs.star, outputs.table, outputs.summary, outputs.failures):
+        if path is not None and path.is_file():
+            run.log_files(path)
+    return outcome
+
+
+def _log_inputs(run: Run, files: InputFiles, source: CubeSource) -> None:
+    """Names, sizes and digests of the particle file and the volumes."""
+    if files.particles is not None:
+        where = str(files.particles.resolve())
+        run.log_dataset(files.particles.name, sha256_of(files.particles), where, "particles")
+    hashed = 0
+    volumes: list[dict[str, object]] = []
+    for block in source.files:
+        stat = block.path.stat()
+        hashed += stat.st_size
+        volumes.append(
+            {
+                "path": str(block.path.resolve()),
+                "particles": len(block),
+                "bytes": stat.st_size,
+                "modified": datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(),
+                "sha256": sha256_of(block.path) if hashed <= HASHED_BYTES else None,
+            }
+        )
+    run.log_json(volumes, "volumes.json")
+    together = hashlib.sha256(
+        repr([each["sha256"] or (each["bytes"], each["modified"]) for each in volumes]).encode()
+    ).hexdigest()
+    first = source.files[0].path
+    more = f" and {len(volumes) - 1} more" if len(volumes) > 1 else ""
+    given = str(files.tomogram or files.subtomograms)
+    run.log_dataset(f"{first.name}{more}", together, given, "volumes")
