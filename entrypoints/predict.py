@@ -105,7 +105,8 @@ def _out(given: Parameters, name: str) -> Path:
 
 
 def _path(given: Parameters, name: str) -> Path | None:
-    return Path(given[name]) if given[name] else None
+    value = given[name]
+    return Path(value) if value else None
 
 
 def _positive(given: Parameters, name: str, default: int) -> int:
