@@ -212,13 +212,12 @@ class ClusterWorkers(Executor):
         remote = self._client.submit(_do, task, key=key, pure=False)
         future: Future[Any] = Future()
         self._in_hand[remote] = future
-        job = textwrap.shorten(str(args[0]), 120) if args else str(function)
 
         def take_over(finished: RemoteFuture[Any]) -> None:
             try:
                 future.set_result(finished.result())
             except BaseException as error:
-                future.set_exception(self._translated(error, job))
+                future.set_exception(self._translated(error, task))
             del self._in_hand[finished]
 
         remote.add_done_callback(take_over)
@@ -254,11 +253,12 @@ class ClusterWorkers(Executor):
             raise ChildProcessError(msg)
         return self._workers
 
-    def _translated(self, error: BaseException, job: str) -> BaseException:
+    def _translated(self, error: BaseException, task: _Task) -> BaseException:
         from distributed.client import FutureCancelledError
         from distributed.scheduler import KilledWorker
 
         if isinstance(error, KilledWorker):
+            job = textwrap.shorten(str(task.args[0] if task.args else task.function), 120)
             msg = (
                 f"{self._title}: {error.allowed_failures + 1} workers have died over {job}, "
                 f"perhaps for want of memory: give workers more of it or use smaller pieces of "
