@@ -212,13 +212,12 @@ class ClusterWorkers(Executor):
         remote = self._client.submit(_do, task, key=key, pure=False)
         future: Future[Any] = Future()
         self._in_hand[remote] = future
-        job = textwrap.shorten(str(args[0]), 120) if args else str(function)
 
         def take_over(finished: RemoteFuture[Any]) -> None:
             try:
                 future.set_result(finished.result())
             except BaseException as error:
-                future.set_exception(self._translated(error, job))
+                future.set_exception(self._translated(error, task))
             del self._in_hand[finished]
 
         remote.add_done_callback(take_over)
@@ -254,11 +253,12 @@ class ClusterWorkers(Executor):
             raise ChildProcessError(msg)
         return self._workers
 
-    def _translated(self, error: BaseException, job: str) -> BaseException:
+    def _translated(self, error: BaseException, task: _Task) -> BaseException:
         from distributed.client import FutureCancelledError
         from distributed.scheduler import KilledWorker
 
         if isinstance(error, KilledWorker):
+            job = textwrap.shorten(str(task.args[0] if task.args else task.function), 120)
             msg = (
                 f"{self._title}: {error.allowed_failures + 1} workers have died over {job}, "
                 f"perhaps for want of memory: give workers more of it or use smaller pieces of "
@@ -324,6 +324,7 @@ def open_cluster(cluster: str, *, paths: Sequence[Path], title: str) -> Iterator
     """
     config = _read(cluster)
     with ExitStack() as stack:
+        stack.enter_context(_quiet())
         if config is None:
             client, patience = _connect(cluster), SECONDS_WITHOUT_WORKERS
             stack.callback(client.close)
@@ -331,6 +332,23 @@ def open_cluster(cluster: str, *, paths: Sequence[Path], title: str) -> Iterator
             client, patience = stack.enter_context(_started(config)), config.wait
         orders = stack.enter_context(_given_orders(paths))
         yield stack.enter_context(ClusterWorkers(client, orders, title, patience))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Context in which Dask logs nothing here: what is lost or fails is raised."""
+    # Importing Dask gives the latter a level of its own.
+    import distributed
+
+    loggers = [logging.getLogger(name) for name in (distributed.__name__, "distributed.client")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _connect(address: str) -> Client:
@@ -360,7 +378,7 @@ def _started(config: ClusterConfig) -> Iterator[Client]:
 
     cluster = _start_local(config) if config.kind == "local" else _start_jobs(config)
     with ExitStack() as stack:
-        stack.callback(cluster.close, timeout=20)
+        stack.callback(_close, cluster)
         # The client goes first: it would complain of a scheduler that leaves.
         yield stack.enter_context(Client(cluster, set_as_default=False, name="cectflow"))
 
@@ -383,7 +401,7 @@ def _start_jobs(config: ClusterConfig) -> Any:
     """Scheduler in this process, whose workers are jobs of the queue."""
     from dask_jobqueue.pbs import PBSCluster
     from dask_jobqueue.slurm import SLURMCluster
-    from distributed import Security
+    from distributed import Security, Status
 
     kinds = {"slurm": SLURMCluster, "pbs": PBSCluster}
     cluster = kinds[config.kind](
@@ -394,17 +412,31 @@ def _start_jobs(config: ClusterConfig) -> Any:
         silence_logs=logging.CRITICAL, **_job_options(config),
     )  # fmt: skip
     try:
-        cluster.scale(jobs=config.jobs)
-        # Awaited here: what the queue says of a submission that it refuses would only be logged.
+        # As scale() does, which leaves the submission to the background: what the queue says of
+        # one that it refuses would only be logged.
+        while len(cluster.worker_spec) < config.jobs:
+            cluster.worker_spec.update(cluster.new_worker_spec())
         cluster.sync(cluster._correct_state)
     except RuntimeError as error:
-        cluster.close(timeout=20)
+        for job in cluster.workers.values():
+            if job.status == Status.created:  # at the end of close() none may be so
+                job.status = Status.failed
+        _close(cluster)
         msg = f"the queue refuses the cluster's jobs: {' '.join(str(error).split())}"
         raise OSError(msg) from None
     except BaseException:
-        cluster.close(timeout=20)
+        _close(cluster)
         raise
     return cluster
+
+
+def _close(cluster: Any) -> None:
+    cluster.close(timeout=20)
+    # dask-jobqueue leaves its files with TLS's keys until it is collected as garbage.
+    for name in ("ca_file", "cert", "key"):
+        file = getattr(cluster, f"_job_{name}", None)
+        if file is not None:
+            file.close()
 
 
 def job_script(config: ClusterConfig) -> str:

@@ -318,6 +318,21 @@ def test_a_queue_without_its_programs_is_told(
         Workplace(cluster=str(SAMPLE))
 
 
+def test_what_the_queue_says_of_a_refused_job_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "sbatch"
+    program.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified' >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    own = {"interface": "lo", "credentials": str(tmp_path)}
+    file = tmp_path / "slurm.yaml"
+    file.write_text(ClusterConfig.from_yaml(SAMPLE).model_copy(update=own).to_yaml())
+    with pytest.raises(OSError, match=r"the queue refuses the cluster's jobs: .*invalid partition"):
+        list(run_all(abs, [1], where=Workplace(cluster=str(file)), title="nothing"))
+    assert not list(tmp_path.glob(".dask-jobqueue*")), "credentials stay"
+
+
 def test_workers_of_other_code_are_refused(
     addresses: Addresses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
