@@ -132,7 +132,7 @@ def plan_classes(
     classifier, source = _prepare(model, files, outputs, options, report, mask_with, where)
     network, card = classifier.network, source.card
     blocks = split_blocks(source, block_size)
-    particles = sum(map(len, blocks))
+    particles = sum(map(len, source.files))
     rate = next(
         (
             timing.subtomograms_per_s

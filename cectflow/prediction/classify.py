@@ -309,13 +309,14 @@ def _answers(
 
 
 def _lightness(cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> NDArray[np.float32]:
-    """By how much a cube's middle is lighter than its faces, in standard errors of that."""
+    """By how much a cube's middle is lighter than its faces, in deviations of those."""
     edge = cubes.shape[-1]
     inner = slice(edge // 2 - max(1, edge // 10), edge // 2 + max(1, edge // 10) + 1)
     core = cubes[:, 0, inner, inner, inner]
     faces = np.stack([cubes[:, 0, 0], cubes[:, 0, -1]], axis=1)
-    difference = core.mean(axis=(1, 2, 3)) - faces.mean(axis=(1, 2, 3))
-    return np.asarray(difference / (faces.std(axis=(1, 2, 3)) + 1e-30), np.float32)
+    axes, exact = (1, 2, 3), np.float64  # in which no sum of float32 overflows
+    difference = core.mean(axis=axes, dtype=exact) - faces.mean(axis=axes, dtype=exact)
+    return np.asarray(difference / (faces.std(axis=axes, dtype=exact) + 1e-30), np.float32)
 
 
 class _ContrastWatch:

@@ -79,7 +79,11 @@ class Journal:
     def read(self, number: int, count: int) -> Answers | None:
         """Answers of a block of so many particles; None if its file is damaged."""
         try:
-            with np.load(self._path(number), allow_pickle=False) as file:
+            with (
+                # Opened here: numpy leaves a file open that is no archive.
+                self._path(number).open("rb") as stream,
+                np.load(stream, allow_pickle=False) as file,
+            ):
                 faults = json.loads(file["faults"].tobytes())
                 answers = Answers(
                     file["logits"], file["lightness"], {int(at): why for at, why in faults.items()}
