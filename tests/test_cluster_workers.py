@@ -16,18 +16,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from builders import Exported
 from cluster_jobs import die, fail, fail_beside_another, mark_and_stay, pid_of, wait_until
 
 from cectflow import cluster
 from cectflow.cluster import ClusterConfig, job_script
 from cectflow.dataset import read_manifest
 from cectflow.execution import Workplace, run_all
+from cectflow.flows.prediction import predict_classes
+from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.inputs import InputFiles
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, StructureSource, load_structure
 from cectflow.simulation.tomogram_files import _Job, _Setting, _simulate_one, deliver_tomograms
+from cectflow.volume import write_stack
+
+pytest_plugins = ("exported",)
 
 SAMPLE = Path(__file__).parents[1] / "docs" / "cluster" / "dask-slurm.yaml"
 
@@ -235,6 +243,22 @@ def test_tomograms_have_the_same_bytes(
     assert contents(there) == contents(here)
 
 
+def test_particles_have_the_same_classes(
+    addresses: Addresses, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = exported.card
+    cubes = np.random.default_rng(0).normal(size=(90, card.box, card.box, card.box))
+    monkeypatch.chdir(tmp_path)  # the workers have another working folder
+    write_stack(Path("cubes.mrcs"), cubes.astype(np.float32), card.voxel_size)
+    files, options = InputFiles("cubes.mrcs"), InputOptions(contrast=card.contrast)
+    for where, name in ((Workplace(), "here"), (addresses.workplace, "there")):
+        predict_classes(
+            str(exported.folder), files, Path(f"{name}.star"), options, str, where=where,
+            block_size=20,
+        )  # fmt: skip
+    assert Path("there.star").read_text() == Path("here.star").read_text()
+
+
 # A cluster of one's own
 
 
@@ -255,6 +279,9 @@ import signal, time
 from multiprocessing import active_children
 from pathlib import Path
 from cectflow.execution import Workplace, run_all
+from cectflow.flows.prediction import predict_classes
+from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.inputs import InputFiles
 
 def wait(_):
     Path("begun").touch()

@@ -65,7 +65,16 @@ class Classifier:
 
     def open(self) -> LoadedNetwork:
         """The network, ready to predict."""
-        return _open(self)
+        return _open(self.absolute())
+
+    def absolute(self) -> Classifier:
+        """The same, wherever a process runs."""
+        network, segmenter = (
+            None if files is None else replace(files, folder=files.folder.absolute())
+            for files in (self.network, self.segmenter)
+        )
+        assert network is not None
+        return Classifier(network, segmenter)
 
 
 @lru_cache(maxsize=2)
@@ -186,8 +195,14 @@ def classify_particles(
         done = _intact(journal, pieces)
         if done:
             report(f"going on: {len(done)} of {len(pieces)} blocks are finished")
+        elsewhere = classifier.absolute()  # workers may run in another folder
         jobs = [
-            _Job(classifier, piece, source.options, number)
+            _Job(
+                elsewhere,
+                tuple(replace(block, path=block.path.absolute()) for block in piece),
+                source.options,
+                number,
+            )
             for number, piece in enumerate(pieces)
             if number not in done
         ]
@@ -197,7 +212,7 @@ def classify_particles(
         def rate() -> str:
             return f"{predicted / max(time.perf_counter() - began, 1e-3):,.0f} particles/s"
 
-        paths = (classifier.network.folder, *{block.path for block in source.files})
+        paths = (elsewhere.network.folder, *{block.path.absolute() for block in source.files})
         for number, answers in run_all(
             _answer, jobs, where=where, title="classifying", paths=paths, status=rate
         ):
@@ -266,6 +281,9 @@ class _Job:
     piece: Piece
     options: InputOptions
     number: int
+
+    def __str__(self) -> str:
+        return f"block {self.number}, {_count(self.piece)} particles of {self.piece[0].path}"
 
 
 def _answer(job: _Job) -> tuple[int, Answers]:
