@@ -55,6 +55,7 @@ __all__ = [
     "field_statistics",
     "open_dataset",
     "read_manifest",
+    "remove_partial_shards",
     "start_dataset",
     "write_shard",
 ]
@@ -486,8 +487,7 @@ def start_dataset(folder: Path, manifest: Manifest) -> Manifest:
         earlier = read_manifest(folder)
         same = ("recipe_digest", "planned_shards", "masking", "masked_from")
         if all(getattr(earlier, name) == getattr(manifest, name) for name in same):
-            for place in (folder, *(folder / split for split in SPLITS)):
-                remove_leftovers(place)
+            remove_partial_shards(folder)
             return earlier
         msg = f"{folder} holds another dataset: give another folder, or remove it first"
         raise FileExistsError(msg)
@@ -495,6 +495,15 @@ def start_dataset(folder: Path, manifest: Manifest) -> Manifest:
     folder.mkdir(parents=True, exist_ok=True)
     manifest.write(folder)
     return manifest
+
+
+def remove_partial_shards(folder: Path) -> None:
+    """Remove from a dataset folder what processes that died left there.
+
+    No other process may be writing into it.
+    """
+    for place in (folder, *(folder / split for split in SPLITS)):
+        remove_leftovers(place)
 
 
 def open_dataset(folder: Path) -> Dataset:

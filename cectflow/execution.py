@@ -18,11 +18,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -32,11 +34,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cectflow.cluster import ClusterWorkers
+
 __all__ = [
     "HERE",
     "Parent",
     "WorkerProcesses",
     "Workplace",
+    "portable",
     "prefetch",
     "run_all",
     "run_together",
@@ -49,6 +54,8 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_TO_WAIT = 1.0
+"""Until the executor is asked again how many jobs should be in hand."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,10 @@ class Workplace:
     Raises
     ------
     ValueError
-        If ``workers`` is below 1, or given beside a cluster, which has workers of its own.
+        If ``workers`` is below 1, or given beside a cluster, which has workers of its own; if
+        the cluster is neither an address nor a valid file.
+    OSError
+        If what a cluster needs is not installed.
     """
 
     workers: int = 1
@@ -82,6 +92,10 @@ class Workplace:
                 f"of this machine, and a cluster has its own; give one of the two"
             )
             raise ValueError(msg)
+        if self.cluster is not None:
+            from cectflow.cluster import check_cluster
+
+            check_cluster(self.cluster)
 
 
 HERE = Workplace()
@@ -110,12 +124,17 @@ class WorkerProcesses(ProcessPoolExecutor):
         if workers < 1:
             msg = f"workers is {workers}: expected 1 or more"
             raise ValueError(msg)
+        self._number = workers
         # Spawned, not forked: a fork copies the locks of the parent's threads in whatever state.
         context = multiprocessing.get_context("spawn")
         given_up, self._lifeline = context.Pipe(duplex=False)
         super().__init__(
             workers, mp_context=context, initializer=_follow_parent, initargs=(given_up,)
         )
+
+    def room(self) -> int:
+        """How many jobs should be in hand: all processes' and one that follows for each."""
+        return 2 * self._number
 
     def __exit__(
         self,
@@ -160,8 +179,9 @@ def run_all(
     Parameters
     ----------
     function, jobs
-        Both are pickled, unless one process does all. A job may be done twice where a machine
-        dies: what it writes it writes atomically.
+        Both are pickled, unless one process does all. On a cluster paths in a job are absolute,
+        and one may be done twice, since the worker that had it may die or be taken for dead: what
+        it writes it writes atomically.
     where
         Which processes do the work.
     title
@@ -174,8 +194,18 @@ def run_all(
     Raises
     ------
     ChildProcessError
-        If a process died.
+        If a process died; on a cluster, if several died over one job, or no workers are left.
+    OSError
+        If a cluster is not reached or its workers are not fit for the work.
     """
+    if where.cluster is not None:
+        if jobs:
+            from cectflow.cluster import open_cluster
+
+            with open_cluster(where.cluster, paths=paths, title=title) as elsewhere:
+                results = _work_through(elsewhere, function, jobs)
+                yield from track(results, total=len(jobs), title=title, status=status)
+        return
     workers = where.workers
     if workers == 1:
         yield from track(
@@ -183,10 +213,9 @@ def run_all(
         )
         return
     with WorkerProcesses(workers) as executor:
-        futures = [executor.submit(function, job) for job in jobs]
         try:
-            finished = (future.result() for future in as_completed(futures))
-            yield from track(finished, total=len(jobs), title=title, status=status)
+            results = _work_through(executor, function, jobs)
+            yield from track(results, total=len(jobs), title=title, status=status)
         except BrokenProcessPool:
             msg = (
                 f"{title}: one of {workers} processes has died, perhaps for want of memory: use "
@@ -234,6 +263,24 @@ def prefetch(items: Iterable[Item], *, depth: int = 2) -> Iterator[Item]:
     finally:
         given_up.set()
         thread.join()
+
+
+def _work_through(
+    executor: WorkerProcesses | ClusterWorkers,
+    function: Callable[[Job], Result],
+    jobs: Iterable[Job],
+) -> Iterator[Result]:
+    """Results as they are finished; only as many jobs are in hand as the executor has room for."""
+    waiting, in_hand = iter(jobs), set[Future[Result]]()
+    while True:
+        room = max(0, executor.room() - len(in_hand))
+        in_hand.update(executor.submit(function, job) for job in islice(waiting, room))
+        if not in_hand:
+            return
+        done, in_hand = wait_for_futures(in_hand, SECONDS_TO_WAIT, FIRST_COMPLETED)
+        # What has failed comes last, so that the results beside it are kept.
+        for future in sorted(done, key=lambda each: each.exception() is not None):
+            yield future.result()
 
 
 class Parent:
@@ -344,13 +391,13 @@ def _work_together(
     try:
         function(pickle.loads(job), parent)
     except Exception as error:
-        parent._say("failure", _portable(error))
+        parent._say("failure", portable(error))
         # It stays until the parent ends all: the others would fail for want of it.
         threading.Event().wait()
     parent._say("end", None)
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error with its traceback as a note, or one that can be pickled in its place."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -20,6 +20,7 @@ _starfile: Any = starfile  # whose annotations are older than its behaviour
 # Names and paths that look like numbers ("001", the PDB entry 1e10) stay as they are.
 _TEXT_COLUMN = re.compile(r"^\s*_(\w*(?:Name|File|Hash))\b", re.MULTILINE)
 _VALUE = re.compile(r'"[^"]*"?|\S+')
+_QUOTED = re.compile("[#\"']")
 _BLOCK = re.compile(r"^[ \t]*data_(.*)$", re.MULTILINE)
 
 
@@ -82,7 +83,7 @@ def refuse_unwritable(blocks: Blocks) -> None:
             for row, value in enumerate(rows.iloc[:, number]):
                 text = str(value)
                 begins_block = number == 0 and text.startswith(("data_", "loop_", "_"))
-                if begins_block or any(not c.isprintable() or c in "#\"'" for c in text):
+                if begins_block or not text.isprintable() or _QUOTED.search(text):
                     fault = "begins like a block" if begins_block else "holds quotes, # or breaks"
                     msg = f"{where}, row {row}: {text!r} {fault}, a STAR file would not keep it"
                     raise ValueError(msg)

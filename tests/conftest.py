@@ -72,7 +72,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 FIRST = (
     "test_entry_points", "test_facility", "test_delivery", "test_tomograms", "test_several_devices",
     "test_entry_points_alone", "test_pages", "test_server", "test_tilt_series", "test_calibration",
-    "test_crashes", "test_training", "test_story", "test_live", "test_imaging",
+    "test_crashes", "test_cluster_workers", "test_training", "test_story", "test_live",
+    "test_imaging",
 )  # fmt: skip
 """Files that begin. The long walks would keep one of two workers waiting at the end; some take
 up the road that the entry points walk meanwhile, so others come before them."""

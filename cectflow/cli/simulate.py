@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cectflow.cli.options import (
+    ClusterOption,
     Contrast,
     OverwriteOption,
     RecipeOption,
@@ -30,6 +31,7 @@ def simulate_dataset(
     structures: StructuresOption = None,
     seed: SeedOption = None,
     workers: WorkersOption = 1,
+    cluster: ClusterOption = None,
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Simulate a recipe's dataset; a second call completes what is missing."""
@@ -37,7 +39,7 @@ def simulate_dataset(
     from cectflow.flows.simulation import choose_recipe, simulate
     from cectflow.tracking.runs import connect
 
-    where = Workplace(workers)
+    where = Workplace(workers, cluster)
     chosen = choose_recipe(recipe, structures=structures, seed=seed)
     connect(tracking_uri)
     dataset = simulate(chosen, out, where=where)
@@ -101,6 +103,7 @@ def simulate_tomograms(
     structures: StructuresOption = None,
     seed: SeedOption = None,
     workers: WorkersOption = 1,
+    cluster: ClusterOption = None,
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Simulate whole tomograms with particles and label maps; a second call completes them."""
@@ -109,7 +112,7 @@ def simulate_tomograms(
     from cectflow.flows.simulation import simulate_tomograms as flow
     from cectflow.tracking.runs import connect
 
-    where = Workplace(workers)
+    where = Workplace(workers, cluster)
     chosen = choose_recipe(recipe, structures=structures, seed=seed).simulation
     connect(tracking_uri)
     folders = flow(chosen, out, count=count, shape=shape, tilt_series=tilt_series, where=where)

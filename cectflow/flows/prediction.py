@@ -31,7 +31,7 @@ from cectflow.prediction.contract import (
     report_correction,
 )
 from cectflow.prediction.inputs import InputFiles
-from cectflow.prediction.journal import Journal, journal_folder
+from cectflow.prediction.journal import Journal, begun_outputs, journal_folder
 from cectflow.prediction.outputs import ClassOutputs, write_outputs
 from cectflow.prediction.picks import PickRules
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
@@ -92,7 +92,8 @@ def predict_classes(
     if opened is not None:
         opened(source)
     outcome = classify_particles(
-        classifier, source, outputs.star, where=where, block_size=block_size,
+        classifier, source, outputs.star, outputs=_all_files(outputs, source.card), where=where,
+        block_size=block_size,
         anew=options.overwrite, report=report,
         finish=lambda done: write_outputs(outputs, done, source, overwrite=True),
     )  # fmt: skip
@@ -131,7 +132,7 @@ def plan_classes(
     classifier, source = _prepare(model, files, outputs, options, report, mask_with, where)
     network, card = classifier.network, source.card
     blocks = split_blocks(source, block_size)
-    particles = sum(map(len, blocks))
+    particles = sum(map(len, source.files))
     rate = next(
         (
             timing.subtomograms_per_s
@@ -165,9 +166,10 @@ def _prepare(
     where: Workplace,
 ) -> tuple[Classifier, CubeSource]:
     """Everything that can be refused, before work starts."""
-    # A journal is there only if its run was allowed to write this output.
-    going_on = journal_folder(outputs.star).is_dir()
-    refuse_existing(outputs.paths, overwrite=options.overwrite or going_on, inputs=files.volumes)
+    refuse_existing(
+        outputs.paths, overwrite=options.overwrite, inputs=files.volumes,
+        begun=begun_outputs(outputs.star),
+    )  # fmt: skip
     threads = None
     if where.cluster is not None or where.workers > 1:
         threads = 1 if where.cluster else max(1, (os.cpu_count() or 1) // where.workers)
@@ -194,7 +196,21 @@ def _prepare(
     report_correction(card, options, report)
     classifier = Classifier(network, segmenter)
     classifier.open()  # a network that does not load is refused before the particles are looked at
-    return classifier, files.open(card, options, report)
+    source = files.open(card, options, report)
+    outputs.check_table(source)
+    written = [path for path in _all_files(outputs, card) if path.parent.is_dir()]
+    refuse_existing(
+        written, overwrite=options.overwrite,
+        inputs=(*files.volumes, *{block.path for block in source.files}),
+        begun=begun_outputs(outputs.star),
+    )  # fmt: skip
+    return classifier, source
+
+
+def _all_files(outputs: ClassOutputs, card: ModelCard) -> list[Path]:
+    """Every file that may be written, those of the classes too."""
+    given = [path for path in outputs.paths if path is not None]
+    return [*given, *outputs.class_files(card.classes).values()]
 
 
 def predict_segments(

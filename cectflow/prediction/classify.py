@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
+from scipy.special import entr
 
 from cectflow.execution import HERE, Workplace, prefetch, run_all
 from cectflow.model_card import ModelCard
 from cectflow.particles import ParticleTable
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, NetworkFiles, open_network
-from cectflow.prediction.journal import Answers, open_journal
+from cectflow.prediction.journal import Answers, Journal, open_journal
 from cectflow.prediction.mask import masked_with
-from cectflow.prediction.source import Block, CubeSource, read_block
+from cectflow.prediction.source import Block, CubeSource, read_blocks
 from cectflow.trust import find_unknown, probabilities_of
 
 __all__ = [
@@ -43,6 +44,11 @@ NOT_PREDICTED = "none"
 """Class name of a particle that could not be predicted; its class number is 0."""
 JUDGED_CUBES = 64
 """Of which the contrast can be judged."""
+CERTAIN = 5.0
+"""Standard errors by which particles must look inverted to be called so."""
+
+Piece = tuple[Block, ...]
+"""What is predicted and recorded together: one block, or several of small files."""
 
 Report = Callable[[str], None]
 
@@ -59,7 +65,16 @@ class Classifier:
 
     def open(self) -> LoadedNetwork:
         """The network, ready to predict."""
-        return _open(self)
+        return _open(self.absolute())
+
+    def absolute(self) -> Classifier:
+        """The same, wherever a process runs."""
+        network, segmenter = (
+            None if files is None else replace(files, folder=files.folder.absolute())
+            for files in (self.network, self.segmenter)
+        )
+        assert network is not None
+        return Classifier(network, segmenter)
 
 
 @lru_cache(maxsize=2)
@@ -140,6 +155,7 @@ def classify_particles(
     source: CubeSource,
     out: Path,
     *,
+    outputs: Iterable[Path] = (),
     where: Workplace = HERE,
     block_size: int = BLOCK_SIZE,
     anew: bool = False,
@@ -154,6 +170,8 @@ def classify_particles(
         The network and its cubes.
     out
         The output that ``finish`` writes; the journal is kept beside it until then.
+    outputs
+        All files that ``finish`` writes, where there are others.
     where
         Processes that read and predict.
     block_size
@@ -171,28 +189,30 @@ def classify_particles(
         If an earlier run with the same output was of other work.
     """
     network = classifier.open()
-    blocks = split_blocks(source, block_size)
-    plan = _plan(classifier, network, source, blocks)
-    with open_journal(out, plan, anew=anew) as journal:
-        done = journal.finished()
-        for number in done:
-            if number >= len(blocks) or journal.read(number, len(blocks[number])) is None:
-                journal.forget(number)
-        done = journal.finished()
+    pieces = split_blocks(source, block_size)
+    plan = _plan(classifier, network, source, block_size)
+    with open_journal(out, plan, anew=anew, outputs=(out, *outputs)) as journal:
+        done = _intact(journal, pieces)
+        if done:
+            report(f"going on: {len(done)} of {len(pieces)} blocks are finished")
+        elsewhere = classifier.absolute()  # workers may run in another folder
         jobs = [
-            _Job(classifier, block, source.options, number)
-            for number, block in enumerate(blocks)
+            _Job(
+                elsewhere,
+                tuple(replace(block, path=block.path.absolute()) for block in piece),
+                source.options,
+                number,
+            )
+            for number, piece in enumerate(pieces)
             if number not in done
         ]
-        if done:
-            report(f"going on: {len(done)} of {len(blocks)} blocks are finished")
         began, predicted = time.perf_counter(), 0
         watch = _ContrastWatch(source.card, source.options, report)
 
         def rate() -> str:
             return f"{predicted / max(time.perf_counter() - began, 1e-3):,.0f} particles/s"
 
-        paths = (classifier.network.folder, *{block.path for block in blocks})
+        paths = (elsewhere.network.folder, *{block.path.absolute() for block in source.files})
         for number, answers in run_all(
             _answer, jobs, where=where, title="classifying", paths=paths, status=rate
         ):
@@ -200,16 +220,46 @@ def classify_particles(
             predicted += len(answers.logits)
             watch.see(answers)
         seconds = time.perf_counter() - began
-        everything = [journal.read(number, len(block)) for number, block in enumerate(blocks)]
-        outcome = _assemble(network, source, blocks, everything)
+        outcome = _assemble(network, source, pieces, journal)
         outcome = replace(outcome, per_second=predicted / seconds if jobs else 0.0)
         finish(outcome)
     return outcome
 
 
-def split_blocks(source: CubeSource, size: int) -> tuple[Block, ...]:
-    """What is predicted and recorded together: of one file each, at most so many particles."""
-    return tuple(part for block in source.files for part in block.split(size))
+def split_blocks(source: CubeSource, size: int) -> tuple[Piece, ...]:
+    """What is predicted and recorded together: at most so many particles, in the files' order."""
+    return tuple(_pieces(source.files, size))
+
+
+def _pieces(files: Iterable[Block], size: int) -> Iterator[Piece]:
+    gathered: list[Block] = []
+    room = size
+    for block in files:
+        # Small files share a piece; a large one begins its own, so that few pieces read two.
+        if gathered and len(block) > room:
+            yield tuple(gathered)
+            gathered, room = [], size
+        for start in range(0, len(block), size):
+            part = block.part(start, start + size)
+            if len(part) == size:
+                yield (part,)
+            else:
+                gathered.append(part)
+                room -= len(part)
+    if gathered:
+        yield tuple(gathered)
+
+
+def _intact(journal: Journal, pieces: Sequence[Piece]) -> frozenset[int]:
+    """Numbers of the pieces that are finished; files that are damaged are dropped."""
+    for number in journal.finished():
+        if number >= len(pieces) or journal.read(number, _count(pieces[number])) is None:
+            journal.forget(number)
+    return journal.finished()
+
+
+def _count(piece: Piece) -> int:
+    return sum(map(len, piece))
 
 
 def judge(logits: Float[NDArray[np.float32], "n class"], card: ModelCard) -> Judgement:
@@ -219,7 +269,7 @@ def judge(logits: Float[NDArray[np.float32], "n class"], card: ModelCard) -> Jud
     trust = card.trust
     probabilities = probabilities_of(given, 1.0 if trust is None else trust.temperature)
     probabilities[missing] = 0.0
-    entropy = -(probabilities * np.log(np.maximum(probabilities, 1e-300))).sum(axis=1)
+    entropy = np.asarray(entr(probabilities).sum(axis=1), np.float64)
     class_ids = np.where(missing, 0, probabilities.argmax(axis=1) + 1)
     unknown = None if trust is None else find_unknown(given, trust) & ~missing
     return Judgement(class_ids, probabilities, entropy, unknown)
@@ -228,116 +278,118 @@ def judge(logits: Float[NDArray[np.float32], "n class"], card: ModelCard) -> Jud
 @dataclass(frozen=True, eq=False)
 class _Job:
     classifier: Classifier
-    block: Block
+    piece: Piece
     options: InputOptions
     number: int
 
+    def __str__(self) -> str:
+        return f"block {self.number}, {_count(self.piece)} particles of {self.piece[0].path}"
+
 
 def _answer(job: _Job) -> tuple[int, Answers]:
-    """What the network says of a block; a file that has become unreadable is a fault of its rows.
+    """What the network says of a piece; what cannot be read is a fault of its particles.
 
     Cubes are read by a thread while the network is at work.
     """
     network = job.classifier.open()
-    card, block = network.card, job.block
-    logits = np.full((len(block), len(card.classes)), np.nan, np.float32)
-    lightness = np.full(len(block), np.nan, np.float32)
+    card, count = network.card, _count(job.piece)
+    logits = np.full((count, len(card.classes)), np.nan, np.float32)
+    lightness = np.full(count, np.nan, np.float32)
     faults: dict[int, str] = {}
-    try:
-        for kept, answers, light, wrong in _answers(network, block, job.options):
-            faults |= wrong
-            logits[kept] = answers
-            lightness[kept] = light
-    except OSError as error:
-        missing = np.flatnonzero(np.isnan(lightness)).tolist()
-        faults |= {place: f"{block.path}: {error}" for place in missing if place not in faults}
+    for kept, answers, lighter, wrong in _answers(network, job.piece, job.options):
+        faults |= wrong
+        finite = np.isfinite(answers).all(axis=1)
+        for place in kept[~finite].tolist():
+            faults[place] = "the network's answer is no number: are the values beyond float32?"
+        logits[kept[finite]] = answers[finite]
+        lightness[kept[finite]] = lighter[finite]
     return job.number, Answers(logits, lightness, faults)
 
 
 def _answers(
-    network: LoadedNetwork, block: Block, options: InputOptions
+    network: LoadedNetwork, piece: Piece, options: InputOptions
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], dict[int, str]]]:
-    """Places in a block, their logits and lightness, and what is wrong with others, by batches."""
+    """Places in a piece, their logits and lightness, and what is wrong with others, by batches."""
     card = network.card
     nothing = np.zeros((0, len(card.classes)), np.float32), np.zeros(0, np.float32)
-    if network.infer_there is not None and block.places.ndim == 2:
-        from cectflow.prediction.on_device import read_block_on_device
-
-        for cubes, kept, faults in read_block_on_device(block, card, options, network.device):
-            answers = nothing
-            if len(kept):
-                logits = network.infer_there(cubes).cpu().numpy()
-                answers = logits, _lightness(cubes.cpu().numpy())
-            yield kept, *answers, faults
+    if network.infer_there is None:
+        for batch in prefetch(read_blocks(piece, card, options)):
+            answers = (network.infer(batch.cubes), _lightness(batch.cubes)) if len(batch) else ()
+            yield batch.kept, *(answers or nothing), batch.faults
         return
-    for batch in prefetch(read_block(block, card, options)):
-        answers = nothing
-        if len(batch.kept):
-            answers = network.infer(batch.cubes), _lightness(batch.cubes)
-        yield batch.kept, *answers, batch.faults
+    from cectflow.prediction.on_device import read_blocks_on_device
+
+    for cubes, kept, faults in read_blocks_on_device(piece, card, options, network.device):
+        answers = ()
+        if len(kept):
+            answers = network.infer_there(cubes).cpu().numpy(), _lightness(cubes.cpu().numpy())
+        yield kept, *(answers or nothing), faults
 
 
 def _lightness(cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> NDArray[np.float32]:
-    """By how much a cube's middle is lighter than its faces, in standard errors of that."""
+    """By how much a cube's middle is lighter than its faces, in deviations of those."""
     edge = cubes.shape[-1]
     inner = slice(edge // 2 - max(1, edge // 10), edge // 2 + max(1, edge // 10) + 1)
     core = cubes[:, 0, inner, inner, inner]
     faces = np.stack([cubes[:, 0, 0], cubes[:, 0, -1]], axis=1)
-    difference = core.mean(axis=(1, 2, 3)) - faces.mean(axis=(1, 2, 3))
-    return np.asarray(difference / (faces.std(axis=(1, 2, 3)) + 1e-30), np.float32)
+    axes, exact = (1, 2, 3), np.float64  # in which no sum of float32 overflows
+    difference = core.mean(axis=axes, dtype=exact) - faces.mean(axis=axes, dtype=exact)
+    return np.asarray(difference / (faces.std(axis=axes, dtype=exact) + 1e-30), np.float32)
 
 
 class _ContrastWatch:
     """Warns once where particles look lighter than their surroundings to the network."""
 
     def __init__(self, card: ModelCard, options: InputOptions, report: Report) -> None:
-        self._expected = card.contrast
+        self._sign = 1.0 if card.contrast == "dark" else -1.0
         self._given = options.contrast
         self._report = report
-        self._values: list[NDArray[np.float32]] = []
+        self._count, self._sum, self._squares = 0, 0.0, 0.0
         self._told = False
 
     def see(self, answers: Answers) -> None:
-        """Take the cubes of a block into account."""
-        if self._told:
+        """Take the cubes of a piece into account."""
+        finite = answers.lightness[np.isfinite(answers.lightness)]
+        values = self._sign * finite.astype(np.float64)
+        self._count += len(values)
+        self._sum += float(values.sum())
+        self._squares += float(np.square(values).sum())
+        if self._told or self._count < JUDGED_CUBES:
             return
-        self._values.append(answers.lightness[np.isfinite(answers.lightness)])
-        values = np.concatenate(self._values)
-        if len(values) < JUDGED_CUBES:
-            return
-        lighter = values if self._expected == "dark" else -values
-        mean, error = float(lighter.mean()), float(lighter.std() / np.sqrt(len(lighter)))
-        if mean > 5 * error:
+        mean = self._sum / self._count
+        error = (max(self._squares / self._count - mean**2, 0.0) / self._count) ** 0.5
+        if mean > CERTAIN * error:
             self._told = True
             other = "light" if self._given == "dark" else "dark"
             self._report(
-                f"warning: particles look {'lighter' if self._expected == 'dark' else 'darker'} "
-                f"than their surroundings ({mean:.2f} ± {error:.2f} deviations in "
-                f"{len(lighter)} cubes), as if the contrast were inverted: the input was said to "
-                f"be {self._given}; if it is not, start anew with --contrast {other} --overwrite"
+                f"warning: particles look {'lighter' if self._sign > 0 else 'darker'} than their "
+                f"surroundings ({mean:.2f} ± {error:.2f} deviations in {self._count} cubes), as "
+                f"if the contrast were inverted: the input was said to be {self._given}; if it is "
+                f"not, start anew with --contrast {other} --overwrite"
             )
 
 
 def _plan(
-    classifier: Classifier, network: LoadedNetwork, source: CubeSource, blocks: Sequence[Block]
+    classifier: Classifier, network: LoadedNetwork, source: CubeSource, block_size: int
 ) -> dict[str, object]:
     """What answers depend on: a change of any of it makes the journal that of other work."""
     options = asdict(source.options)
-    for name in ("overwrite", "device", "batch_size"):
-        del options[name]  # they change nothing but rounding
-    files = {str(block.path): _stamp(block.path) for block in source.files}
-    places = hashlib.sha256()
-    for block in blocks:
-        places.update(f"{block.path} {len(block)} {block.box} ".encode())
+    for name in ("overwrite", "device", "batch_size", "ctf_correction"):
+        del options[name]  # they change nothing but rounding, or nothing at all
+    files, places = hashlib.sha256(), hashlib.sha256()
+    for block in source.files:
+        files.update(f"{block.path} {_stamp(block.path)}\n".encode())
+        places.update(f"{len(block)} {block.box} ".encode())
         places.update(block.rows.tobytes() + block.places.tobytes())
     masking = classifier.segmenter
     return {
         "model": network.label,
         "card": network.card.digest(),
         "segmenter": None if masking is None else masking.label,
-        "input": options,
-        "volumes": hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest(),
+        "files": files.hexdigest(),
         "particles": places.hexdigest(),
+        "block_size": block_size,
+        **options,
     }
 
 
@@ -349,16 +401,23 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _assemble(
     network: LoadedNetwork,
     source: CubeSource,
-    blocks: Sequence[Block],
-    everything: Sequence[Answers | None],
+    pieces: Sequence[Piece],
+    journal: Journal,
 ) -> Classification:
     card, table = network.card, source.table
     logits = np.full((len(table), len(card.classes)), np.nan, np.float32)
     faults = dict(source.faults)
-    for block, answers in zip(blocks, everything, strict=True):
-        assert answers is not None
-        logits[block.rows] = answers.logits
-        faults |= {int(block.rows[place]): why for place, why in answers.faults.items()}
+    for number, piece in enumerate(pieces):
+        rows = np.concatenate([block.rows for block in piece])
+        answers = journal.read(number, len(rows))
+        if answers is None:
+            msg = (
+                f"{journal.folder}: what was recorded of block {number} cannot be read back: give "
+                "the same command again, which does that block anew"
+            )
+            raise OSError(msg)
+        logits[rows] = answers.logits
+        faults |= {int(rows[place]): why for place, why in answers.faults.items()}
     judgement = judge(logits, card)
     names = np.array([NOT_PREDICTED, *card.classes], object)[judgement.class_ids]
     columns: dict[str, object] = {
@@ -387,7 +446,11 @@ def _assemble(
 
 
 def refuse_existing(
-    paths: tuple[Path | None, ...], *, overwrite: bool, inputs: tuple[Path, ...] = ()
+    paths: Iterable[Path | None],
+    *,
+    overwrite: bool,
+    inputs: Iterable[Path] = (),
+    begun: frozenset[Path] = frozenset(),
 ) -> None:
     """Refuse output paths that exist or whose folder is missing, before any work is done.
 
@@ -398,7 +461,9 @@ def refuse_existing(
     overwrite
         Replace files that exist.
     inputs
-        Volumes that are read, which no output may replace.
+        Files that are read, which no output may replace.
+    begun
+        Outputs that an unfinished run may have left, which may be replaced.
 
     Raises
     ------
@@ -408,16 +473,23 @@ def refuse_existing(
         If a parent folder does not exist.
     ValueError
         If an output is an input, or two outputs are one file.
+    IsADirectoryError
+        If an output is a folder.
     """
-    taken = {path.resolve(): "is the input" for path in inputs}
-    for path in paths:
-        if path is None:
-            continue
-        if path.resolve() in taken:
-            msg = f"{path} {taken[path.resolve()]}: give the output another name"
+    given = [path for path in paths if path is not None]
+    taken: dict[Path, str] = {}
+    if any(path.exists() for path in given):  # what is absent is no input, of which there are many
+        taken = {path.resolve(): "is the input" for path in inputs}
+    for path in given:
+        resolved = path.resolve()
+        if resolved in taken:
+            msg = f"{path} {taken[resolved]}: give the output another name"
             raise ValueError(msg)
-        taken[path.resolve()] = "is given for two outputs"
-        if path.exists() and not overwrite:
+        taken[resolved] = "is given for two outputs"
+        if path.is_dir():
+            msg = f"{path} is a folder: expected the name of a file to write"
+            raise IsADirectoryError(msg)
+        if path.exists() and not overwrite and resolved not in begun:
             msg = f"{path} exists: give another --out, or --overwrite to replace it"
             raise FileExistsError(msg)
         if not path.parent.is_dir():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from cectflow.model_card import ModelCard
-from cectflow.particles import ParticleTable, read_particles
+from cectflow.particles import read_particles
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.source import (
     Border,
@@ -81,7 +83,7 @@ class InputFiles:
     def volumes(self) -> tuple[Path, ...]:
         """Files that are known without reading a table, which no output may replace."""
         if self.tomogram is not None:
-            given = (Path(self.tomogram), self.particles, self.tomogram_table)
+            given = Path(self.tomogram), self.particles, self.tomogram_table
             return tuple(path for path in given if path is not None and path.is_file())
         assert self.subtomograms is not None
         return _stacks_of(self.subtomograms)
@@ -113,21 +115,37 @@ class InputFiles:
         if not len(table):
             msg = f"{self.particles} holds no particles: expected at least one"
             raise ValueError(msg)
+        names = tuple(table.rows_by_tomogram())
+        if card.task == "target" and len(names) > 1:
+            msg = (
+                f"the particles are in {len(names)} tomograms, {names[0]!r}, {names[1]!r} and so "
+                "on, and a label map is of one: give the particles of one tomogram at a time"
+            )
+            raise ValueError(msg)
+        tomograms = find_tomograms(str(self.tomogram), names)
+        infos, unknown = self._infos(names)
         return open_tomograms(
-            table, find_tomograms(str(self.tomogram), tuple(table.rows_by_tomogram())), card,
-            options, report, coords_voxel_size=self.coords_voxel_size, infos=self._infos(table),
-            border=self.border,
+            table, {**tomograms, **unknown}, card, options, report,
+            coords_voxel_size=self.coords_voxel_size, infos=infos, border=self.border,
         )  # fmt: skip
 
-    def _infos(self, table: ParticleTable) -> dict[str, TomogramInfo]:
-        """What a table of tomograms says of those that the particles are in."""
+    def _infos(self, names: Sequence[str]) -> tuple[dict[str, TomogramInfo], dict[str, str]]:
+        """What a table of tomograms says of those that the particles are in, and why of others not.
+
+        Without a table, nothing.
+        """
         path = self.tomogram_table
         if path is None and str(self.tomogram).endswith(".star"):
             path = Path(str(self.tomogram))
-        if path is None:
-            return {}
-        known = read_tomograms(path)
-        return {name: known[find_tomogram(known, name)] for name in table.rows_by_tomogram()}
+        infos: dict[str, TomogramInfo] = {}
+        unknown: dict[str, str] = {}
+        known = {} if path is None else read_tomograms(path)
+        for name in () if path is None else names:
+            try:
+                infos[name] = known[find_tomogram(known, name)]
+            except ValueError as error:
+                unknown[name] = f"{path}: {error}"
+        return infos, unknown
 
 
 def find_tomograms(given: str, names: Sequence[str]) -> dict[str, Path | str]:
@@ -136,9 +154,10 @@ def find_tomograms(given: str, names: Sequence[str]) -> dict[str, Path | str]:
     Parameters
     ----------
     given
-        A volume, folder, glob, ``.txt`` list of paths, path with ``{name}``, or RELION 5's table of
-        tomograms. In a list or glob a file fits a name if its own begins so and goes on with no
-        letter or digit (``TS_1`` is ``TS_1.mrc`` or ``TS_1_10.00Apx.mrc``, not ``TS_10.mrc``).
+        A volume, folder, glob, ``.txt`` list of paths (from here or from the list's folder), path
+        with ``{name}``, or RELION 5's table of tomograms. In a list or glob a file fits a name if
+        its own begins so and goes on with no letter or digit (``TS_1`` is ``TS_1.mrc`` or
+        ``TS_1_10.00Apx.mrc``, not ``TS_10.mrc``). A single volume is that of a single name.
     names
         As in the table; one empty name where it names none.
 
@@ -149,7 +168,7 @@ def find_tomograms(given: str, names: Sequence[str]) -> dict[str, Path | str]:
     FileNotFoundError
         If there is no such file at all.
     """
-    if PLACEHOLDER in given and names == ("",):
+    if PLACEHOLDER in given and tuple(names) == ("",):
         msg = (
             f"the particles name no tomogram, which {PLACEHOLDER} in {given!r} stands for: "
             "expected a column rlnTomoName or rlnMicrographName, or the file of one tomogram"
@@ -160,9 +179,9 @@ def find_tomograms(given: str, names: Sequence[str]) -> dict[str, Path | str]:
     if given.endswith(".star"):
         return _of_table(Path(given), names)
     paths = _listed(given)
-    if len(paths) == len(names) == 1:
+    if len(paths) == len(names) == 1 and (Path(given).is_file() or not names[0]):
         return {names[0]: paths[0]}
-    if names == ("",):
+    if tuple(names) == ("",):
         msg = f"the particles name no tomogram, and {given} are {len(paths)}: expected one"
         raise ValueError(msg)
     return {name: _fitting(name, paths, given) for name in names}
@@ -185,9 +204,8 @@ def _stacks_of(given: str) -> tuple[Path, ...]:
 
 def _listed(given: str) -> list[Path]:
     path = Path(given)
-    if path.suffix == ".txt" and path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        paths = [Path(line) for line in lines if line and not line.startswith("#")]
+    if path.suffix == ".txt":
+        paths = _of_list(path)
     elif path.is_dir():
         paths = list(find_stacks(given))
     elif path.is_file():
@@ -200,10 +218,29 @@ def _listed(given: str) -> list[Path]:
     return paths
 
 
+def _of_list(path: Path) -> list[Path]:
+    """Paths of a text file, one a line; what is not there from here is so from its folder."""
+    if not path.is_file():
+        msg = f"there is no list {path}"
+        raise FileNotFoundError(msg)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        msg = f"{path} is no text: expected a list of tomograms, a path a line"
+        raise ValueError(msg)
+    lines = [line.strip() for line in text.splitlines()]
+    given = [Path(line) for line in lines if line and not line.startswith("#")]
+    return [each if each.is_file() else path.parent / each for each in given]
+
+
 def _fitting(name: str, paths: Sequence[Path], given: str) -> Path | str:
     base = Path(name).name.removesuffix(WARP_SUFFIX)
     for suffix in (".mrc", ".rec"):
         base = base.removesuffix(suffix)
+    if not base:
+        return f"the particles name no tomogram ({name!r}), and there are {len(paths)} at {given}"
     exact = [path for path in paths if path.name.split(".")[0] == base or path.stem == base]
     fitting = exact or [
         path
@@ -225,26 +262,27 @@ def _of_table(table: Path, names: Sequence[str]) -> dict[str, Path | str]:
     """Files that RELION 5's table of tomograms names, from here or from the table's folder."""
     files: dict[str, str] = {}
     for block in read_star(table).values():
-        column = next((each for each in RECONSTRUCTIONS if each in block), None)
-        if column is None or isinstance(block, dict):
-            continue
-        files |= dict(zip(block["rlnTomoName"].astype(str), block[column].astype(str), strict=True))
+        rows = pd.DataFrame([block]) if isinstance(block, dict) else block
+        column = next((each for each in RECONSTRUCTIONS if each in rows), None)
+        if column is not None and "rlnTomoName" in rows:
+            files |= dict(
+                zip(rows["rlnTomoName"].astype(str), rows[column].astype(str), strict=True)
+            )
     if not files:
         msg = (
             f"{table} names no reconstructions ({', '.join(RECONSTRUCTIONS)}): give their files as "
             f"--tomogram 'folder/{PLACEHOLDER}.mrc', and this table as --tomogram-table"
         )
         raise ValueError(msg)
-    found: dict[str, Path | str] = {}
-    for name in names:
-        known = next(
-            (files[key] for key in (name, name.removesuffix(WARP_SUFFIX)) if key in files), None
-        )
-        if known is None:
-            found[name] = f"{table} does not describe the tomogram {name!r}"
-        else:
-            found[name] = _existing(known if Path(known).is_file() else str(table.parent / known))
-    return found
+    return {name: _described(name, files, table) for name in names}
+
+
+def _described(name: str, files: Mapping[str, str], table: Path) -> Path | str:
+    stem = name.removesuffix(WARP_SUFFIX)
+    known = next((files[key] for key in (name, stem, stem + WARP_SUFFIX) if key in files), None)
+    if known is None:
+        return f"{table} does not describe the tomogram {name!r}"
+    return _existing(known if Path(known).is_file() else str(table.parent / known))
 
 
 def _existing(path: str) -> Path | str:

@@ -8,12 +8,15 @@ there.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -22,10 +25,12 @@ from numpy.typing import NDArray
 
 from cectflow.files import remove_leftovers, replacing
 
-__all__ = ["Answers", "Journal", "journal_folder", "open_journal"]
+__all__ = ["Answers", "Journal", "begun_outputs", "journal_folder", "open_journal"]
 
 PLAN_FILE = "plan.json"
 LOCK_FILE = "lock"
+BLOCK_FILE = re.compile(r"([0-9]{7,})\.npz")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +61,8 @@ class Journal:
 
     def finished(self) -> frozenset[int]:
         """Numbers of the blocks that are there."""
-        return frozenset(int(path.stem) for path in self.folder.glob("[0-9]*.npz"))
+        names = (BLOCK_FILE.fullmatch(path.name) for path in self.folder.iterdir())
+        return frozenset(int(name[1]) for name in names if name)
 
     def record(self, number: int, answers: Answers) -> None:
         """Keep the answers of a block."""
@@ -73,12 +79,20 @@ class Journal:
     def read(self, number: int, count: int) -> Answers | None:
         """Answers of a block of so many particles; None if its file is damaged."""
         try:
-            with np.load(self._path(number), allow_pickle=False) as file:
+            with (
+                # Opened here: numpy leaves a file open that is no archive.
+                self._path(number).open("rb") as stream,
+                np.load(stream, allow_pickle=False) as file,
+            ):
                 faults = json.loads(file["faults"].tobytes())
                 answers = Answers(
                     file["logits"], file["lightness"], {int(at): why for at, why in faults.items()}
                 )
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
+        except (
+            # RuntimeError: damage can look like a zip file that is encrypted or packed otherwise.
+            ValueError, OSError, KeyError, EOFError, RuntimeError, AttributeError,
+            zipfile.BadZipFile, zlib.error,
+        ):  # fmt: skip
             return None
         return answers if len(answers.logits) == len(answers.lightness) == count else None
 
@@ -95,8 +109,18 @@ def journal_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.journal")
 
 
+def begun_outputs(out: Path) -> frozenset[Path]:
+    """Files that an unfinished run with this output was allowed to write; none without one."""
+    try:
+        return frozenset(map(Path, _read_plan(journal_folder(out) / PLAN_FILE, out)["outputs"]))
+    except (OSError, ValueError):
+        return frozenset()
+
+
 @contextmanager
-def open_journal(out: Path, plan: dict[str, object], *, anew: bool) -> Iterator[Journal]:
+def open_journal(
+    out: Path, plan: dict[str, object], *, anew: bool, outputs: Iterable[Path] = ()
+) -> Iterator[Journal]:
     """Journal of an output, new or gone on with; removed at a clean exit, kept at any other.
 
     Parameters
@@ -107,6 +131,8 @@ def open_journal(out: Path, plan: dict[str, object], *, anew: bool) -> Iterator[
         What the answers depend on. It is compared with that of the journal that is there.
     anew
         Drop what an earlier run has finished.
+    outputs
+        All files that the run writes (:func:`begun_outputs`).
 
     Raises
     ------
@@ -116,7 +142,6 @@ def open_journal(out: Path, plan: dict[str, object], *, anew: bool) -> Iterator[
         If another process is at work on this output.
     """
     folder = journal_folder(out)
-    folder.mkdir(exist_ok=True)
     lock = FileLock(folder.with_name(f"{folder.name}.{LOCK_FILE}"))
     try:
         lock.acquire(timeout=0)
@@ -124,38 +149,55 @@ def open_journal(out: Path, plan: dict[str, object], *, anew: bool) -> Iterator[
         msg = f"another process is at work on {out}: wait for it, or give another --out"
         raise BlockingIOError(msg) from None
     try:
-        if anew:
+        if anew and folder.is_dir():
             shutil.rmtree(folder)
-            folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         remove_leftovers(folder)
-        _agree(folder / PLAN_FILE, plan, out)
+        _agree(folder / PLAN_FILE, plan, out, {str(path.resolve()) for path in outputs})
         yield Journal(folder)
         shutil.rmtree(folder)
     finally:
-        if folder.is_dir() and not any(folder.glob("*.npz")):
-            shutil.rmtree(folder)  # nothing was finished
+        if folder.is_dir() and not Journal(folder).finished():
+            shutil.rmtree(folder)
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
-def _agree(path: Path, plan: dict[str, object], out: Path) -> None:
+def _agree(path: Path, plan: dict[str, object], out: Path, outputs: set[str]) -> None:
     """Write the plan, or refuse to go on with another one."""
-    if not path.is_file():
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-        return
-    begun = json.loads(path.read_text(encoding="utf-8"))
     given = json.loads(json.dumps(plan))
+    if path.is_file():
+        begun = _read_plan(path, out)
+        _refuse_change(begun["plan"], given, out)
+        outputs = outputs | {*begun["outputs"]}
+    content = {"plan": given, "outputs": sorted(outputs)}
+    with replacing(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_plan(path: Path, out: Path) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content["plan"], dict) and isinstance(content["outputs"], list):
+            return content
+    except (ValueError, KeyError, TypeError):
+        pass
+    msg = f"{path}, which says how {out} was begun, is damaged: start anew with --overwrite"
+    raise ValueError(msg)
+
+
+def _refuse_change(begun: dict[str, object], given: dict[str, object], out: Path) -> None:
     changed = sorted(key for key in begun.keys() | given.keys() if begun.get(key) != given.get(key))
     if changed:
+        named = ", ".join(_change(key, begun.get(key), given.get(key)) for key in changed)
         msg = (
-            f"{out} was begun with another {', '.join(changed)} ({changed[0]} "
-            f"{_short(begun.get(changed[0]))}, now {_short(given.get(changed[0]))}): give the same "
-            "command to go on, --overwrite to start anew, or another --out"
+            f"{out} was begun with another {named}: give the same command to go on, --overwrite "
+            "to start anew, or another --out"
         )
         raise ValueError(msg)
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+def _change(key: str, begun: object, given: object) -> str:
+    if DIGEST.fullmatch(str(begun)) or DIGEST.fullmatch(str(given)):
+        return key
+    return f"{key} ({begun}, now {given})"

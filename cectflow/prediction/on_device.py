@@ -7,7 +7,7 @@ gives, as tensors on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from cectflow.model_card import ModelCard
 from cectflow.prediction.contract import InputOptions, same_voxel_size
-from cectflow.prediction.source import Block
+from cectflow.prediction.source import Block, read_block
 from cectflow.subtomogram import resampling_matrix
 from cectflow.volume import read_volume
 
-__all__ = ["DeviceBatch", "cut_on_device", "read_block_on_device"]
+__all__ = ["DeviceBatch", "cut_on_device", "read_block_on_device", "read_blocks_on_device"]
 
 DeviceBatch = tuple[Float[Tensor, "n 1 box box box"], NDArray[np.int64], dict[int, str]]
 """Cubes that can be predicted, their places in the block, and why others cannot."""
@@ -70,6 +70,38 @@ def read_block_on_device(
         if options.contrast != card.contrast:
             cubes = -cubes
         yield cubes[:, None].contiguous(), start + np.flatnonzero(sound), faults
+
+
+def read_blocks_on_device(
+    blocks: Iterable[Block], card: ModelCard, options: InputOptions, device: str
+) -> Iterator[DeviceBatch]:
+    """Cubes of several blocks; those of stacks are sent in batches.
+
+    A file that cannot be read is a fault of its particles.
+    """
+    start = 0
+    for block in blocks:
+        done = 0
+        try:
+            for cubes, kept, faults in _read_one(block, card, options, device):
+                moved = {start + place: why for place, why in faults.items()}
+                yield cubes, start + kept, moved
+                done += len(kept) + len(faults)
+        except (OSError, ValueError) as error:
+            why = str(error) if str(block.path) in str(error) else f"{block.path}: {error}"
+            faults = dict.fromkeys(range(start + done, start + len(block)), why)
+            yield torch.empty(0, 1, *[card.box] * 3), np.empty(0, np.int64), faults
+        start += len(block)
+
+
+def _read_one(
+    block: Block, card: ModelCard, options: InputOptions, device: str
+) -> Iterator[DeviceBatch]:
+    if not block.of_stack:
+        yield from read_block_on_device(block, card, options, device)
+        return
+    for batch in read_block(block, card, options):
+        yield torch.from_numpy(batch.cubes).to(device), batch.kept, batch.faults
 
 
 def cut_on_device(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import glob
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from numpy.typing import NDArray
 
 from cectflow.files import replacing
 from cectflow.prediction.classify import NOT_PREDICTED, Classification
 from cectflow.prediction.source import CubeSource, read_block
+from cectflow.star import refuse_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +27,9 @@ __all__ = ["ClassOutputs", "draw_summary", "summarise", "write_failures", "write
 
 STAR_SUFFIXES = (".star", ".csv")
 TABLE_SUFFIXES = (".parquet", ".csv")
-PICTURE_SUFFIXES = (".png",)
+SUMMARY_SUFFIXES = (".png",)
+IDENTITY_COLUMNS = ("rlnImageName", "rlnTomoName", "rlnMicrographName", "rlnTomoParticleId")
+"""Columns of the input that the table of probabilities repeats."""
 EXAMPLES = 6
 """Cubes of each class in the picture."""
 
@@ -45,7 +52,7 @@ class ClassOutputs:
     Raises
     ------
     ValueError
-        If the name of a file ends otherwise, or a folder is in its place.
+        If the table's name ends otherwise.
     """
 
     star: Path
@@ -55,21 +62,13 @@ class ClassOutputs:
 
     def __post_init__(self) -> None:
         for path, what, suffixes in (
-            (self.star, "particle table", STAR_SUFFIXES),
-            (self.table, "table", TABLE_SUFFIXES),
-            (self.summary, "picture", PICTURE_SUFFIXES),
+            (self.star, "a particle table", STAR_SUFFIXES),
+            (self.table, "a table", TABLE_SUFFIXES),
+            (self.summary, "a picture", SUMMARY_SUFFIXES),
         ):
-            if path is None:
-                continue
-            if path.suffix not in suffixes:
-                msg = f"{path} would be a {what}: expected a name in {', '.join(suffixes)}"
+            if path is not None and path.suffix not in suffixes:
+                msg = f"{path} would be {what}: expected a name in {', '.join(suffixes)}"
                 raise ValueError(msg)
-            if path.is_dir():
-                msg = f"{path} is a folder: give the {what} another name"
-                raise ValueError(msg)
-        if self.per_class is not None and self.per_class.is_file():
-            msg = f"{self.per_class} is a file: the STAR files of the classes go into a folder"
-            raise ValueError(msg)
 
     @property
     def failures(self) -> Path:
@@ -78,8 +77,51 @@ class ClassOutputs:
 
     @property
     def paths(self) -> tuple[Path | None, ...]:
-        """What is always written: files, and the folder of the classes."""
-        return self.star, self.table, self.summary, self.per_class
+        """Files beside those of the classes."""
+        return self.star, self.failures, self.table, self.summary
+
+    def class_files(self, classes: Sequence[str]) -> dict[str, Path]:
+        """STAR file of each class, if they were asked for; no two classes share one.
+
+        Raises
+        ------
+        NotADirectoryError
+            If the folder is a file.
+        FileNotFoundError
+            If the folder could not be made: its own folder is missing.
+        """
+        if self.per_class is None:
+            return {}
+        if self.per_class.exists() and not self.per_class.is_dir():
+            msg = f"{self.per_class} is a file: expected a folder for the STAR files of the classes"
+            raise NotADirectoryError(msg)
+        if not self.per_class.parent.is_dir():
+            msg = f"folder {self.per_class.parent} of {self.per_class} does not exist: create it"
+            raise FileNotFoundError(msg)
+        files: dict[str, Path] = {}
+        taken: set[str] = set()
+        for number, name in enumerate(classes, 1):
+            plain = plain_name(name)
+            if plain.lower() in taken:  # some file systems do not tell a from A
+                plain = f"{plain}_{number}"
+            taken.add(plain.lower())
+            files[name] = self.per_class / f"{plain}.star"
+        return files
+
+    def check_table(self, source: CubeSource) -> None:
+        """Refuse a particle table that could not be written as STAR.
+
+        Raises
+        ------
+        ValueError
+            With the first column or text that a STAR file would not give back.
+        """
+        if self.star.suffix == ".star" or self.per_class is not None:
+            try:
+                refuse_unwritable(source.table.blocks)
+            except ValueError as error:
+                msg = f"the particles cannot be written as STAR: {error}; give --out a name in .csv"
+                raise ValueError(msg) from None
 
 
 def write_outputs(
@@ -87,6 +129,10 @@ def write_outputs(
 ) -> None:
     """Write all that was asked for; the STAR file comes last, so that it stands for all."""
     classes = source.card.classes
+    files = outputs.class_files(classes)
+    for path in (*outputs.paths, *files.values()):
+        if path is not None:
+            _remove_leftovers(path)
     write_failures(outputs.failures, outcome, overwrite=overwrite)
     if outputs.table is not None:
         frame = _probability_table(outcome, classes)
@@ -97,18 +143,23 @@ def write_outputs(
                 frame.to_parquet(temporary, index=False)
     if outputs.per_class is not None:
         outputs.per_class.mkdir(exist_ok=True)
-        for number, name in enumerate(classes, 1):
-            chosen = outcome.judgement.class_ids == number
-            path = outputs.per_class / f"{plain_name(name)}.star"
-            if chosen.any():
-                outcome.table.select(chosen).write(path, overwrite=overwrite)
-            else:
-                path.unlink(missing_ok=True)  # of an earlier run, which would pass for this one's
+    for number, path in enumerate(files.values(), 1):
+        chosen = outcome.judgement.class_ids == number
+        if chosen.any():
+            outcome.table.select(chosen).write(path, overwrite=overwrite)
+        elif overwrite:
+            path.unlink(missing_ok=True)
     if outputs.summary is not None:
         figure = draw_summary(outcome, source)
         with replacing(outputs.summary, overwrite=overwrite) as temporary:
             figure.savefig(temporary, format="png", dpi=200)
     outcome.table.write(outputs.star, overwrite=overwrite)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a run that was killed in the midst of writing this output left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def write_failures(path: Path, outcome: Classification, *, overwrite: bool) -> None:
@@ -118,8 +169,8 @@ def write_failures(path: Path, outcome: Classification, *, overwrite: bool) -> N
             path.unlink(missing_ok=True)
         return
     rows = outcome.table.rows
-    names = rows["rlnImageName"].astype(str) if "rlnImageName" in rows else None
-    tomograms = outcome.table.tomogram_names
+    column = next((name for name in IDENTITY_COLUMNS if name in rows), None)
+    names = np.full(len(rows), "") if column is None else rows[column].to_numpy()
     with (
         replacing(path, overwrite=True) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
@@ -127,8 +178,7 @@ def write_failures(path: Path, outcome: Classification, *, overwrite: bool) -> N
         writer = csv.writer(file)
         writer.writerow(("row", "particle", "reason"))
         for row, reason in outcome.faults.items():
-            where = names.iloc[row] if names is not None else tomograms[row] if tomograms else ""
-            writer.writerow((row + 1, where, reason))
+            writer.writerow((row + 1, names[row], reason))
 
 
 def summarise(outcome: Classification) -> list[tuple[str, int, float, float]]:
@@ -153,45 +203,55 @@ def draw_summary(outcome: Classification, source: CubeSource) -> Figure:
     from cectflow.prediction.figures import Example, draw_classes
 
     judgement, classes = outcome.judgement, source.card.classes
-    examples: dict[str, list[Example]] = {}
-    chosen = {name: judgement.class_ids == number for number, name in enumerate(classes, 1)}
+    of_class, unknown = judgement.of_class, judgement.unknown
+    chosen = {
+        name: np.flatnonzero(judgement.class_ids == number)
+        for number, name in enumerate(classes, 1)
+    }
+    shown: dict[str, NDArray[np.int64]] = {}
     for name, rows in chosen.items():
-        order = np.flatnonzero(rows)
-        order = order[np.argsort(-judgement.of_class[order], kind="stable")]
+        order = rows[np.argsort(-of_class[rows], kind="stable")]
         ranks = np.linspace(0, max(len(order) - 1, 0), min(len(order), EXAMPLES)).round()
-        examples[name] = [
-            Example(_central_section(source, int(row)), float(judgement.of_class[row]))
-            for row in order[ranks.astype(np.int64)]
-        ]
-    unknown = judgement.unknown
+        shown[name] = order[ranks.astype(np.int64)]
+    sections = _central_sections(source, np.concatenate([*shown.values()]))
     return draw_classes(
-        {name: judgement.of_class[rows] for name, rows in chosen.items()},
-        examples,
+        {name: of_class[rows] for name, rows in chosen.items()},
+        {
+            name: [
+                Example(sections[row], float(of_class[row]))
+                for row in rows.tolist()
+                if row in sections
+            ]
+            for name, rows in shown.items()
+        },
         voxel_size=source.card.voxel_size,
         unknown=None if unknown is None else {name: unknown[rows] for name, rows in chosen.items()},
-        missing=len(outcome.faults),
+        missing=int((judgement.class_ids == 0).sum()),
         title=str(outcome.table.rows["cectflowModel"].iloc[0]),
     )
 
 
-def _central_section(source: CubeSource, row: int) -> np.ndarray:
+def _central_sections(
+    source: CubeSource, rows: NDArray[np.int64]
+) -> dict[int, Float[NDArray[np.float32], "y x"]]:
+    """Row → mean of the central fifth of its cube's sections."""
+    sections: dict[int, Float[NDArray[np.float32], "y x"]] = {}
     for block in source.files:
-        (at,) = np.nonzero(block.rows == row)
-        if len(at):
-            one = replace(block, rows=block.rows[at], places=block.places[at])
-            cube = next(iter(read_block(one, source.card, source.options))).cubes[0, 0]
-            half = max(1, len(cube) // 10)
-            middle = len(cube) // 2
-            section: np.ndarray = cube[middle - half : middle + half + 1].mean(axis=0)
-            return section
-    msg = f"row {row + 1} is in no file of the source"
-    raise ValueError(msg)
+        for place in np.flatnonzero(np.isin(block.rows, rows)).tolist():
+            batch = next(read_block(block.part(place, place + 1), source.card, source.options))
+            if not len(batch):
+                continue
+            cube = batch.cubes[0, 0]
+            middle, half = len(cube) // 2, max(1, len(cube) // 10)
+            section = cube[middle - half : middle + half + 1].mean(axis=0)
+            sections[int(block.rows[place])] = section
+    return sections
 
 
 def _probability_table(outcome: Classification, classes: tuple[str, ...]) -> pd.DataFrame:
     judgement, rows = outcome.judgement, outcome.table.rows
     columns: dict[str, object] = {"row": np.arange(1, len(rows) + 1)}
-    for name in ("rlnImageName", "rlnTomoName", "rlnMicrographName", "rlnTomoParticleId"):
+    for name in IDENTITY_COLUMNS:
         if name in rows:
             columns[name] = rows[name].to_numpy()
     columns["class_name"] = rows["cectflowClassName"].to_numpy()

@@ -7,8 +7,11 @@ that are cut from tomograms on the fly. What cannot be read is a fault of its ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +20,7 @@ import pandas as pd
 from jaxtyping import Float, Int, Num
 from numpy.typing import NDArray
 
-from cectflow.coordinates import coordinates_zyx
+from cectflow.coordinates import coordinates_zyx, look_up
 from cectflow.model_card import ModelCard
 from cectflow.particles import ParticleTable, particles_from
 from cectflow.prediction.contract import InputOptions, bring_to_card, report_changes, source_box
@@ -34,18 +37,26 @@ __all__ = [
     "open_stacks",
     "open_tomograms",
     "read_block",
+    "read_blocks",
 ]
 
 Border = Literal["fill", "fail"]
 """Of cubes that reach over a face of their tomogram: fill them with their mean, or leave them."""
 IMAGE_COLUMN = "rlnImageName"
+REMEDY_2D = (
+    "cut the particles from their tomograms with --tomogram tomograms.star --particles "
+    "particles.star, or extract 3D subtomograms"
+)
+"""For tables and files of 2D image stacks, an image for each tilt, which hold no subtomograms."""
+LONGEST_NUMBER = 18
+"""Digits of a place in a stack."""
 
 Report = Callable[[str], None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Block:
-    """Particles of one file that are read, predicted and recorded together.
+    """Particles of one file, which any process can read alone.
 
     Attributes
     ----------
@@ -68,30 +79,43 @@ class Block:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def split(self, size: int) -> Iterator[Block]:
-        """Blocks of at most so many particles, in order."""
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield replace(self, rows=self.rows[part], places=self.places[part])
+    @property
+    def of_stack(self) -> bool:
+        """Whether the file holds subtomograms, and not a tomogram that they are cut from."""
+        return self.places.ndim == 1
+
+    def part(self, start: int, stop: int) -> Block:
+        """The particles from one place to before another."""
+        return replace(self, rows=self.rows[start:stop], places=self.places[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
 class CubeBatch:
-    """Some cubes of a block as the network expects them.
+    """Some cubes of a block, or of several, as the network expects them.
 
     Attributes
     ----------
     cubes
         Those that can be predicted.
     kept
-        Their places in the block.
+        Their places in the block; in several blocks places are counted on from one to the next.
     faults
-        Place in the block → why that one cannot be predicted.
+        Place → why that one cannot be predicted.
     """
 
     cubes: Float[NDArray[np.float32], "n 1 box box box"]
     kept: Int[NDArray[np.int64], " n"]
     faults: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def moved(self, places: int) -> CubeBatch:
+        """The same cubes, so many places further on."""
+        if not places:
+            return self
+        faults = {place + places: why for place, why in self.faults.items()}
+        return CubeBatch(self.cubes, self.kept + places, faults)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,30 +168,77 @@ def read_block(block: Block, card: ModelCard, options: InputOptions) -> Iterator
     Raises
     ------
     ValueError, OSError
-        If the file cannot be read.
+        If the file cannot be read, or no longer holds what it did when it was opened.
     """
-    if block.places.ndim == 1:
-        stack, voxel_size = read_stack(block.path, voxel_size=options.voxel_size)
-    else:
-        volume = read_volume(block.path, voxel_size=options.voxel_size)
-        voxel_size = volume.voxel_size
+    with warnings.catch_warnings():
+        # What there is to say of the file was said when it was opened.
+        warnings.simplefilter("ignore", UserWarning)
+        voxels, voxel_size = _load(block.path, options.voxel_size, of_stack=block.of_stack)
+    if block.of_stack and block.places.max(initial=-1) >= len(voxels):
+        msg = f"{block.path} holds {len(voxels)} subtomograms now: it was changed meanwhile"
+        raise ValueError(msg)
     for start in range(0, len(block), options.batch_size):
         places = block.places[start : start + options.batch_size]
-        if block.places.ndim == 1:
-            cubes = stack[_as_slice(places)]
+        if block.of_stack:
+            cubes = voxels[_as_slice(places)]
         else:
-            cubes = cut(volume.data, places, block.box, periodic=False, dtype=np.float32)
+            cubes = cut(voxels, places, block.box, periodic=False, dtype=np.float32)
         cubes = np.asarray(cubes, np.float32)
         # A sum is finite only if all of its terms are, and takes a third of the time.
         sound = np.isfinite(cubes.sum(axis=(1, 2, 3), dtype=np.float64))
-        what = "subtomogram" if block.places.ndim == 1 else "the subtomogram of particle"
         faults = {
-            start + int(place): f"{block.path}: {what} {_number(block, start + int(place))} holds "
+            start + int(place): f"{block.path}: {_describe(block, start + int(place))} holds "
             "values that are not finite: leave it out"
             for place in np.flatnonzero(~sound)
         }
         brought = bring_to_card(cubes if not faults else cubes[sound], voxel_size, card, options)
         yield CubeBatch(brought, start + np.flatnonzero(sound), faults)
+
+
+def read_blocks(
+    blocks: Iterable[Block], card: ModelCard, options: InputOptions
+) -> Iterator[CubeBatch]:
+    """Cubes of several blocks in batches that small files share.
+
+    A file that cannot be read is a fault of its particles.
+    """
+    waiting: list[CubeBatch] = []
+    for batch in _read_each(blocks, card, options):
+        if waiting and sum(map(len, waiting)) + len(batch) > options.batch_size:
+            yield _join(waiting)
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield _join(waiting)
+
+
+def _read_each(
+    blocks: Iterable[Block], card: ModelCard, options: InputOptions
+) -> Iterator[CubeBatch]:
+    start = 0
+    for block in blocks:
+        done = 0
+        try:
+            for batch in read_block(block, card, options):
+                yield batch.moved(start)
+                done += len(batch) + len(batch.faults)
+        except (OSError, ValueError) as error:
+            why = str(error) if str(block.path) in str(error) else f"{block.path}: {error}"
+            faults = dict.fromkeys(range(start + done, start + len(block)), why)
+            nothing = np.empty((0, 1, *[card.box] * 3), np.float32)
+            yield CubeBatch(nothing, np.empty(0, np.int64), faults)
+        start += len(block)
+
+
+def _join(batches: Sequence[CubeBatch]) -> CubeBatch:
+    if len(batches) == 1:
+        return batches[0]
+    faults = {place: why for batch in batches for place, why in batch.faults.items()}
+    return CubeBatch(
+        np.concatenate([batch.cubes for batch in batches]),
+        np.concatenate([batch.kept for batch in batches]),
+        faults,
+    )
 
 
 def open_stacks(
@@ -226,32 +297,23 @@ def open_listed(
             "or --tomogram, which particles at coordinates are cut from"
         )
         raise ValueError(msg)
+    _refuse_2d(table)
     opened = _Opened(card, options, report)
-    places: dict[str, tuple[list[int], list[int]]] = {}
-    for row, name in enumerate(table.rows[IMAGE_COLUMN].astype(str)):
-        number, _, path = name.rpartition("@")
-        if number and not number.isdecimal():
-            opened.faults[row] = f"{name!r} names no subtomogram: expected 3@stack.mrcs"
-            continue
-        rows, numbers = places.setdefault(path, ([], []))
-        rows.append(row)
-        numbers.append(int(number or 1) - 1)
+    names, numbers, files = _named_places(table, opened.faults)
     blocks = []
-    for given, (rows, numbers) in places.items():
-        file = Path(given) if Path(given).is_file() else folder / given
-        count = opened.count(file)
+    for name, rows in zip(names, _grouped(files, len(names)), strict=True):
+        path = Path(name) if Path(name).is_file() else folder / name
+        count = opened.count(path)
         if count is None:
-            opened.faults |= dict.fromkeys(rows, opened.failed[file])
+            opened.faults |= dict.fromkeys(rows.tolist(), opened.failed[path])
             continue
-        wrong = {row: at for row, at in zip(rows, numbers, strict=True) if not 0 <= at < count}
+        there = numbers[rows] < count
         opened.faults |= {
-            row: f"{file} holds {count} subtomograms: there is no number {at + 1}"
-            for row, at in wrong.items()
+            row: f"{path} holds {count} subtomograms: there is no number {numbers[row] + 1}"
+            for row in rows[~there].tolist()
         }
-        kept = np.array([row for row in rows if row not in wrong], np.int64)
-        chosen = np.array([at for at in numbers if 0 <= at < count], np.int64)
-        if len(kept):
-            blocks.append(Block(file, kept, chosen, opened.box(file)))
+        if there.any():
+            blocks.append(Block(path, rows[there], numbers[rows[there]], opened.box(path)))
     opened.refuse_nothing(blocks)
     return CubeSource(table, tuple(blocks), card, options, opened.faults)
 
@@ -301,11 +363,11 @@ def open_tomograms(
         try:
             if isinstance(path, str):
                 raise ValueError(path)
-            volume = read_volume(path, voxel_size=options.voxel_size)
-            shape = volume.shape
-            box = source_box(card, volume.voxel_size, options, opened.report_once)
+            voxels, voxel_size = _load(path, options.voxel_size, of_stack=False)
+            shape = voxels.shape
+            box = source_box(card, voxel_size, options, opened.report_once)
             centres = coordinates_zyx(
-                table.take(rows), voxel_size=volume.voxel_size, shape=shape,
+                table.take(rows), voxel_size=voxel_size, shape=shape,
                 coords_voxel_size=coords_voxel_size, info=(infos or {}).get(name),
             )  # fmt: skip
         except (ValueError, OSError) as error:
@@ -344,21 +406,34 @@ class _Opened:
     def count(self, path: Path) -> int | None:
         """Subtomograms of a stack; None if it cannot be used."""
         try:
-            cubes, voxel_size = read_stack(path, voxel_size=self.options.voxel_size)
-            try:
-                bring_to_card(np.asarray(cubes[:1]), voxel_size, self.card, self.options)
-            except ValueError as error:
-                msg = f"{path}: {error}"
-                raise ValueError(msg) from None
+            cubes, voxel_size = _load(path, self.options.voxel_size, of_stack=True)
+            self._check(path, cubes, voxel_size)
         except (ValueError, OSError) as error:
             self._first = self._first or error
             self.failed[path] = str(error)
             return None
-        self._boxes[path] = box = cubes.shape[1]
-        if (box, voxel_size) not in self._told:
-            self._told.add((box, voxel_size))
-            report_changes(self.card, box, voxel_size, self.options, self.report)
+        self._boxes[path] = cubes.shape[1]
         return len(cubes)
+
+    def _check(self, path: Path, cubes: NDArray[Any], voxel_size: float) -> None:
+        """Refuse cubes that cannot be brought to the card; say once what is done to others."""
+        shape = cubes.shape[1:]
+        if (shape, voxel_size) in self._told:
+            return
+        if len(set(shape)) > 1:
+            msg = (
+                f"{path} measures {' x '.join(map(str, shape[::-1]))} voxels (x, y, z): expected "
+                f"subtomograms of {self.card.box}³; if it is a tomogram, give it as --tomogram "
+                f"with --particles; if it is a stack of 2D images, {REMEDY_2D}"
+            )
+            raise ValueError(msg)
+        try:
+            bring_to_card(np.asarray(cubes[:1]), voxel_size, self.card, self.options)
+        except ValueError as error:
+            msg = f"{path}: {error}"
+            raise ValueError(msg) from None
+        self._told.add((shape, voxel_size))
+        report_changes(self.card, shape[0], voxel_size, self.options, self.report)
 
     def box(self, path: Path) -> int:
         """Edge of the cubes of a stack that was counted."""
@@ -385,6 +460,63 @@ class _Opened:
         raise ValueError(msg)
 
 
+def _load(path: Path, voxel_size: float | None, *, of_stack: bool) -> tuple[NDArray[Any], float]:
+    """Voxels of a stack or tomogram and their size."""
+    stat = path.stat() if path.is_file() else None  # what is absent is refused by the reader
+    stamp = None if stat is None else (stat.st_size, stat.st_mtime_ns)
+    return _load_once(path, voxel_size, of_stack, stamp)
+
+
+@lru_cache(maxsize=1)  # a compressed tomogram would be read anew for every block of its particles
+def _load_once(
+    path: Path, voxel_size: float | None, of_stack: bool, stamp: object
+) -> tuple[NDArray[Any], float]:
+    if of_stack:
+        return read_stack(path, voxel_size=voxel_size)
+    volume = read_volume(path, voxel_size=voxel_size)
+    return volume.data, volume.voxel_size
+
+
+def _named_places(
+    table: ParticleTable, faults: dict[int, str]
+) -> tuple[list[str], Int[NDArray[np.int64], " n"], Int[NDArray[np.int64], " n"]]:
+    """Files that a table names; place of each particle in its file, from 0; which file, or -1."""
+    known: dict[str, int] = {}
+    numbers = np.zeros(len(table), np.int64)
+    files = np.full(len(table), -1, np.int64)
+    for row, name in enumerate(table.rows[IMAGE_COLUMN].astype(str)):
+        number, at, path = name.partition("@")
+        if not (at and number.isdecimal()):
+            number, path = "1", name  # a single volume
+        if not path or len(number) > LONGEST_NUMBER or int(number) == 0:
+            faults[row] = f"{name!r} names no subtomogram: expected 3@stack.mrcs, counted from 1"
+            continue
+        numbers[row] = int(number) - 1
+        files[row] = known.setdefault(path, len(known))
+    return list(known), numbers, files
+
+
+def _grouped(groups: Int[NDArray[np.int64], " n"], count: int) -> list[NDArray[np.int64]]:
+    """Rows of each of so many groups, in order; a group below 0 is none."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.searchsorted(groups[order], np.arange(count + 1))
+    return [order[a:b] for a, b in pairwise(starts)]
+
+
+def _refuse_2d(table: ParticleTable) -> None:
+    for column, of_images in (("rlnTomoSubTomosAre2DStacks", 1), ("rlnImageDimensionality", 2)):
+        try:
+            values = look_up(table, column)
+        except ValueError:  # a table that does not say it of every particle
+            continue
+        if values is not None and (values == of_images).any():
+            msg = (
+                f"{column} {of_images} says that {IMAGE_COLUMN} names stacks of 2D images, one for "
+                f"each tilt, which hold no subtomograms: {REMEDY_2D}"
+            )
+            raise ValueError(msg)
+
+
 def _as_slice(places: NDArray[Any]) -> Any:
     """The same places as a slice where they follow one another, which reads without a copy."""
     if len(places) and (np.diff(places) == 1).all():
@@ -392,7 +524,8 @@ def _as_slice(places: NDArray[Any]) -> Any:
     return places
 
 
-def _number(block: Block, place: int) -> int:
+def _describe(block: Block, place: int) -> str:
     """What a user calls one of a block's particles: counted from 1 in its file or table."""
-    of_file = block.places[place] if block.places.ndim == 1 else block.rows[place]
-    return int(of_file) + 1
+    if block.of_stack:
+        return f"subtomogram {int(block.places[place]) + 1}"
+    return f"the subtomogram of particle {int(block.rows[place]) + 1}"

@@ -17,6 +17,7 @@ from cectflow.dataset import (
     SplitName,
     Subtomograms,
     open_dataset,
+    remove_partial_shards,
     start_dataset,
     write_shard,
 )
@@ -70,7 +71,7 @@ def simulate_dataset(
     manifest = _start_manifest(specimen, structures, folder, commit, splits)
     done = {shard.name for shards in manifest.shards.values() for shard in shards}
     jobs = [
-        _Job(specimen, folder, split, index)
+        _Job(specimen, folder.absolute(), split, index)
         for split in splits
         for index in range(recipe.shards_of(split))
         if _shard_name(split, index) not in done
@@ -82,6 +83,7 @@ def simulate_dataset(
         shards[split] = tuple(sorted((*shards[split], record), key=lambda shard: shard.name))
         manifest = manifest.model_copy(update={"shards": shards})
         manifest.write(folder)
+    remove_partial_shards(folder)
     return open_dataset(folder)
 
 
@@ -91,6 +93,9 @@ class _Job:
     folder: Path
     split: SplitName
     index: int
+
+    def __str__(self) -> str:
+        return f"shard {_shard_name(self.split, self.index)}"
 
 
 def _simulate_shard(job: _Job) -> tuple[SplitName, ShardRecord]:

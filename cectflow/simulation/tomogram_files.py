@@ -103,7 +103,8 @@ def deliver_tomograms(
     _start_folder(folder, description)
     setting = _Setting(specimen.recipe_digest, shape, specimen)
     jobs = [
-        _Job(setting, folder / f"tomo_{index:03d}", index, tilt_series) for index in range(count)
+        _Job(setting, folder.absolute() / f"tomo_{index:03d}", index, tilt_series)
+        for index in range(count)
     ]
     missing = [job for job in jobs if not job.folder.exists()]
     for job in jobs:
@@ -113,7 +114,8 @@ def deliver_tomograms(
     title = "simulating tomograms"
     for _ in run_all(_simulate_one, missing, where=where, title=title, paths=[folder]):
         pass
-    return tuple(job.folder for job in jobs)
+    remove_leftovers(folder)
+    return tuple(folder / job.folder.name for job in jobs)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,9 @@ class _Job:
     index: int
     tilt_series: bool
 
+    def __str__(self) -> str:
+        return f"tomogram {self.folder.name}"
+
 
 @lru_cache(maxsize=1)
 def _surround_once(setting: _Setting) -> Specimen:
@@ -143,8 +148,13 @@ def _simulate_one(job: _Job) -> None:
     tomogram = simulate_tomogram(
         _surround_once(setting), setting.shape, job.index, tilt_series=job.tilt_series
     )
-    with appearing(job.folder) as folder:
-        write_tomogram_files(tomogram, folder, job.folder.name, setting.specimen)
+    try:
+        with appearing(job.folder) as folder:
+            write_tomogram_files(tomogram, folder, job.folder.name, setting.specimen)
+    except OSError:
+        # On a cluster a worker may be taken for dead that was not: the same tomogram is there.
+        if not (job.folder / "tomogram.mrc").is_file():
+            raise
 
 
 def _start_folder(folder: Path, description: TomogramSet) -> None:

@@ -96,9 +96,15 @@ def archive(version: RegisteredVersion, *, reason: str) -> Change:
     name, number = version.name, version.version
     state = observe(name)
     id = begin(name, "archive", "archived", number, stamp=state.stamp, reason=reason)
-    for stage in STAGES:
-        take_away(name, stage, number)
-    close(name, id, "done", stamp=read_state(name).stamp)
+    for _ in range(ATTEMPTS):
+        state = read_state(name)
+        held = [stage for stage, holder in state.aliases.items() if holder == number]
+        if not held:
+            # Whoever gives the version a stage from here on does so after its archive.
+            close(name, id, "done", stamp=state.stamp)
+            break
+        for stage in held:
+            take_away(name, stage, number)
     return settle(name).record.find(id)
 
 

@@ -45,7 +45,8 @@ class Change:
     time: str
     """When it was begun: ISO 8601, UTC."""
     action: Action
-    """``found``: the alias had been moved by other hands than cectflow's."""
+    """``found``: the alias was seen where no change on record had put it: other hands than
+    cectflow's moved it, or changes that met and broke off."""
     stage: str
     """``staging``, ``production`` or, of an archive, ``archived``."""
     version: str | None
@@ -137,9 +138,11 @@ def begin(
     id: str | None = None,
 ) -> str:
     """Id of a change that is now in the record, and not yet carried out; by default a new one."""
-    id = id or secrets.token_hex(4)
     facts = {
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        # Of a given id: whoever writes the entry again writes the same.
+        "time": (datetime.fromtimestamp(stamp / 1e6, UTC) if id else datetime.now(UTC)).isoformat(
+            timespec="milliseconds"
+        ),
         "action": action,
         "stage": stage,
         "version": version,
@@ -147,6 +150,7 @@ def begin(
         "reason": reason[:REASON_LENGTH],
         "by": _user(),
     }
+    id = id or secrets.token_hex(4)
     # A tag of 5000 characters is the longest, and an escaped character takes six.
     content = json.dumps(facts, ensure_ascii=False)
     write("set_registered_model_tag", name, f"history.{stamp:016d}.{id}", content)
@@ -208,7 +212,9 @@ def _walk(changes: Iterable[Change], stamp: int) -> Record:
             holders.pop(change.stage, None)
             continue
         once_held.add(change.version)
-        if change.stage != "archived":
+        if change.stage == "staging" and holders.get("production") == change.version:
+            holders.pop("staging", None)  # it was in production sooner than this was marked
+        elif change.stage != "archived":
             holders[change.stage] = change.version
     return Record(tuple(walked), holders, frozenset(once_held), stamp)
 

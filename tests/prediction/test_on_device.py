@@ -59,7 +59,7 @@ def test_a_block_there_is_the_block_here(
     assert np.concatenate([batch[1] for batch in there]).tolist() == [0, 1, 2, 3]
     moved = replace(network, infer_there=load_torch(classifier, "cpu"))
     logits = [
-        np.concatenate([part[1] for part in classify._answers(each, block, options)])
+        np.concatenate([part[1] for part in classify._answers(each, (block,), options)])
         for each in (network, moved)
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)

@@ -23,6 +23,9 @@ import pytest
 from conftest import make_road
 from road import ROOT, Road
 
+from cectflow.cluster import ClusterConfig
+from cectflow.dataset import read_manifest
+
 CLUSTER = ROOT / "docs" / "cluster"
 FINISHED = {"CD", "F", "CA", "TO", "NF"}
 
@@ -47,7 +50,7 @@ SelectType=select/linear
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={megabytes} State=UNKNOWN
 PartitionName=batch Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -78,6 +81,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
     configuration = CONFIGURATION.format(
         folder=folder, host=socket.gethostname().partition(".")[0], ports=free_ports(2),
         cpus=os.cpu_count(),
+        megabytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 - 512,
     )  # fmt: skip
     (folder / "slurm.conf").write_text(configuration)
     road = make_road(folder)
@@ -147,3 +151,32 @@ def test_the_backend_plugin_runs_an_entry_point(cluster: Road) -> None:
         output.unlink(missing_ok=True)
     assert mlflow.get_run(run.info.run_id).info.status == "FINISHED"
     assert (cluster.folder / "by plugin" / "manifest.json").is_file()
+
+
+def test_one_command_works_through_jobs_of_the_queue(cluster: Road) -> None:
+    sample = ClusterConfig.from_yaml(CLUSTER / "dask-slurm.yaml")
+    own = {
+        "jobs": 1, "cores": 2, "memory": "3GB", "walltime": "00:20:00", "interface": "lo",
+        "queue": "batch", "logs": str(cluster.folder / "logs"),
+        "credentials": str(cluster.folder), "wait": 120.0,
+    }  # fmt: skip
+    file = cluster.folder / "dask-slurm.yaml"
+    file.write_text(sample.model_copy(update=own).to_yaml())
+    simulate = ("cectflow", "simulate", "dataset", "--recipe", "tiny", "--out")
+    submit(cluster, *simulate, str(cluster.folder / "by jobs"), "--cluster", str(file))
+    submit(cluster, *simulate, str(cluster.folder / "here"))
+    by_jobs, here = (read_manifest(cluster.folder / name) for name in ("by jobs", "here"))
+    assert by_jobs.content_digest() == here.content_digest()
+    # Its jobs have ended with it, and its credentials are gone.
+    assert submit(cluster, "squeue", "--noheader", "--states=PENDING,RUNNING").strip() == ""
+    assert not list(cluster.folder.glob(".dask-jobqueue*"))
+
+    refused = sample.model_copy(update=own | {"queue": "nowhere"})
+    file.write_text(refused.to_yaml())
+    done = subprocess.run(
+        [*simulate, str(cluster.folder / "refused"), "--cluster", str(file)],
+        cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "the queue refuses the cluster's jobs" in done.stderr
+    assert "invalid partition" in done.stderr
