@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders import BOX, Exported
 
+from cectflow import runtime
 from cectflow.model_card import Variant
 from cectflow.runtime import (
     RUNTIMES,
@@ -51,6 +52,7 @@ def test_a_gpu_that_is_not_there_is_refused_and_auto_does_without(
 
 
 def test_auto_takes_a_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_may_have_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == "cuda"
     assert choose_device("cuda") == "cuda"

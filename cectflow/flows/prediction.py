@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,17 +34,13 @@ from cectflow.prediction.contract import (
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.journal import Journal, begun_outputs, journal_folder
 from cectflow.prediction.outputs import ClassOutputs, write_outputs
-from cectflow.prediction.picks import PickRules
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
 from cectflow.prediction.source import CubeSource
-from cectflow.prediction.whole import (
-    WholeOptions,
-    WholeOutputs,
-    WholeSegmentation,
-    segment_whole,
-)
 from cectflow.tracking.bundle import open_model_folder
 from cectflow.volume import STACK_SUFFIXES, read_volume
+
+if TYPE_CHECKING:  # numba and much of scipy come with it: classifying does without
+    from cectflow.prediction.whole import WholeOptions, WholeOutputs, WholeSegmentation
 
 __all__ = ["find_network", "load_model", "plan_classes", "predict_classes", "predict_segments"]
 
@@ -247,6 +244,8 @@ def predict_segments(
     ValueError
         If the network's task and the files do not fit; the message names the model that does.
     """
+    from cectflow.prediction.whole import WholeOptions, WholeOutputs
+
     outputs = WholeOutputs(out, probabilities, picks, figure)
     refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=files.volumes)
     for path in (out, probabilities):
@@ -285,6 +284,9 @@ def _predict_whole(
     whole: WholeOptions,
     report: Report,
 ) -> WholeSegmentation:
+    from cectflow.prediction.picks import PickRules
+    from cectflow.prediction.whole import segment_whole
+
     tomogram = files.whole_tomogram
     if tomogram is None:
         msg = (
