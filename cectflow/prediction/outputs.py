@@ -196,8 +196,8 @@ def summarise(outcome: Classification) -> list[tuple[str, int, float, float]]:
 def draw_summary(outcome: Classification, source: CubeSource) -> Figure:
     """Particles of each class, how sure of them the network is, and its surest cubes of each.
 
-    Cubes are shown as the network saw them: the mean of the central fifth of their sections, and
-    each on its own grey scale.
+    Cubes are shown as they were given to the network: the mean of the central fifth of their
+    sections, smoothed, and each on its own grey scale.
     """
     from cectflow.prediction.figures import draw_classes
 
@@ -219,7 +219,15 @@ def draw_summary(outcome: Classification, source: CubeSource) -> Figure:
             for name, rows in surest.items()
         },
         voxel_size=source.card.voxel_size,
-        missing=int((judgement.class_ids == 0).sum()),
+        title=str(outcome.table.rows["cectflowModel"].iloc[0]),
+        notes=[
+            f"{count:,} {what}"
+            for count, what in (
+                (outcome.num_unknown, "of them unknown"),
+                (int((judgement.class_ids == 0).sum()), "more not predicted"),
+            )
+            if count
+        ],
     )
 
 
