@@ -29,7 +29,7 @@ SHAPE = (48, 96, 96)
 """Voxels (z, y, x)."""
 BINNING = 4
 RANDOM_SHARE = 1 / 6
-LEAST_SCORE, SCORE_STEP = 0.2, 0.01
+SCORES = (0.6, 0.2)
 
 
 def write_example(recipe_name: str, folder: Path) -> None:
@@ -59,7 +59,7 @@ def write_example(recipe_name: str, folder: Path) -> None:
             places, "relion5", voxel_size=volume.voxel_size, shape=volume.shape,
             info=TomogramInfo((x, y, z), pixel_size, BINNING),
         )  # fmt: skip
-        scores = (LEAST_SCORE + SCORE_STEP * np.arange(len(places))[::-1]).round(2)
+        scores = np.linspace(*SCORES, len(places)).round(3)
         picks.append(
             pd.DataFrame(
                 {"rlnTomoName": name, **columns, "rlnTomoTiltSeriesPixelSize": pixel_size,

@@ -88,9 +88,11 @@ def draw_classes(
     grid[0, 0].set_title("particles", fontsize=USUAL)
     grid[0, 1].set_title("probability", fontsize=USUAL)
     if columns:
-        order = "from the surest to the most doubtful; probability below"
-        # It is as wide as several panels, and shall not widen its own.
-        grid[0, 2].set_title(order, fontsize=USUAL, loc="left").set_in_layout(False)
+        # As wide as several panels: a title would widen its own.
+        grid[0, 2].text(
+            0, 1.06, "from the surest to the most doubtful; probability below",
+            transform=grid[0, 2].transAxes, fontsize=USUAL, va="bottom", in_layout=False,
+        )  # fmt: skip
         draw_scale_bar(grid[0, 2], voxel_size)
     total = sum(map(len, probabilities.values()))
     lost = f", {missing:,} not predicted" if missing else ""
