@@ -25,7 +25,7 @@ class Road:
         """Run an entry point's module, as MLflow would, with bad parameters; returns its output."""
         command = [sys.executable, "-m", f"entrypoints.{entry_point}"]
         for name, value in parameters.items():
-            command += [f"--{name}", value]
+            command += [f"--{name.replace('_', '-')}", value]
         done = subprocess.run(
             command, cwd=self.folder, env=self.environment | {"PYTHONPATH": str(ROOT)},
             capture_output=True, text=True, timeout=600,
