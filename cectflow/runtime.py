@@ -401,10 +401,18 @@ def _in_parts(infers: Sequence[Infer]) -> Infer:
         finally:
             free.put(own)
 
+    begun = False
+
     def infer(cubes: NDArray[np.float32]) -> NDArray[np.float32]:
+        nonlocal begun
         size = max(1, PART_BYTES // max(1, cubes[:1].nbytes))
         parts = [cubes[start : start + size] for start in range(0, len(cubes), size)] or [cubes]
-        return np.concatenate(list((pool.map if pool else map)(infer_part, parts)))
+        # Alone: openvino's first call sets up its bridge to numpy, one thread within that waits
+        # for Python's lock and another that holds the lock waits for it, both for ever.
+        first = [] if begun else [infer_part(parts[0])]
+        begun = True
+        rest = (pool.map if pool else map)(infer_part, parts[len(first) :])
+        return np.concatenate([*first, *rest])
 
     return infer
 

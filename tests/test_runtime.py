@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,24 @@ def test_a_cpu_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_folder_without_int8_says_how_to_get_one(exported: Exported) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no int8: train it with `variants: \[int8\]`"):
         load_runtime(exported.folder, "openvino", variant="int8")
+
+
+def test_the_first_part_is_computed_before_threads_begin() -> None:
+    # Two first calls of openvino at once waited for each other for ever.
+    at_work: list[str] = []
+    seen: list[tuple[str, ...]] = []
+
+    def infer(part: np.ndarray) -> np.ndarray:
+        at_work.append(threading.current_thread().name)
+        seen.append(tuple(at_work))
+        time.sleep(0.01)
+        at_work.remove(threading.current_thread().name)
+        return part[:, 0, 0, 0]
+
+    in_parts = runtime._in_parts([infer, infer])
+    cubes = np.arange(40 * 3 * 40**3, dtype=np.float32).reshape(-1, 1, 40, 40, 40)
+    for call in range(2):
+        np.testing.assert_array_equal(in_parts(cubes), cubes[:, 0, 0, 0])
+        if call == 0:
+            assert seen[0] == (threading.current_thread().name,)
+            assert all(name.startswith("infer") for names in seen[1:] for name in names)

@@ -124,9 +124,9 @@ def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> No
     walked = subprocess.run(
         [sys.executable, "-c", RUNNER], input=json.dumps(steps),
         cwd=folder, env=road.environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert walked.returncode == 0, walked.stdout[-3000:] + walked.stderr[-3000:]
     for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         (folder / "napari.py").write_text(NAPARI)
-        subprocess.run([sys.executable, "-c", snippet], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-c", snippet], cwd=folder, check=True, timeout=60)
