@@ -23,7 +23,7 @@ from entrypoints.input_options import INPUT_PARAMETERS, read_input_options
 
 OF_CLASSES = (
     "tomogram_table", "ctf_correction", "border", "mask_with", "table", "per_class", "summary",
-    "block_size", "workers", "cluster",
+    "block_size", "workers", "cluster", "incomplete",
 )  # fmt: skip
 """Parameters of the task ``classify`` alone."""
 PARAMETERS = (
@@ -33,7 +33,11 @@ PARAMETERS = (
 
 
 def story(given: Parameters) -> int | None:
-    """Predict, and log what came out; some particles without a prediction are an exit code."""
+    """Predict, and log what came out.
+
+    Some particles without a prediction are an exit code, for which MLflow (3.17) calls the run
+    FAILED, unless they are accepted.
+    """
     task = chosen(given, "task", ("classify", "segment"))
     corrections = ("", "none", "phase_flip", "premultiplied", "wiener")
     options = replace(
@@ -61,6 +65,7 @@ def story(given: Parameters) -> int | None:
 def _classify(given: Parameters, files: InputFiles, options: InputOptions) -> int | None:
     where = Workplace(_positive(given, "workers", 1), given["cluster"])
     block_size = _positive(given, "block_size", BLOCK_SIZE)
+    fails = chosen(given, "incomplete", ("fail", "accept")) == "fail"
     out = _out(given, "classify.star")
     outputs = ClassOutputs(
         out, _path(given, "table"), _path(given, "per_class"),
@@ -72,11 +77,11 @@ def _classify(given: Parameters, files: InputFiles, options: InputOptions) -> in
             run, given["model"] or "cectflow-student@production", files, outputs, options, tell,
             mask_with=given["mask_with"], where=where, block_size=block_size,
         )  # fmt: skip
-    return INCOMPLETE if outcome.faults else None
+    return INCOMPLETE if outcome.faults and fails else None
 
 
 def _segment(given: Parameters, files: InputFiles, options: InputOptions) -> None:
-    defaults = {"border": "fill", "block_size": str(BLOCK_SIZE), "workers": "1"}
+    defaults = {"border": "fill", "workers": "1", "incomplete": "fail"}
     for name in OF_CLASSES:
         if given[name] not in {None, defaults.get(name)}:
             msg = f"{name} is {given[name]!r}: it is for the task classify"

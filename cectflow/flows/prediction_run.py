@@ -39,8 +39,9 @@ def log_classes(
 ) -> Classification:
     """Classification of particles with its inputs, figures and files in a run.
 
-    Inputs are logged before the work starts, so that a run that is killed has them too. The run of
-    a classification that some particles are missing from has them counted as ``failed``.
+    Inputs are logged before the work starts, so that a run that is killed has them too. Where some
+    particles could not be predicted, they are counted as ``failed``, and the tag ``outcome`` is
+    ``incomplete``.
 
     Parameters
     ----------
@@ -68,7 +69,12 @@ def log_classes(
     if outcome.num_unknown is not None:
         figures["unknown"] = outcome.num_unknown
     run.log(figures)
-    run.set_tags({"predicted_with": str(table.rows["cectflowModel"].iloc[0])})
+    run.set_tags(
+        {
+            "predicted_with": str(table.rows["cectflowModel"].iloc[0]),
+            "outcome": "incomplete" if outcome.faults else "complete",
+        }
+    )
     run.log_json(
         [
             {"class": name, "particles": count, "probability": probability, "entropy": entropy}

@@ -90,7 +90,7 @@ def test_evaluate_promote_and_predict_alone(road: Road) -> None:
     # A second version of the same recipe is as good as the first: a tie passes.
     output = road.mlflow_run("promote", role="teacher")
     assert "is in staging" in output
-    # Some particles that cannot be predicted fail the command, but not the run.
+    # Some particles that cannot be predicted fail the command and so the run; the output is there.
     (road.folder / "cubes").mkdir()
     shutil.copy(road.folder / "tour/dataset/test/00000.mrcs", road.folder / "cubes")
     (road.folder / "cubes/torn.mrcs").write_bytes(b"no volume at all")
@@ -104,7 +104,8 @@ def test_evaluate_promote_and_predict_alone(road: Road) -> None:
     rows = read_particles(out).rows
     assert rows["cectflowClassName"].iloc[-1] == "none"
     run = find_runs(road)[0]
-    assert run.info.status == "FINISHED"
+    assert run.info.status == "FAILED"
+    assert run.data.tags["outcome"] == "incomplete"
     assert run.data.metrics["failed"] == 1
     assert run.data.metrics["particles"] == len(rows)
     assert run.data.metrics["per_second"] > 0
