@@ -370,9 +370,6 @@ def _load_openvino(path: Path, variant: Variant, threads: int | None, *, whole: 
 
         return infer
 
-    # pybind11 sets numpy up at the first array, once for all threads: two of them that come first
-    # at the same time wait for each other, one with Python's lock, one with that of the set-up.
-    openvino.Tensor(np.zeros(1, np.float32), shared_memory=True)
     infers = [make_infer() for _ in range(number)]
     return infers[0] if whole else _in_parts(infers)
 
