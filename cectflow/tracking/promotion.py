@@ -96,15 +96,10 @@ def archive(version: RegisteredVersion, *, reason: str) -> Change:
     name, number = version.name, version.version
     state = observe(name)
     id = begin(name, "archive", "archived", number, stamp=state.stamp, reason=reason)
-    for _ in range(ATTEMPTS):
-        state = read_state(name)
-        held = [stage for stage, holder in state.aliases.items() if holder == number]
-        if not held:
-            # Whoever gives the version a stage from here on does so after its archive.
-            close(name, id, "done", stamp=state.stamp)
-            break
-        for stage in held:
-            take_away(name, stage, number)
+    for stage in STAGES:
+        # Another command may have finished this archive: what it took away may be given anew.
+        take_away(name, stage, number, lambda now: now.record.find(id).outcome == "begun")
+    close(name, id, "done", stamp=read_state(name).stamp)
     return settle(name).record.find(id)
 
 
@@ -123,15 +118,16 @@ def rollback(name: str, stage: str = "production", *, reason: str = "") -> Chang
     state = observe(name)
     holder = state.aliases.get(stage)
     held = [number for number in _held(state.record, stage) if number in state.versions]
+    withdrawn = [each for each in held if each != holder and _is_withdrawn(state.record, each)]
+    held = [number for number in held if number not in withdrawn]
     while held and held[-1] == holder:
         held.pop()
-    withdrawn = [number for number in held if _is_withdrawn(state.record, number)]
-    held = [number for number in held if number not in withdrawn]
     if not held:
         now = "nothing" if holder is None else f"{name} v{holder}"
         msg = f"cannot roll back {name}: {stage} holds {now}, and no version held it before"
         if withdrawn:
-            msg += f" but {', '.join(f'v{number}' for number in withdrawn)}, archived since"
+            named = ", ".join(f"v{number}" for number in dict.fromkeys(withdrawn))
+            msg += f" but {named}, archived since"
         raise ValueError(msg)
     before = state.versions[held[-1]]
     _refuse_demotion(state, before, stage)
@@ -210,6 +206,8 @@ def _assign(
         # Whoever took the alias from another version just now may have taken it from ours.
         if stage in state.aliases or _is_withdrawn(state.record, number):
             break
+        if state.aliases.get("production") == number:
+            break  # it was promoted further at the same time, and taken out of staging
     if not won:
         close(name, id, "superseded", stamp=state.stamp)
     return settle(name).record.find(id)

@@ -75,6 +75,9 @@ class Record:
         Stage → version that holds it for all that is recorded.
     once_held
         Versions that held a stage at some time, or were archived.
+    stamps
+        Id → when the change was begun, and when it was last seen to be in effect; of one that was
+        not seen, twice when it was begun.
     stamp
         Of the latest entry, in microseconds since 1970; 0 where there is none.
     """
@@ -82,6 +85,7 @@ class Record:
     changes: tuple[Change, ...] = ()
     holders: Mapping[str, str] = field(default_factory=dict)
     once_held: frozenset[str] = frozenset()
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     stamp: int = 0
 
     def find(self, id: str) -> Change:
@@ -92,6 +96,13 @@ class Record:
         """Latest change that is about a version, or None."""
         return next((each for each in reversed(self.changes) if each.version == version), None)
 
+    def overlap(self, change: Change, later: Change) -> bool:
+        """Whether a change took effect after a later one was begun: their order may be wrong.
+
+        Not the other way round: whoever begins a change has read the effects before it.
+        """
+        return self.stamps[later.id][0] < self.stamps[change.id][1]
+
     def next_stamp(self, now: int) -> int:
         """Stamp of an entry that follows all of these, at ``now`` if clocks agree."""
         return max(now, self.stamp + 1)
@@ -100,10 +111,10 @@ class Record:
 def read_record(tags: Mapping[str, str]) -> Record:
     """Record that the tags of a registered model hold.
 
-    A mark's stamp is taken before the alias is read, so none is later than the alias's next value,
-    and that of the change's own command, which counts as the last, is later than the alias was set:
-    changes that overtook one another have the order of the alias's values. Stamps never run
-    backwards, whatever the clocks say: each is later than all that its writer had seen.
+    A mark is stamped between two instants at which the alias named its version: its writing, or an
+    earlier reading, and a reading. So changes that overtook one another have the order of the
+    alias's values, as far as clocks agree. Stamps never run backwards, whatever the clocks say:
+    each is later than all that its writer had seen. Of several marks the latest counts.
     """
     begun: dict[str, tuple[int, Change]] = {}
     marks: dict[str, dict[str, int]] = {}
@@ -123,7 +134,9 @@ def read_record(tags: Mapping[str, str]) -> Record:
         own = marks.get(id, {})
         outcome: Outcome = next((each for each in OUTCOMES if each in own), "begun")
         placed.append((own.get("done", at), id, replace(change, outcome=outcome)))
-    return _walk([change for *_, change in sorted(placed, key=lambda each: each[:2])], stamp)
+    stamps = {id: (begun[id][0], at) for at, id, _ in placed}
+    walked = _walk([change for *_, change in sorted(placed, key=lambda each: each[:2])])
+    return replace(walked, stamps=stamps, stamp=stamp)
 
 
 def begin(
@@ -135,9 +148,9 @@ def begin(
     stamp: int,
     verdict: str | None = None,
     reason: str = "",
-    id: str | None = None,
 ) -> str:
-    """Id of a change that is now in the record, and not yet carried out; by default a new one."""
+    """Id of a change that is now in the record, and not yet carried out."""
+    id = secrets.token_hex(8)
     facts = {
         # Of a given id: whoever writes the entry again writes the same.
         "time": (datetime.fromtimestamp(stamp / 1e6, UTC) if id else datetime.now(UTC)).isoformat(
@@ -159,7 +172,8 @@ def begin(
 
 def close(name: str, id: str, outcome: Outcome, *, stamp: int) -> None:
     """Mark what became of a change. Marking it twice does no harm."""
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    # Who marks the same at the same stamp writes the same.
+    time = datetime.fromtimestamp(stamp / 1e6, tz=UTC).isoformat(timespec="milliseconds")
     write("set_registered_model_tag", name, f"history.{stamp:016d}.{id}.{outcome}", time)
 
 
@@ -193,7 +207,7 @@ def _parse(id: str, content: str) -> Change:
     )
 
 
-def _walk(changes: Iterable[Change], stamp: int) -> Record:
+def _walk(changes: Iterable[Change]) -> Record:
     """Changes with what held each stage before them, and where that ends."""
     holders: dict[str, str] = {}
     once_held: set[str] = set()
@@ -202,6 +216,8 @@ def _walk(changes: Iterable[Change], stamp: int) -> Record:
         if change.outcome != "done":
             walked.append(change)
             continue
+        if change.action == "found" and holders.get(change.stage) == change.version:
+            continue  # two commands found the same, or its own command marked it after all
         walked = [_overtaken(each, change) for each in walked]
         walked.append(replace(change, previous=holders.get(change.stage)))
         for stage in [each for each, holder in holders.items() if holder == change.version]:
@@ -213,10 +229,10 @@ def _walk(changes: Iterable[Change], stamp: int) -> Record:
             continue
         once_held.add(change.version)
         if change.stage == "staging" and holders.get("production") == change.version:
-            holders.pop("staging", None)  # it was in production sooner than this was marked
+            holders.pop("staging", None)  # it took the stage, and is in production all the same
         elif change.stage != "archived":
             holders[change.stage] = change.version
-    return Record(tuple(walked), holders, frozenset(once_held), stamp)
+    return Record(tuple(walked), holders, frozenset(once_held))
 
 
 def _overtaken(change: Change, later: Change) -> Change:

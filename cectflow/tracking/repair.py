@@ -8,13 +8,12 @@ of commands may repair at once: the last one that writes leaves everything in ag
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 
 import mlflow
 from mlflow.entities.model_registry import RegisteredModel
@@ -58,16 +57,21 @@ class State:
     aliases: Mapping[str, str]
     record: Record
     stamp: int
+    _versions: dict[str, RegisteredVersion] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         """Registered name."""
         return str(self.model.name)
 
-    @cached_property
+    @property
     def versions(self) -> dict[str, RegisteredVersion]:
         """Number → version; read when first asked for, since that is slow where they are many."""
-        return {version.version: version for version in versions_of(self.model)}
+        # Up to Python 3.11 a `cached_property` has one lock for all states: threads would wait for
+        # one another's requests.
+        if not self._versions:
+            self._versions.update((each.version, each) for each in versions_of(self.model))
+        return self._versions
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def read_state(name: str) -> State:
 def find_writes(state: State) -> tuple[Write, ...]:
     """Writes that a state asks for: of the record first, for the rest follows from it."""
     return (
-        _archives(state) or _sightings(state) or (*_aliases(state), *_tags(state), *_mirror(state))
+        _archives(state) or _sightings(state) or _aliases(state) or (*_tags(state), *_mirror(state))
     )
 
 
@@ -118,7 +122,7 @@ def observe(name: str) -> State:
     others = _Others()
     for _ in range(PASSES):
         state = read_state(name)
-        found = _archives(state) or _sightings(state)
+        found = _archives(state) or _sightings(state) or _aliases(state)
         if not found:
             return state
         if not others.awaited(state):
@@ -155,8 +159,9 @@ def settle(name: str) -> State:
         if others.awaited(state):
             continue
         chosen = _believed(found, before)
-        if others.waited:  # whoever waited with us is at it too: each begins elsewhere
-            start = secrets.randbelow(len(found))
+        # Whoever waited with us is at it too: each begins elsewhere, where order means nothing.
+        if others.waited and chosen and all(each.kind in {"tag", "mirror"} for each in chosen):
+            start = secrets.randbelow(len(chosen))
             chosen = chosen[start:] + chosen[:start]
         try:
             _carry_out(state, chosen[:WRITES])
@@ -195,11 +200,28 @@ def _restless(name: str) -> str:
     )
 
 
-def take_away(name: str, stage: str, version: str) -> None:
-    """Delete an alias if it names a version, and undo that if another took it meanwhile."""
+def take_away(name: str, stage: str, version: str, asked: Callable[[State], bool]) -> None:
+    """Delete an alias if it names a version, and undo that if another took it meanwhile.
+
+    A change that gave the version this stage, and was not seen yet, is marked first.
+
+    Parameters
+    ----------
+    name, stage, version
+        Of the alias, and what it is to name no more.
+    asked
+        Whether a state still asks for it: the version may have been promoted anew.
+    """
     before = read_state(name)
-    if before.aliases.get(stage) != version:
+    if before.aliases.get(stage) != version or not asked(before):
         return
+    if before.record.holders.get(stage) != version:
+        before = read_state(name)  # its stamp lies between two readings of the alias
+        if before.aliases.get(stage) != version or not asked(before):
+            return
+        given = _unseen(before.record, stage, version)
+        if given is not None and before.record.holders.get(stage) != version:
+            close(name, given.id, "done", stamp=before.stamp)
     write("delete_registered_model_alias", name, stage)
     after = read_state(name)
     seen = {change.id for change in before.record.changes if change.outcome == "done"}
@@ -213,11 +235,12 @@ def take_away(name: str, stage: str, version: str) -> None:
 
 
 def _believed(found: tuple[Write, ...], before: tuple[Write, ...]) -> tuple[Write, ...]:
-    """Writes of one reading, those of changes by other hands only if the reading before had them.
+    """Writes of one reading; those of the record only if the reading before had them too.
 
-    A database may show an alias before the entry that was written first.
+    A database may show an alias before the entry that was written first. And a reading's stamp,
+    which the mark will have, lies between its alias and that of the reading before.
     """
-    return tuple(each for each in found if each.action != "begin" or each in before)
+    return tuple(each for each in found if each.kind != "record" or each in before)
 
 
 def _carry_out(state: State, writes: tuple[Write, ...]) -> None:
@@ -227,19 +250,21 @@ def _carry_out(state: State, writes: tuple[Write, ...]) -> None:
         if each.action == "begin":
             stage, version = each.arguments
             assert stage is not None
-            # Whoever sees the same writes the same, so that two repairers leave one entry.
-            stamp = state.record.stamp + 1
-            id = hashlib.sha256(f"{stage} {version} {stamp}".encode()).hexdigest()[:8]
-            begin(name, "found", stage, version, stamp=stamp, reason=each.why, id=id)
-            close(name, id, "done", stamp=stamp)
+            id = begin(name, "found", stage, version, stamp=state.stamp, reason=each.why)
+            close(name, id, "done", stamp=state.stamp)
         elif each.action == "close":
             close(name, texts[0], "done", stamp=state.stamp)
         elif each.action == "take_away":
-            take_away(name, *texts)
+            stage, version = texts
+            take_away(name, stage, version, partial(_asks, wanted=each))
         elif each.action == MIRROR:
             _transition(name, *texts)
         else:
             write(each.action, name, *texts)
+
+
+def _asks(state: State, wanted: Write) -> bool:
+    return wanted in (*_archives(state), *_sightings(state), *_aliases(state))
 
 
 def _transition(name: str, number: str, stage: str) -> None:
@@ -272,12 +297,20 @@ def _sightings(state: State) -> tuple[Write, ...]:
     writes: list[Write] = []
     for stage in STAGES:
         holder, known = state.aliases.get(stage), state.record.holders.get(stage)
-        if holder == known or (stage == "staging" and holder == state.aliases.get("production")):
+        if holder == known:
             continue
-        change = _unseen(state.record, stage, holder)
-        if change is not None:
-            why = f"v{holder} holds {stage}: the {change.action} of {change.time} was not finished"
-            writes.append(Write("record", why, "close", (change.id,)))
+        if stage == "staging" and known is None and holder == state.aliases.get("production"):
+            continue  # it is about to leave staging
+        unseen, overtaken = _unseen(state.record, stage, holder), _misplaced(state, stage)
+        if unseen is not None:
+            why = f"v{holder} holds {stage}: the {unseen.action} of {unseen.time} was not finished"
+            writes.append(Write("record", why, "close", (unseen.id,)))
+        elif overtaken is not None:
+            why = f"the {overtaken.action} of {overtaken.time} took effect later than is recorded"
+            writes.append(Write("record", why, "close", (overtaken.id,)))
+        elif stage == "staging" and holder is not None and _has_left(state.record, holder):
+            why = f"v{holder} went from staging to production, and is still in staging"
+            writes.append(Write("alias", why, "take_away", (stage, holder)))
         else:
             now = "nothing" if holder is None else f"v{holder}"
             then = "nothing" if known is None else f"v{known}"
@@ -296,6 +329,42 @@ def _unseen(record: Record, stage: str, holder: str | None) -> Change | None:
         if change.stage == stage and change.version == holder and change.outcome != "done"
     )
     return None if holder is None else next(fitting, None)
+
+
+def _misplaced(state: State, stage: str) -> Change | None:
+    """Change that explains a holder, if those that are recorded to follow it may precede it.
+
+    The clocks of two machines may disagree by more than two promotions at once are apart.
+    """
+    record, holder = state.record, state.aliases.get(stage)
+    followers: list[Change] = []
+    for change in reversed(record.changes):
+        if change.outcome != "done":
+            continue
+        if holder is None:
+            explains = change.action == "archive" and change.version == record.holders.get(stage)
+        else:
+            explains = change.stage == stage and change.version == holder
+        if explains:
+            return change if all(record.overlap(change, each) for each in followers) else None
+        if change.stage == stage or (change.version == holder and change.stage != "staging"):
+            followers.append(change)
+    return None
+
+
+def _has_left(record: Record, version: str) -> bool:
+    """Whether a version was promoted from staging, and overtaken before staging was emptied.
+
+    A change that is begun later empties staging first, so after it a version got there by hand.
+    """
+    done = [change for change in record.changes if change.outcome == "done"]
+    own = [i for i, each in enumerate(done)
+           if (each.stage, each.version) == ("production", version)]  # fmt: skip
+    last = max(own, default=None)
+    if last is None or any(each.stage == "staging" for each in done[last:]):
+        return False
+    following = next((each for each in done[last + 1 :] if each.stage == "production"), None)
+    return following is None or record.overlap(done[last], following)
 
 
 def _aliases(state: State) -> tuple[Write, ...]:

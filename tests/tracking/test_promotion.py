@@ -195,6 +195,15 @@ def test_archiving_takes_every_alias_and_no_rollback_brings_it_back(registry: st
     assert stages()[0] == ("production",)
 
 
+def test_a_rollback_past_an_archived_version_does_not_end_at_the_one_that_is_there(
+    registry: str,
+) -> None:
+    for number in (3, 1, 2, 1):
+        promote(number)
+    archive(version(2), reason="withdrawn")
+    assert rollback(NAME).version == "3"
+
+
 def test_an_archive_of_a_version_without_a_stage_leaves_the_others_alone(registry: str) -> None:
     promote(1)
     archive(version(3), reason="never any good")
