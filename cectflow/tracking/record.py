@@ -45,8 +45,7 @@ class Change:
     time: str
     """When it was begun: ISO 8601, UTC."""
     action: Action
-    """``found``: the alias was seen where no change on record had put it: other hands than
-    cectflow's moved it, or changes that met and broke off."""
+    """``found``: the alias had been moved by other hands than cectflow's."""
     stage: str
     """``staging``, ``production`` or, of an archive, ``archived``."""
     version: str | None
@@ -152,10 +151,7 @@ def begin(
     """Id of a change that is now in the record, and not yet carried out."""
     id = secrets.token_hex(8)
     facts = {
-        # Of a given id: whoever writes the entry again writes the same.
-        "time": (datetime.fromtimestamp(stamp / 1e6, UTC) if id else datetime.now(UTC)).isoformat(
-            timespec="milliseconds"
-        ),
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "action": action,
         "stage": stage,
         "version": version,
@@ -163,7 +159,6 @@ def begin(
         "reason": reason[:REASON_LENGTH],
         "by": _user(),
     }
-    id = id or secrets.token_hex(4)
     # A tag of 5000 characters is the longest, and an escaped character takes six.
     content = json.dumps(facts, ensure_ascii=False)
     write("set_registered_model_tag", name, f"history.{stamp:016d}.{id}", content)

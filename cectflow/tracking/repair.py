@@ -284,11 +284,10 @@ def _archives(state: State) -> tuple[Write, ...]:
         if change.action != "archive" or change.outcome != "begun" or number is None:
             continue
         why = f"the archive of v{number}, begun {change.time}, was not finished"
-        held = [stage for stage, holder in state.aliases.items() if holder == number]
-        # It is done when a reading shows that the version holds nothing, and not before.
-        writes += [Write("archive", why, "take_away", (stage, number)) for stage in held]
-        if not held:
-            writes.append(Write("archive", why, "close", (change.id,)))
+        for stage, holder in state.aliases.items():
+            if holder == number:
+                writes.append(Write("archive", why, "take_away", (stage, number)))
+        writes.append(Write("archive", why, "close", (change.id,)))
     return tuple(writes)
 
 
@@ -314,9 +313,7 @@ def _sightings(state: State) -> tuple[Write, ...]:
         else:
             now = "nothing" if holder is None else f"v{holder}"
             then = "nothing" if known is None else f"v{known}"
-            why = (
-                f"{stage} was found moved, from {then} to {now}, which no change on record explains"
-            )
+            why = f"{stage} was moved by other hands, from {then} to {now}"
             writes.append(Write("record", why, "begin", (stage, holder)))
     return tuple(writes)
 

@@ -160,7 +160,7 @@ def test_a_stage_moved_by_other_hands_is_put_on_record_and_restored_too(registry
         ("found", None, "3"),
         ("promote", "2", None),
     ]
-    assert history(NAME)[0]["reason"].startswith("production was found moved, from nothing to v3")
+    assert history(NAME)[0]["reason"] == "production was moved by other hands, from nothing to v3"
     assert stages() == [("archived",), ("production",), ("archived",)]
 
 
