@@ -215,7 +215,8 @@ def large_answer(
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 from cectflow.prediction import journal
 record = journal.Journal.record
 def slowly(self, number, answers):
