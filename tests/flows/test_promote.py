@@ -24,7 +24,7 @@ from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.quantise import quantise
 from cectflow.runtime import INT8_FILE, check_variant
 from cectflow.tracking.policy_figures import list_figures, refuse_unknown_figure
-from cectflow.tracking.promotion import history
+from cectflow.tracking.promotion import archive, history
 from cectflow.tracking.registry import register_model
 from cectflow.tracking.runs import start_run
 from cectflow.tracking.versions import find_version
@@ -286,6 +286,34 @@ def test_rules_on_classes_devices_siblings_and_commit_pass_and_refuse(
         "commit is not known (aaaaaaaaaaaa, not a clean git commit", "macs is 2, expected",
     ):  # fmt: skip
         assert words in promotion.verdict.refusal
+
+
+def test_what_was_archived_by_name_comes_back_for_a_reason_only(register: Register) -> None:
+    register(GOOD)
+    register(GOOD)
+    promote("cectflow-teacher/1", "production")
+    promote("cectflow-teacher/2", "production")
+    # Its predecessor was archived by nobody.
+    promote("cectflow-teacher/1", "production")
+    archive(find_version("cectflow-teacher/1"), reason="trained on the wrong map")
+    with pytest.raises(ValueError, match=r"v1 was archived on .* \(trained on the wrong map\).*--re"):
+        promote("cectflow-teacher/1", "staging", dry_run=True)
+    (again,) = promote("cectflow-teacher/1", "staging", reason="it was the right map")
+    assert again.outcome == "promoted"
+    (further,) = promote("cectflow-teacher/1", "production")
+    assert further.outcome == "promoted"
+
+
+@pytest.mark.parametrize("arguments", [("cectflow-teacher", "x"), ("cectflow-teacher/1", "1")])
+def test_a_version_that_is_no_number_is_told_apart_from_a_stage(
+    lab: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["models", "promote", *arguments])
+    assert stop.value.code == 2
+    assert f"give NAME VERSION, such as cectflow-student 2, or NAME/2; got {' '.join(arguments)}" in (
+        " ".join(capsys.readouterr().err.split())
+    )
 
 
 class Darkness(nn.Module):
