@@ -63,8 +63,10 @@ def models_show(
     if json:
         print_json(facts)
         return
-    rows = [(key, str(value)) for key, value in facts.items() if key not in {"card", "history"}]
-    rows += [(key, str(value)) for key, value in facts["card"].items()]
+    rows = [(key, value) for key, value in facts.items() if isinstance(value, str)]
+    rows += [("stages", ", ".join(facts["stages"]))] if "stages" in facts else []
+    tags = facts.get("origin", {}) | facts.get("verdicts", {})
+    rows += [*tags.items(), *((key, str(value)) for key, value in facts["card"].items())]
     rows += [(f"{c['time']} {c['action']}", f"version {c['version']} {c['stage']} {c['reason']}")
              for c in facts.get("history", ())]  # fmt: skip
     print_table(("", ""), rows)
@@ -261,6 +263,9 @@ def models_promote(
     from cectflow.tracking.policy import VERDICT_HEADER
     from cectflow.tracking.runs import connect
 
+    if version is not None and (not version.isdecimal() or "/" in model or "@" in model):
+        msg = f"give NAME VERSION, such as cectflow-student 2, or NAME/2; got {model} {version}"
+        raise ValueError(msg)
     connect(tracking_uri)
     (promotion,) = promote(
         model if version is None else f"{model}/{version}",

@@ -22,7 +22,7 @@ from cectflow.learning.training import check_matches, evaluate_folder
 from cectflow.model_card import ModelCard, Score
 from cectflow.tracking.lineage import DATASET_TAG
 from cectflow.tracking.policy import Evidence, Target, judge, load_policy
-from cectflow.tracking.promotion import record_refusal, set_stage
+from cectflow.tracking.promotion import find_withdrawal, record_refusal, set_stage
 from cectflow.tracking.registry import resolve_model
 from cectflow.tracking.runs import start_run
 from cectflow.tracking.versions import (
@@ -121,7 +121,7 @@ def promote(
     force
         Set the stage against a refusal.
     reason
-        Why, for the history; ``force`` needs one.
+        Why, for the history; ``force`` needs one, and a version that was archived by name.
     nested
         Inside an open run.
 
@@ -133,7 +133,7 @@ def promote(
     Raises
     ------
     ValueError
-        Before any work: force without a reason, a policy that does not suit the network, a version
+        Before any work: force, or an archived version, without a reason, a policy that does not suit the network, a version
         in production asked back to staging, or files of the dataset that were changed.
     FileNotFoundError
         If dataset or model are gone.
@@ -145,6 +145,13 @@ def promote(
     version = find_version(model) if _names_a_version(model) else newest_version(model)
     if "staging" in stages and "production" in version.stages:
         msg = f"{version.label} is in production: staging is for candidates; give another version"
+        raise ValueError(msg)
+    withdrawal = find_withdrawal(version)
+    if withdrawal is not None and not reason:
+        msg = (
+            f"{version.label} was archived on {withdrawal.time[:10]} ({withdrawal.reason}), which no "
+            f"measurement may show: say with --reason why it is to have a stage again"
+        )
         raise ValueError(msg)
     folder, _ = resolve_model(version.uri)
     card = ModelCard.from_folder(folder)

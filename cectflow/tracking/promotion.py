@@ -23,7 +23,7 @@ from cectflow.tracking.record import (
 from cectflow.tracking.repair import State, observe, read_state, settle, take_away
 from cectflow.tracking.versions import STAGES, RegisteredVersion
 
-__all__ = ["archive", "history", "record_refusal", "rollback", "set_stage"]
+__all__ = ["archive", "find_withdrawal", "history", "record_refusal", "rollback", "set_stage"]
 
 
 def set_stage(
@@ -151,6 +151,14 @@ def history(name: str) -> tuple[dict[str, Any], ...]:
         If the name is not registered.
     """
     return tuple(asdict(change) for change in read_state(name).record.changes)
+
+
+def find_withdrawal(version: RegisteredVersion) -> Change | None:
+    """The archive that withdrew a version, unless it was given a stage since."""
+    record = read_state(version.name).record
+    done = [each for each in record.changes if each.outcome == "done"]
+    own = [each for each in done if each.version == version.version]
+    return own[-1] if own and own[-1].action == "archive" else None
 
 
 def _check_stage(stage: str, known: tuple[str, ...]) -> None:

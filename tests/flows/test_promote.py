@@ -9,15 +9,24 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import torch
 from balls import FAIR, GOOD, Register
-from builders import write_dataset
+from builders import BOX, make_card, make_trust, write_dataset
+from torch import Tensor, nn
 
 from cectflow.cli import main
 from cectflow.dataset import Dataset
+from cectflow.export import export_network
 from cectflow.flows.promotion import promote
-from cectflow.model_card import Score, VariantFigures
+from cectflow.learning.variants import make_variants
+from cectflow.model_card import CARD_FILE, Score, Variant, VariantFigures
+from cectflow.networks.normalisation import NormalisePerCube
+from cectflow.quantise import quantise
+from cectflow.runtime import INT8_FILE, check_variant
 from cectflow.tracking.policy_figures import list_figures, refuse_unknown_figure
-from cectflow.tracking.promotion import history
+from cectflow.tracking.promotion import archive, history
+from cectflow.tracking.registry import register_model
+from cectflow.tracking.runs import start_run
 from cectflow.tracking.versions import find_version
 
 ONE = Score(value=1.0, low=1.0, high=1.0)
@@ -277,6 +286,93 @@ def test_rules_on_classes_devices_siblings_and_commit_pass_and_refuse(
         "commit is not known (aaaaaaaaaaaa, not a clean git commit", "macs is 2, expected",
     ):  # fmt: skip
         assert words in promotion.verdict.refusal
+
+
+def test_what_was_archived_by_name_comes_back_for_a_reason_only(register: Register) -> None:
+    register(GOOD)
+    register(GOOD)
+    promote("cectflow-teacher/1", "production")
+    promote("cectflow-teacher/2", "production")
+    # Its predecessor was archived by nobody.
+    promote("cectflow-teacher/1", "production")
+    archive(find_version("cectflow-teacher/1"), reason="trained on the wrong map")
+    with pytest.raises(ValueError, match=r"v1 was archived on .* \(trained on the wrong map\).*--re"):
+        promote("cectflow-teacher/1", "staging", dry_run=True)
+    (again,) = promote("cectflow-teacher/1", "staging", reason="it was the right map")
+    assert again.outcome == "promoted"
+    (further,) = promote("cectflow-teacher/1", "production")
+    assert further.outcome == "promoted"
+
+
+@pytest.mark.parametrize("arguments", [("cectflow-teacher", "x"), ("cectflow-teacher/1", "1")])
+def test_a_version_that_is_no_number_is_told_apart_from_a_stage(
+    lab: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["models", "promote", *arguments])
+    assert stop.value.code == 2
+    assert f"give NAME VERSION, such as cectflow-student 2, or NAME/2; got {' '.join(arguments)}" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+
+
+class Darkness(nn.Module):
+    """Tells large balls by how dark the normalised cube is, with layers that have siblings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv3d(1, 1, 3, padding=1)
+        nn.init.dirac_(self.convolution.weight)
+        self.convolution.weight.data *= -1
+        nn.init.constant_(self.convolution.bias, -1.0)
+        self.score = nn.Linear(1, 2)
+        self.score.weight.data = torch.tensor([[-200.0], [200.0]])
+        self.score.bias.data = torch.tensor([28.0, -28.0])  # small ones have 0.11, large ones 0.17
+
+    def forward(self, cubes: Tensor) -> Tensor:
+        return self.score(self.convolution(cubes).relu().mean((1, 2, 3, 4))[:, None])
+
+
+def test_siblings_are_measured_anew_whatever_the_card_says(
+    register: Register, lab: Path, cubes: Dataset
+) -> None:
+    register(GOOD)
+    variants: list[Variant] = ["int8", "bfloat16"]
+    try:
+        check_variant("bfloat16")
+    except ValueError:  # not on this CPU
+        variants.remove("bfloat16")
+    folder = lab / "student"
+    card = make_card(
+        role="student", teacher="models:/cectflow-teacher/1", trust=make_trust(temperature=1.0),
+        dataset_digest=cubes.manifest.content_digest(),
+    )  # fmt: skip
+    card = export_network(NormalisePerCube(Darkness()), card, folder)
+    card = card.model_copy(update={"variants": make_variants(folder, cubes, variants)})
+    (folder / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
+    with start_run("distil") as run:
+        register_model(run, folder, name="cectflow-student")
+        (folder / INT8_FILE).unlink()
+        # Calibrated on noise, which is darker than 1 here and there, it knows no large ball.
+        noise = np.random.default_rng(0).uniform(size=(16, 1, BOX, BOX, BOX))
+        quantise(folder, noise.astype(np.float32))
+        register_model(run, folder, name="cectflow-student")
+    rules = policy(
+        lab, "figure: retention, at_least: 0.98", "figure: variant_difference, at_least: -0.02",
+        *(f"figure: {each}_parity, at_most: 5" for each in variants), role="student",
+    )  # fmt: skip
+    honest, boastful = (
+        promote(f"cectflow-student/{number}", "staging", policy=rules, dataset=cubes.folder)[0]
+        for number in (1, 2)
+    )
+    assert honest.outcome == "promoted"
+    for variant in variants:
+        assert honest.figures[f"{variant}_difference"] == card.variants[variant].difference.value
+        assert honest.figures[f"{variant}_parity"] > 0
+    assert boastful.outcome == "refused"
+    assert boastful.figures["int8_difference"] == pytest.approx(-1 / 2)
+    assert "variant_difference is -0.5" in boastful.verdict.refusal
+    assert find_version("cectflow-student@staging").version == "1"
 
 
 def test_a_version_in_the_stage_that_serves_other_data_is_the_policys_to_decide(
