@@ -133,8 +133,9 @@ def promote(
     Raises
     ------
     ValueError
-        Before any work: force, or an archived version, without a reason, a policy that does not suit the network, a version
-        in production asked back to staging, or files of the dataset that were changed.
+        Before any work: force, or an archived version, without a reason, a policy that does not
+        suit the network, a version in production asked back to staging, or files of the dataset
+        that were changed.
     FileNotFoundError
         If dataset or model are gone.
     """
@@ -149,8 +150,8 @@ def promote(
     withdrawal = find_withdrawal(version)
     if withdrawal is not None and not reason:
         msg = (
-            f"{version.label} was archived on {withdrawal.time[:10]} ({withdrawal.reason}), which no "
-            f"measurement may show: say with --reason why it is to have a stage again"
+            f"{version.label} was archived on {withdrawal.time[:10]} ({withdrawal.reason}), which "
+            f"no measurement may show: say with --reason why it is to have a stage again"
         )
         raise ValueError(msg)
     folder, _ = resolve_model(version.uri)

@@ -32,6 +32,9 @@ WRITES = 6
 """After so many a state is read again: someone else may have written the rest."""
 MIRROR = "transition_model_version_stage"
 
+# Once and for the process: what `catch_warnings` sets, another thread may take away meanwhile.
+warnings.filterwarnings("ignore", f".*{MIRROR}", FutureWarning)
+
 
 class MirrorError(Exception):
     """MLflow's own stages did not follow."""
@@ -269,9 +272,7 @@ def _asks(state: State, wanted: Write) -> bool:
 
 def _transition(name: str, number: str, stage: str) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            write(MIRROR, name, number, stage)
+        write(MIRROR, name, number, stage)
     except MlflowException as error:
         raise MirrorError(explain(error)) from None
 

@@ -296,7 +296,9 @@ def test_what_was_archived_by_name_comes_back_for_a_reason_only(register: Regist
     # Its predecessor was archived by nobody.
     promote("cectflow-teacher/1", "production")
     archive(find_version("cectflow-teacher/1"), reason="trained on the wrong map")
-    with pytest.raises(ValueError, match=r"v1 was archived on .* \(trained on the wrong map\).*--re"):
+    with pytest.raises(
+        ValueError, match=r"v1 was archived on .* \(trained on the wrong map\).*--re"
+    ):
         promote("cectflow-teacher/1", "staging", dry_run=True)
     (again,) = promote("cectflow-teacher/1", "staging", reason="it was the right map")
     assert again.outcome == "promoted"
@@ -311,8 +313,9 @@ def test_a_version_that_is_no_number_is_told_apart_from_a_stage(
     with pytest.raises(SystemExit) as stop:
         main(["models", "promote", *arguments])
     assert stop.value.code == 2
-    assert f"give NAME VERSION, such as cectflow-student 2, or NAME/2; got {' '.join(arguments)}" in (
-        " ".join(capsys.readouterr().err.split())
+    assert (
+        f"give NAME VERSION, such as cectflow-student 2, or NAME/2; got {' '.join(arguments)}"
+        in (" ".join(capsys.readouterr().err.split()))
     )
 
 
