@@ -17,7 +17,7 @@ from jaxtyping import Num
 from numpy.typing import NDArray
 
 from cectflow.files import replacing
-from cectflow.star import Blocks, format_star, read_star
+from cectflow.star import Blocks, read_star, star_pieces
 
 __all__ = [
     "CENTRED",
@@ -79,13 +79,14 @@ class ParticleTable:
     @property
     def tomogram_names(self) -> tuple[str, ...]:
         """Name of each particle's tomogram; empty where the table names none."""
-        column = next((name for name in TOMOGRAM_NAMES if name in self.rows), None)
-        return () if column is None else tuple(map(str, self.rows[column]))
+        column = self._tomogram_column
+        return () if column is None else tuple(map(str, column))
 
     @property
     def tomograms(self) -> tuple[str, ...]:
         """Names of the tomograms that the particles are in, in order of appearance."""
-        return tuple(dict.fromkeys(self.tomogram_names))
+        column = self._tomogram_column
+        return () if column is None else tuple(dict.fromkeys(map(str, column.unique())))
 
     def with_columns(self, **columns: Any) -> ParticleTable:
         """Table with the same rows, order and blocks, and these columns added or replaced.
@@ -107,6 +108,8 @@ class ParticleTable:
 
     def take(self, rows: NDArray[np.int64]) -> ParticleTable:
         """Table of these rows, counted from 0, in their order; other blocks stay whole."""
+        if np.array_equal(rows, np.arange(len(self))):
+            return self
         return self._with_rows(self.rows.iloc[rows].reset_index(drop=True))
 
     def rows_by_tomogram(self) -> dict[str, NDArray[np.int64]]:
@@ -114,9 +117,10 @@ class ParticleTable:
 
         All rows are under an empty name where the table names no tomograms.
         """
-        if not self.tomogram_names:
+        column = self._tomogram_column
+        if column is None or not len(self):
             return {"": np.arange(len(self))}
-        numbers, names = pd.factorize(np.array(self.tomogram_names, object))
+        numbers, names = pd.factorize(column.astype(str), use_na_sentinel=False)
         order = np.argsort(numbers, kind="stable")
         starts = np.searchsorted(numbers[order], np.arange(1, len(names)))
         return dict(zip(map(str, names), np.split(order, starts), strict=True))
@@ -146,10 +150,17 @@ class ParticleTable:
         FileExistsError
             If the file exists and is not to be overwritten.
         """
-        is_csv = path.suffix == ".csv"
-        text = self.rows.to_csv(index=False) if is_csv else format_star(self.blocks)
         with replacing(path, overwrite=overwrite) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            if path.suffix == ".csv":
+                self.rows.to_csv(temporary, index=False)
+                return
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(star_pieces(self.blocks))
+
+    @property
+    def _tomogram_column(self) -> pd.Series | None:
+        column = next((name for name in TOMOGRAM_NAMES if name in self.rows), None)
+        return None if column is None else self.rows[column]
 
     def _with_rows(self, rows: pd.DataFrame) -> ParticleTable:
         return replace(self, blocks={**self.blocks, self.block: rows})

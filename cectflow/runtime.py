@@ -6,6 +6,7 @@ import ctypes
 import os
 import queue
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -375,7 +376,7 @@ def _load_openvino(path: Path, variant: Variant, threads: int | None, *, whole: 
 
 
 def _in_parts(infers: Sequence[Infer]) -> Infer:
-    """Batches of any size, a few cubes at a time by each of several threads.
+    """Batches of any size, a few cubes at a time by each of several threads; any may call it.
 
     A few cubes and what a network's first layers make of them fit a core's cache, and threads that
     do not share a batch do not wait for one another: two of them take two to five times as many
@@ -398,20 +399,29 @@ def _in_parts(infers: Sequence[Infer]) -> Infer:
         finally:
             free.put(own)
 
-    begun = False
+    beginning, begun = threading.Lock(), False
 
     def infer(cubes: NDArray[np.float32]) -> NDArray[np.float32]:
         nonlocal begun
-        size = max(1, PART_BYTES // max(1, cubes[:1].nbytes))
+        size = _part_size(cubes[:1].nbytes)
         parts = [cubes[start : start + size] for start in range(0, len(cubes), size)] or [cubes]
-        # Alone: openvino's first call sets up its bridge to numpy, one thread within that waits
-        # for Python's lock and another that holds the lock waits for it, both for ever.
-        first = [] if begun else [infer_part(parts[0])]
-        begun = True
-        rest = (pool.map if pool else map)(infer_part, parts[len(first) :])
-        return np.concatenate([*first, *rest])
+        first: list[NDArray[np.float32]] = []
+        if not begun:
+            # Alone: openvino's first call sets up its bridge to numpy, one thread within that waits
+            # for Python's lock and another that holds the lock waits for it, both for ever.
+            with beginning:
+                first.append(infer_part(parts.pop(0)))
+                begun = True
+        if not first and len(parts) == 1:
+            return infer_part(parts[0])
+        return np.concatenate([*first, *(pool.map if pool else map)(infer_part, parts)])
 
     return infer
+
+
+def _part_size(cube_bytes: int) -> int:
+    """Cubes that one thread takes at a time."""
+    return max(1, PART_BYTES // max(1, cube_bytes))
 
 
 def _count_cores() -> int:

@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 __all__ = [
     "DEVIATION_PER_MAD",
+    "are_finite",
     "cut",
     "flip_contrast",
     "inside",
@@ -23,10 +24,13 @@ __all__ = [
     "resampling_matrix",
     "rescale",
     "robust_statistics",
+    "to_float32",
 ]
 
 # Voxel sizes closer than this are one and the same: headers hold them in float32.
 SAME_VOXEL_SIZE = 1e-4
+# Sign, exponent and mantissa of a float16 whose sign was extended and that was shifted by 13 bits.
+_FLOAT16_BITS = np.array(0x8FFFE000, np.uint32).view(np.int32)
 DEVIATION_PER_MAD = 1.4826
 """Standard deviation of normal values over their median absolute deviation (Hampel 1974)."""
 
@@ -77,7 +81,8 @@ def cut(
     for row, (cube, corner) in enumerate(zip(cubes, corners, strict=True)):
         starts, stops = np.maximum(corner, 0), np.minimum(corner + box, shape)
         if (stops - starts == box).all():
-            cube[...] = volume_data[_box(starts, stops)]
+            part = volume_data[_box(starts, stops)]
+            cube[...] = to_float32(part) if cube.dtype == np.float32 else part
         elif periodic:
             for here, there in _periodic_blocks(corner, box, shape):
                 cube[here] = volume_data[there]
@@ -110,6 +115,33 @@ def inside(
     """
     corners = _corners(centres_zyx, box)
     return np.asarray(((corners >= 0) & (corners + box <= np.array(shape))).all(axis=1))
+
+
+def are_finite(cubes: Num[NDArray[Any], "n z y x"]) -> Bool[NDArray[np.bool_], " n"]:
+    """Whether all values of each cube are finite."""
+    if cubes.dtype.kind != "f":
+        return np.ones(len(cubes), np.bool_)
+    # A sum is finite only if all of its terms are, and takes a third of the time.
+    with np.errstate(all="ignore"):
+        sound = np.isfinite(np.einsum("nzyx->n", cubes))
+    for place in np.flatnonzero(~sound):  # or the terms were too large to be added
+        sound[place] = np.isfinite(cubes[place]).all()
+    return np.asarray(sound)
+
+
+def to_float32(cubes: Num[NDArray[Any], "..."]) -> Float[NDArray[np.float32], "..."]:
+    """Cubes in float32; float16 in a quarter of the time that numpy takes, and the same values."""
+    if cubes.dtype != np.float16:
+        return np.asarray(cubes, np.float32)
+    bits = np.ascontiguousarray(cubes).view(np.int16).astype(np.int32)
+    bits <<= 13  # the mantissa to its place; the exponent is then short by 112
+    bits &= _FLOAT16_BITS
+    values = bits.view(np.float32)
+    values *= np.float32(2.0**112)
+    # What is not finite has the largest exponent, and would come out as these.
+    if values.size and max(values.max(), -values.min()) >= 65536.0:
+        return cubes.astype(np.float32)
+    return values
 
 
 def flip_contrast(cubes: Num[NDArray[Any], "..."]) -> Float[NDArray[Any], "..."]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from cectflow.runtime import (
     RUNTIMES,
     Program,
     RuntimeName,
+    _in_parts,
     choose_device,
     choose_runtime,
     load_program,
@@ -171,3 +173,26 @@ def test_the_first_part_is_computed_before_threads_begin() -> None:
         if call == 0:
             assert seen[0] == (threading.current_thread().name,)
             assert all(name.startswith("infer") for names in seen[1:] for name in names)
+
+
+def test_many_threads_may_call_at_once_and_the_first_part_is_computed_alone() -> None:
+    at_work, most, done = 0, [0], 0
+    lock = threading.Lock()
+
+    def infer(cubes: np.ndarray) -> np.ndarray:
+        nonlocal at_work, done
+        with lock:
+            at_work += 1
+            most.append(at_work if done == 0 else 0)
+        time.sleep(0.01)
+        with lock:
+            at_work -= 1
+            done += 1
+        return cubes[:, 0, 0, 0, :1]
+
+    in_parts = _in_parts([infer] * 3)
+    batches = np.random.default_rng(0).normal(size=(4, 20, 1, 32, 32, 32)).astype(np.float32)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(in_parts, batches))
+    np.testing.assert_array_equal(found, batches[:, :, 0, 0, 0, :1])
+    assert max(most) == 1

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cectflow.subtomogram import (
+    are_finite,
     cut,
     flip_contrast,
     inside,
     normalise,
     rescale,
     robust_statistics,
+    to_float32,
 )
 from cectflow.volume import read_stack, read_volume
 
@@ -214,3 +216,36 @@ def test_a_box_beyond_the_cube_is_refused_with_the_numbers() -> None:
     assert rescale(cubes, 10.0, 10.1, 32).shape == (1, 32, 32, 32)
     with pytest.raises(ValueError, match="positive"):
         rescale(cubes, 10.0, 0.0, 32)
+
+
+def test_float16_becomes_what_numpy_makes_of_it() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    found = to_float32(finite)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found.view(np.uint32), finite.astype(np.float32).view(np.uint32))
+    for extreme in (np.inf, -np.inf, np.nan):
+        values = np.array([1.0, extreme, -2.0], np.float16)
+        np.testing.assert_array_equal(to_float32(values), values.astype(np.float32))
+    np.testing.assert_array_equal(
+        to_float32(finite[:100].reshape(10, 10)[:, ::2])[1], found[10:20:2]
+    )
+    np.testing.assert_array_equal(to_float32(np.arange(5, dtype=np.int8)), np.arange(5.0))
+
+
+def test_one_value_that_is_not_finite_is_found_and_large_ones_are_not() -> None:
+    cubes = np.zeros((5, 4, 4, 4), np.float32)
+    cubes[0] = np.finfo(np.float32).max  # their sum is not finite
+    cubes[1, 3, 3, 3] = np.nan
+    cubes[2, 0, 0, 0] = np.inf
+    cubes[3, 0, 0, :2] = np.inf, -np.inf
+    np.testing.assert_array_equal(are_finite(cubes), [True, False, False, False, True])
+    assert are_finite(np.zeros((2, 3, 3, 3), np.int16)).all()
+
+
+def test_cubes_of_a_float16_volume_are_the_same_in_float32() -> None:
+    volume = np.random.default_rng(0).normal(size=(20, 20, 20)).astype(np.float16)
+    centres = np.array([[10.0, 10, 10], [2, 10, 18]])
+    found = cut(volume, centres, 8, periodic=False, dtype=np.float32)
+    expected = cut(volume.astype(np.float32), centres, 8, periodic=False)
+    np.testing.assert_array_equal(found, expected)

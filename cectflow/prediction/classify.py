@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.special import entr
 
 from cectflow.execution import HERE, Workplace, prefetch, run_all
 from cectflow.model_card import ModelCard
@@ -24,7 +25,7 @@ from cectflow.particles import ParticleTable
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, NetworkFiles, open_network
 from cectflow.prediction.journal import Answers, Journal, open_journal
 from cectflow.prediction.mask import masked_with
-from cectflow.prediction.source import Block, CubeSource, read_blocks
+from cectflow.prediction.source import Block, CubeBatch, CubeSource, read_blocks
 from cectflow.trust import find_unknown, probabilities_of
 
 __all__ = [
@@ -42,6 +43,10 @@ BLOCK_SIZE = 1024
 """Particles that are predicted and recorded together: a second of work or less for a student."""
 NOT_PREDICTED = "none"
 """Class name of a particle that could not be predicted; its class number is 0."""
+LANES = 2
+"""Threads that read and ask; more were no faster, and each holds a batch."""
+ROWS_AT_ONCE = 1 << 14
+"""Whose logits are judged together."""
 JUDGED_CUBES = 64
 """Of which the contrast can be judged."""
 CERTAIN = 5.0
@@ -95,6 +100,8 @@ class Judgement:
         The most probable class from 1; 0 where there is no prediction.
     probabilities
         Calibrated where the card has a temperature, 0 where there is no prediction.
+    of_class
+        That of the most probable class.
     entropy
         Of the probabilities in nats; 0 is sure, the logarithm of the number of classes is not.
     unknown
@@ -102,15 +109,10 @@ class Judgement:
     """
 
     class_ids: NDArray[np.int64]
-    probabilities: Float[NDArray[np.float64], "n class"]
+    probabilities: Float[NDArray[np.float32], "n class"]
+    of_class: Float[NDArray[np.float64], " n"]
     entropy: Float[NDArray[np.float64], " n"]
     unknown: NDArray[np.bool_] | None
-
-    @property
-    def of_class(self) -> Float[NDArray[np.float64], " n"]:
-        """Probability of the most probable class."""
-        highest: NDArray[np.float64] = self.probabilities.max(axis=1)
-        return highest
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,15 +266,31 @@ def _count(piece: Piece) -> int:
 
 def judge(logits: Float[NDArray[np.float32], "n class"], card: ModelCard) -> Judgement:
     """Classes, probabilities and verdicts of logits; those that are no numbers have none."""
-    missing = np.asarray(np.isnan(logits).all(axis=1))
-    given = np.where(missing[:, None], np.float32(0.0), logits)
+    count = len(logits)
+    judgement = Judgement(
+        np.zeros(count, np.int64), np.zeros(logits.shape, np.float32), np.zeros(count),
+        np.zeros(count), None if card.trust is None else np.zeros(count, np.bool_),
+    )  # fmt: skip
+    for start in range(0, count, ROWS_AT_ONCE):  # what is computed takes many times their memory
+        _judge_rows(logits, card, judgement, slice(start, start + ROWS_AT_ONCE))
+    return judgement
+
+
+def _judge_rows(
+    logits: NDArray[np.float32], card: ModelCard, judgement: Judgement, rows: slice
+) -> None:
+    missing = np.asarray(np.isnan(logits[rows]).all(axis=1))
+    given = np.where(missing[:, None], np.float32(0.0), logits[rows])
     trust = card.trust
     probabilities = probabilities_of(given, 1.0 if trust is None else trust.temperature)
     probabilities[missing] = 0.0
-    entropy = np.asarray(entr(probabilities).sum(axis=1), np.float64)
-    class_ids = np.where(missing, 0, probabilities.argmax(axis=1) + 1)
-    unknown = None if trust is None else find_unknown(given, trust) & ~missing
-    return Judgement(class_ids, probabilities, entropy, unknown)
+    lost = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+    judgement.class_ids[rows] = np.where(missing, 0, probabilities.argmax(axis=1) + 1)
+    judgement.probabilities[rows] = probabilities
+    judgement.of_class[rows] = probabilities.max(axis=1)
+    judgement.entropy[rows] = (probabilities * lost).sum(axis=1)
+    if trust is not None and judgement.unknown is not None:
+        judgement.unknown[rows] = find_unknown(given, trust) & ~missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,16 +305,16 @@ class _Job:
 
 
 def _answer(job: _Job) -> tuple[int, Answers]:
-    """What the network says of a piece; what cannot be read is a fault of its particles.
-
-    Cubes are read by a thread while the network is at work.
-    """
+    """What the network says of a piece; what cannot be read is a fault of its particles."""
     network = job.classifier.open()
     card, count = network.card, _count(job.piece)
     logits = np.full((count, len(card.classes)), np.nan, np.float32)
     lightness = np.full(count, np.nan, np.float32)
     faults: dict[int, str] = {}
-    for kept, answers, lighter, wrong in _answers(network, job.piece, job.options):
+    # torch computes one batch after the other, the others a few cubes of any batch at a time.
+    in_lanes = job.classifier.network.runtime in ("onnxruntime", "openvino")
+    ask = _answers_by_lanes if in_lanes else _answers
+    for kept, answers, lighter, wrong in ask(network, job.piece, job.options):
         faults |= wrong
         finite = np.isfinite(answers).all(axis=1)
         for place in kept[~finite].tolist():
@@ -306,24 +324,54 @@ def _answer(job: _Job) -> tuple[int, Answers]:
     return job.number, Answers(logits, lightness, faults)
 
 
-def _answers(
+_Found = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], dict[int, str]]
+"""Places in a piece, their logits and lightness, and what is wrong with others."""
+
+
+def _answers_by_lanes(
     network: LoadedNetwork, piece: Piece, options: InputOptions
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], dict[int, str]]]:
-    """Places in a piece, their logits and lightness, and what is wrong with others, by batches."""
+) -> Iterator[_Found]:
+    """Answers by threads that each read a batch and ask the network, so that it never waits.
+
+    While one reads, or gathers what the network made of its batch, the network has the other's.
+    """
+    size, starts = options.batch_size, np.cumsum([0, *map(len, piece)]).tolist()
+    parts = [
+        (start + at, block.part(at, at + size))
+        for start, block in zip(starts, piece, strict=False)
+        for at in range(0, len(block), size)
+    ]
+
+    def answer(part: tuple[int, Block]) -> _Found:
+        (batch,) = read_blocks(part[1:], network.card, options)
+        return _ask(network, batch.moved(part[0]))
+
+    with ThreadPoolExecutor(LANES, "lane") as pool:
+        yield from pool.map(answer, parts)
+
+
+def _ask(network: LoadedNetwork, batch: CubeBatch) -> _Found:
+    if not len(batch):
+        nothing = np.zeros((0, len(network.card.classes)), np.float32)
+        return batch.kept, nothing, nothing[:, 0], batch.faults
+    return batch.kept, network.infer(batch.cubes), _lightness(batch.cubes), batch.faults
+
+
+def _answers(network: LoadedNetwork, piece: Piece, options: InputOptions) -> Iterator[_Found]:
+    """Answers by batches, which a thread reads while the network is at work."""
     card = network.card
     nothing = np.zeros((0, len(card.classes)), np.float32), np.zeros(0, np.float32)
     if network.infer_there is None:
         for batch in prefetch(read_blocks(piece, card, options)):
-            answers = (network.infer(batch.cubes), _lightness(batch.cubes)) if len(batch) else ()
-            yield batch.kept, *(answers or nothing), batch.faults
+            yield _ask(network, batch)
         return
     from cectflow.prediction.on_device import read_blocks_on_device
 
     for cubes, kept, faults in read_blocks_on_device(piece, card, options, network.device):
-        answers = ()
+        answers = nothing
         if len(kept):
             answers = network.infer_there(cubes).cpu().numpy(), _lightness(cubes.cpu().numpy())
-        yield kept, *(answers or nothing), faults
+        yield kept, *answers, faults
 
 
 def _lightness(cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> NDArray[np.float32]:
@@ -419,14 +467,14 @@ def _assemble(
         logits[rows] = answers.logits
         faults |= {int(rows[place]): why for place, why in answers.faults.items()}
     judgement = judge(logits, card)
-    names = np.array([NOT_PREDICTED, *card.classes], object)[judgement.class_ids]
+    names = pd.array([NOT_PREDICTED, *card.classes], dtype="str").take(judgement.class_ids)
     columns: dict[str, object] = {
         "cectflowClassName": names,
         "cectflowClassNumber": judgement.class_ids,
         "cectflowProbability": judgement.of_class.round(6),
         "cectflowEntropy": judgement.entropy.round(6),
-        "cectflowModel": network.label,
-        "cectflowModelDigest": card.digest(),
+        "cectflowModel": _repeated(network.label, len(table)),
+        "cectflowModelDigest": _repeated(card.digest(), len(table)),
     }
     if judgement.unknown is not None:
         columns["cectflowUnknown"] = judgement.unknown.astype(np.int64)
@@ -443,6 +491,11 @@ def _assemble(
         float(judgement.of_class[predicted].mean()) if predicted.any() else 0.0,
         None if judgement.unknown is None else int(judgement.unknown.sum()),
     )
+
+
+def _repeated(text: str, count: int) -> object:
+    """The same text in each row, in a byte of each."""
+    return pd.Categorical.from_codes(np.zeros(count, np.int8), pd.Index([text]))
 
 
 def refuse_existing(

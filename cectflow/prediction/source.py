@@ -7,6 +7,7 @@ that are cut from tomograms on the fly. What cannot be read is a fault of its ro
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from cectflow.coordinates import coordinates_zyx, look_up
 from cectflow.model_card import ModelCard
 from cectflow.particles import ParticleTable, particles_from
 from cectflow.prediction.contract import InputOptions, bring_to_card, report_changes, source_box
-from cectflow.subtomogram import cut, inside
+from cectflow.subtomogram import are_finite, cut, inside, to_float32
 from cectflow.tomogram_table import TomogramInfo
 from cectflow.volume import read_stack, read_volume
 
@@ -170,10 +171,7 @@ def read_block(block: Block, card: ModelCard, options: InputOptions) -> Iterator
     ValueError, OSError
         If the file cannot be read, or no longer holds what it did when it was opened.
     """
-    with warnings.catch_warnings():
-        # What there is to say of the file was said when it was opened.
-        warnings.simplefilter("ignore", UserWarning)
-        voxels, voxel_size = _load(block.path, options.voxel_size, of_stack=block.of_stack)
+    voxels, voxel_size = _load_quietly(block, options)
     if block.of_stack and block.places.max(initial=-1) >= len(voxels):
         msg = f"{block.path} holds {len(voxels)} subtomograms now: it was changed meanwhile"
         raise ValueError(msg)
@@ -183,9 +181,8 @@ def read_block(block: Block, card: ModelCard, options: InputOptions) -> Iterator
             cubes = voxels[_as_slice(places)]
         else:
             cubes = cut(voxels, places, block.box, periodic=False, dtype=np.float32)
-        cubes = np.asarray(cubes, np.float32)
-        # A sum is finite only if all of its terms are, and takes a third of the time.
-        sound = np.isfinite(cubes.sum(axis=(1, 2, 3), dtype=np.float64))
+        cubes = to_float32(cubes)
+        sound = are_finite(cubes)
         faults = {
             start + int(place): f"{block.path}: {_describe(block, start + int(place))} holds "
             "values that are not finite: leave it out"
@@ -458,6 +455,19 @@ class _Opened:
             raise self._first
         msg = next(iter(self.faults.values()), "there are no particles to predict")
         raise ValueError(msg)
+
+
+_loading = threading.Lock()
+
+
+def _load_quietly(block: Block, options: InputOptions) -> tuple[NDArray[Any], float]:
+    """What there is to say of the file was said when it was opened.
+
+    One thread at a time: a file is loaded once, and filters of warnings are the process's.
+    """
+    with _loading, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return _load(block.path, options.voxel_size, of_stack=block.of_stack)
 
 
 def _load(path: Path, voxel_size: float | None, *, of_stack: bool) -> tuple[NDArray[Any], float]:

@@ -400,7 +400,8 @@ def test_prediction_imports_no_training_library(
         "from cectflow.prediction.inputs import InputFiles\n"
         f"predict_classes({str(classifier)!r}, InputFiles({str(stack)!r}),"
         f" Path({str(tmp_path / 'o.star')!r}), InputOptions(device='cpu'), print)\n"
-        "heavy = {'lightning_fabric', 'torchmetrics', 'mlflow', 'torch'} & set(sys.modules)\n"
+        "heavy = {'lightning_fabric', 'torchmetrics', 'mlflow', 'torch', 'scipy', 'numba',"
+        " 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=600)
