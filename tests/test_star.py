@@ -21,7 +21,7 @@ _starfile: Any = starfile
 
 WORDS = st.sampled_from(
     ["TS_01", "001", "1e10", "nan", "<NA>", "a/b.mrcs", "3@x.mrcs", '"two words"', "'x y'", '""',
-     "NA", "True", "-1", "2.50", "1e-3", "0x1f", "inf", "_", "é", "1_000"],
+     "NA", "True", "-1", "2.50", "1e-3", "0x1f", "inf", "x_", "é", "1_000"],
 )  # fmt: skip
 NAMES = st.sampled_from(
     ["rlnTomoName", "rlnImageName", "rlnCoordinateX", "rlnClassNumber", "rlnBeamFile", "wrpHash",
