@@ -1,4 +1,4 @@
-# make demo | test | test-servers | lint | bench, on a fresh clone with Python >= 3.11, pip and make.
+# make demo | test | test-servers | fuzz | lint | bench, on a fresh clone with Python >= 3.11, pip and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_OPTIONS := -q --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-servers test-uv test-slurm lint style types bench clean
+.PHONY: demo test test-servers fuzz test-uv test-slurm lint style types bench clean
 
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" mlflow run . --env-manager local -P recipe=demo -P workers=2
@@ -17,6 +17,10 @@ test: $(VENV)/.installed
 test-servers: $(VENV)/.installed
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[servers]'
 	.ci/postgres $(BIN)/python -m pytest -q tests/tracking/test_server.py tests/tracking/test_facility.py
+
+# Opt-in: thousands of damaged inputs through the command line.
+fuzz: $(VENV)/.installed
+	CECTFLOW_FUZZ_PERCENT=400 $(BIN)/python -m pytest -n 2 -q tests/prediction/test_hostile_predictions.py
 
 # Opt-in: an environment of 2 GB is made. uv reads no settings of pip; TORCH_INDEX is handed on.
 test-uv: $(VENV)/.installed
@@ -44,6 +48,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.simulation --quick --json simulation-quick.json
 	$(BIN)/python -m benchmarks.segmentation --quick --work runs/segmentation --json segmentation-quick.json
 	$(BIN)/python -m benchmarks.distillation --quick --work runs/distillation --json distillation-quick.json
+	$(BIN)/python -m benchmarks.registry --quick --json registry-quick.json
+	$(BIN)/python -m benchmarks.prediction --quick --work runs/prediction --json prediction-quick.json
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cectflow needs Python 3.11 or newer; set PYTHON=")'

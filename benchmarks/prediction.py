@@ -33,10 +33,11 @@ from cectflow.model_card import (
 )
 from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
-from cectflow.particles import make_particle_rows, particles_from
+from cectflow.particles import make_particle_rows, particles_from, read_particles
+from cectflow.prediction.classify import BLOCK_SIZE
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
-from cectflow.prediction.journal import journal_folder
+from cectflow.prediction.journal import Journal, journal_folder
 from cectflow.quantise import quantise
 from cectflow.runtime import RUNTIMES, load_runtime
 from cectflow.timing import Candidate, list_candidates, make_cubes
@@ -69,6 +70,8 @@ class Plan:
         Of the largest STAR file.
     starts
         Of the command, to time its first prediction.
+    killed_particles
+        Of the run that is killed three times.
     """
 
     shape: tuple[int, int, int] = (200, 512, 512)
@@ -78,10 +81,11 @@ class Plan:
     turns: int = 5
     rows: int = 1_000_000
     starts: int = 5
+    killed_particles: int = 100_000
 
 
 FULL = Plan()
-QUICK = Plan((96, 200, 200), 4000, 128, 300, 2, 50_000, 2)
+QUICK = Plan((96, 200, 200), 4000, 128, 300, 2, 50_000, 2, 6000)
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,10 @@ def main() -> None:
       ``million_rows_s`` its time, ``million_rows_mb`` the file's size.
     - ``first_prediction_s``: from the start of ``cectflow predict classify`` to the first recorded
       block of 1024 particles, warm file cache.
+    - ``kills``: how often a run over ``killed_particles`` was killed with SIGKILL, after a quarter,
+      a half and three quarters of it; ``killed_rows`` the rows of the output when it was given
+      once more, in the order of the input (anything else is an error);
+      ``killed_as_uninterrupted`` the share of rows that are those of a run that nobody killed.
     - ``gpu_per_s``, only where torch sees a CUDA device: as ``student_per_s`` there, in bfloat16.
     """
     options = parse_options(__doc__ or "", _add_options)
@@ -155,6 +163,7 @@ def main() -> None:
         "rates": _measure_rates,
         "memory": _measure_memory,
         "start": _measure_start,
+        "kills": _measure_kills,
         "gpu": _measure_gpu,
     }
     figures: dict[str, float | str] = {}
@@ -165,7 +174,7 @@ def main() -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder that is kept and reused")
-    parser.add_argument("--only", nargs="+", choices=("rates", "memory", "start", "gpu"))
+    parser.add_argument("--only", nargs="+", choices=("rates", "memory", "start", "kills", "gpu"))
 
 
 def _measure_rates(bench: Bench) -> dict[str, float | str]:
@@ -277,11 +286,7 @@ def _first_prediction(bench: Bench) -> float:
     journal = journal_folder(out)
     shutil.rmtree(journal, ignore_errors=True)
     out.unlink(missing_ok=True)
-    command = [
-        sys.executable, "-m", "cectflow", "predict", "classify",
-        "--model", str(bench.model(STUDENT)), "--tomogram", str(bench.tomogram),
-        "--particles", str(bench.picks(bench.plan.particles)), "--out", str(out),
-    ]  # fmt: skip
+    command = _command(bench, bench.plan.particles, out)
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while not any(journal.glob("[0-9]*.npz")) and not out.exists():
@@ -291,6 +296,49 @@ def _first_prediction(bench: Bench) -> float:
         seconds = time.monotonic() - began
         process.kill()
     return seconds
+
+
+def _measure_kills(bench: Bench) -> dict[str, float | str]:
+    number = bench.plan.killed_particles
+    out, whole = bench.folder / "killed.star", bench.folder / "whole.star"
+    journal = journal_folder(out)
+    shutil.rmtree(journal, ignore_errors=True)
+    out.unlink(missing_ok=True)
+    blocks = -(-number // BLOCK_SIZE)
+    recorded = 0
+    for quarter in (1, 2, 3):
+        with subprocess.Popen(_command(bench, number, out), stdout=subprocess.DEVNULL) as process:
+            while recorded < quarter * blocks // 4:
+                if process.poll() is not None:
+                    msg = f"the run ended with {process.returncode} before it was killed"
+                    raise RuntimeError(msg)
+                time.sleep(0.01)
+                recorded = len(Journal(journal).finished()) if journal.is_dir() else 0
+            process.kill()
+        recorded = len(Journal(journal).finished())
+    print(f"{recorded} of {blocks} blocks were recorded when it was killed the last time")
+    subprocess.run(_command(bench, number, out), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*_command(bench, number, whole), "--overwrite"], check=True, stdout=subprocess.DEVNULL
+    )
+    given, found, expected = (
+        read_particles(path).rows for path in (bench.picks(number), out, whole)
+    )
+    pd.testing.assert_frame_equal(found[given.columns], given)
+    same = (found == expected).all(axis=1)
+    return {
+        "kills": 3.0,
+        "killed_rows": float(len(found)),
+        "killed_as_uninterrupted": float(same.mean()),
+    }
+
+
+def _command(bench: Bench, number: int, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "cectflow", "predict", "classify",
+        "--model", str(bench.model(STUDENT)), "--tomogram", str(bench.tomogram),
+        "--particles", str(bench.picks(number)), "--out", str(out), "--device", "cpu",
+    ]  # fmt: skip
 
 
 def _measure_gpu(bench: Bench) -> dict[str, float | str]:

@@ -31,6 +31,7 @@ __all__ = [
     "coordinate_columns",
     "coordinates_zyx",
     "look_up",
+    "place_particles",
     "read_positions",
     "refuse_outside",
     "stated_extents",
@@ -51,6 +52,8 @@ PLACEMENT_COLUMNS = re.compile(
     r"rln(Angle|TomoSubtomogram)(Rot|Tilt|Psi)|" + "|".join(PIXEL_SIZES)
 )
 """Columns of position and orientation, and of the units of positions."""
+LARGEST_SHARE_OUTSIDE = 0.05
+"""Of a tomogram's particles: where more lie outside of it, they are counted in something else."""
 LARGEST_MISFIT = (2.0, 0.01)
 """Voxels and share by which the edge of a tomogram may differ from what its table says."""
 
@@ -123,6 +126,67 @@ def coordinates_zyx(
         lies more than a voxel outside the tomogram, ``coords_voxel_size`` is given for
         coordinates in angstrom, or the tomogram is not of the size that ``info`` says.
     """
+    positions, extent = _locate(table, voxel_size, shape, coords_voxel_size, info)
+    count = len(table)
+    refuse_outside(positions, np.full(count, voxel_size), np.tile(extent, (count, 1)), table)
+    return np.ascontiguousarray(positions[:, ::-1] / voxel_size)
+
+
+def place_particles(
+    table: ParticleTable,
+    *,
+    voxel_size: float,
+    shape: tuple[int, int, int],
+    coords_voxel_size: float | None = None,
+    info: TomogramInfo | None = None,
+) -> tuple[Float[NDArray[np.float64], "n 3"], dict[int, str]]:
+    """Positions as of :func:`coordinates_zyx`, where single particles may have none.
+
+    Returns
+    -------
+    positions
+        ``(n, 3)``, NaN for particles without.
+    faults
+        Row, counted from 0 → why that particle has none: its coordinates are no numbers, or lie
+        outside the tomogram, as do at most one or 5 % of the particles.
+
+    Raises
+    ------
+    ValueError
+        As :func:`coordinates_zyx`, if more particles lie outside or all have a fault: the
+        coordinates are then counted in something else, and those inside are elsewhere, too.
+    """
+    lost = _lack_numbers(table.rows)
+    if lost.all():
+        lost[:] = False  # what is wrong with all of them is refused as such
+    faults = dict.fromkeys(
+        np.flatnonzero(lost).tolist(), "a coordinate or an offset is not a number: correct it"
+    )
+    rows = np.flatnonzero(~lost)
+    sound = table.take(rows)
+    positions, extent = _locate(sound, voxel_size, shape, coords_voxel_size, info)
+    voxels, extents = np.full(len(rows), voxel_size), np.tile(extent, (len(rows), 1))
+    outside = _outside(positions, voxels, extents)
+    if outside.all() or outside.sum() > max(1, LARGEST_SHARE_OUTSIDE * len(rows)):
+        refuse_outside(positions, voxels, extents, sound)
+    for place in np.flatnonzero(outside).tolist():
+        given, size = _in_voxels(positions[place], voxel_size), _in_voxels(extent, voxel_size)
+        faults[int(rows[place])] = (
+            f"lies at voxel {given}, outside the tomogram of {size} (x, y, z)"
+        )
+    found = np.full((len(table), 3), np.nan)
+    found[rows[~outside]] = positions[~outside, ::-1] / voxel_size
+    return found, faults
+
+
+def _locate(
+    table: ParticleTable,
+    voxel_size: float,
+    shape: tuple[int, int, int],
+    coords_voxel_size: float | None,
+    info: TomogramInfo | None,
+) -> tuple[Float[NDArray[np.float64], "n 3"], Float[NDArray[np.float64], " 3"]]:
+    """Positions in a tomogram and its own edges, (x, y, z) in angstrom."""
     columns_of(table.rows)
     if len(table.tomograms) > 1:
         msg = (
@@ -140,11 +204,7 @@ def coordinates_zyx(
     unit = stated_unit(table, coords_voxel_size)
     if unit is None:
         unit = np.full(len(table), voxel_size)
-    positions = read_positions(table, unit, extents)
-    refuse_outside(
-        positions, np.full(len(table), voxel_size), np.tile(own_extent, (len(table), 1)), table
-    )
-    return np.ascontiguousarray(positions[:, ::-1] / voxel_size)
+    return read_positions(table, unit, extents), own_extent
 
 
 def coordinate_columns(
@@ -409,16 +469,12 @@ def refuse_outside(
     ValueError
         With the first of them, and what may be the cause.
     """
-    # One voxel of grace: programs count from 0 or from 1.
-    edge = voxel_size[:, None]
-    known = np.isfinite(extent_xyz) & np.isfinite(edge)
-    inside = (positions_xyz >= -edge) & (positions_xyz <= extent_xyz)
-    outside = np.flatnonzero(~(inside | ~known).all(axis=1))
+    outside = np.flatnonzero(_outside(positions_xyz, voxel_size, extent_xyz))
     if not len(outside):
         return
     row = int(outside[0])
-    given = " x ".join(f"{value:.1f}" for value in positions_xyz[row] / voxel_size[row])
-    expected = " x ".join(f"{value:.7g}" for value in extent_xyz[row] / voxel_size[row])
+    given = _in_voxels(positions_xyz[row], voxel_size[row])
+    expected = _in_voxels(extent_xyz[row], voxel_size[row])
     names = table.tomogram_names
     where = f", {names[row]}" if names else ""
     remedy = (
@@ -427,21 +483,50 @@ def refuse_outside(
         else "if they are counted in other voxels, give their size with --coords-voxel-size"
     )
     msg = (
-        f"{len(outside)} of {len(inside)} particles lie outside the tomogram, the first in "
-        f"row {row} at voxel {given} of {expected} (x, y, z; {voxel_size[row]:g} angstrom"
-        f"{where}): {remedy}"
+        f"{len(outside)} of {len(positions_xyz)} particles lie outside the tomogram, one of them "
+        f"at voxel {given} of {expected} (x, y, z; {voxel_size[row]:g} angstrom{where}): {remedy}"
     )
     raise ValueError(msg)
 
 
+def _outside(
+    positions_xyz: NDArray[np.float64],
+    voxel_size: NDArray[np.float64],
+    extent_xyz: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    # One voxel of grace: programs count from 0 or from 1.
+    edge = voxel_size[:, None]
+    known = np.isfinite(extent_xyz) & np.isfinite(edge)
+    inside = (positions_xyz >= -edge) & (positions_xyz <= extent_xyz)
+    return np.asarray(~(inside | ~known).all(axis=1))
+
+
+def _in_voxels(angstrom_xyz: NDArray[np.float64], voxel_size: float) -> str:
+    return " x ".join(f"{value:.7g}" for value in (angstrom_xyz / voxel_size).round(1))
+
+
 def _numbers(rows: pd.DataFrame, columns: tuple[str, ...]) -> NDArray[np.float64]:
-    numbers = [pd.to_numeric(rows[column], errors="coerce") for column in columns]
-    values = np.stack([np.asarray(column, np.float64) for column in numbers], axis=1)
+    values = _as_numbers(rows, columns)
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
-        msg = f"{len(bad)} particles lack a number in {', '.join(columns)}, first row {bad[0]}"
+        msg = (
+            f"{len(bad)} particles lack a number in {', '.join(columns)}, the first is the "
+            f"{bad[0] + 1}. of {len(rows)}"
+        )
         raise ValueError(msg)
     return values
+
+
+def _as_numbers(rows: pd.DataFrame, columns: tuple[str, ...]) -> NDArray[np.float64]:
+    numbers = [pd.to_numeric(rows[column], errors="coerce") for column in columns]
+    return np.stack([np.asarray(column, np.float64) for column in numbers], axis=1)
+
+
+def _lack_numbers(rows: pd.DataFrame) -> NDArray[np.bool_]:
+    """Whether a position or an offset of each row is no number."""
+    offsets = (*ORIGIN, *ORIGIN_PIXELS, *SUBTOMOGRAM_ANGLES)
+    columns = (*columns_of(rows), *(column for column in offsets if column in rows))
+    return np.asarray(~np.isfinite(_as_numbers(rows, columns)).all(axis=1))
 
 
 def _is_from_warp(table: ParticleTable) -> bool:

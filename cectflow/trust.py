@@ -54,8 +54,10 @@ def score_known(
     elif kind == "max_logit":
         score = given.max(axis=1)
     else:
-        away = (given[:, None] - np.array(typical.centres)) / np.array(typical.spread)
-        score = -(away**2).mean(axis=2).min(axis=1)
+        away, centres = given / typical.spread, np.array(typical.centres) / typical.spread
+        # |a - c|^2 by a product of matrices: no array of rows x classes x logits.
+        squared = (away**2).sum(axis=1)[:, None] - 2 * away @ centres.T + (centres**2).sum(axis=1)
+        score = -np.maximum(squared, 0.0).min(axis=1) / given.shape[1]
     return score
 
 

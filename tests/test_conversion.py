@@ -232,7 +232,7 @@ def test_units_that_are_missing_or_contradict_are_refused() -> None:
 def test_particles_outside_their_own_tomogram_are_refused_by_name() -> None:
     far = VOXELS_ZYX.copy()
     far[3] = (0.0, 90.0, 0.0)  # inside TS_2, but beyond the 75.5 voxels of TS_1
-    with pytest.raises(ValueError, match=r"1 of 4 .*row 3 at voxel 0.0 x 90.0 x 0.0 .*, TS_1\)"):
+    with pytest.raises(ValueError, match=r"1 of 4 .*at voxel 0 x 90 x 0 .*, TS_1\)"):
         convert(make_table(far), "relion5")
 
 

@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cectflow.coordinates import CoordinateConvention, coordinate_columns, coordinates_zyx
+from cectflow.coordinates import (
+    CoordinateConvention,
+    coordinate_columns,
+    coordinates_zyx,
+    place_particles,
+)
 from cectflow.particles import ParticleTable, read_particles
 from cectflow.subtomogram import cut
 from cectflow.tomogram_table import TomogramInfo, read_tomograms
@@ -149,7 +154,7 @@ def test_coordinates_outside_are_refused_with_the_remedy() -> None:
     table = table_of(xyz("rlnCoordinate{}", np.vstack([POSITIONS, POSITIONS * 5])))
     with pytest.raises(
         ValueError,
-        match=r"2 of 4 .* row 2 at voxel 200.0 x 250.0 x 100.0 of 80 x 100 x 40 .*"
+        match=r"2 of 4 .* at voxel 200 x 250 x 100 of 80 x 100 x 40 .*"
         "12 angstrom.*--coords-voxel-size",
     ):
         positions(table)
@@ -158,6 +163,30 @@ def test_coordinates_outside_are_refused_with_the_remedy() -> None:
         positions(centred)
     border = np.array([[-0.5, 0, 0], [40, 100, 80]])
     assert len(positions(table_of(xyz("rlnCoordinate{}", border)))) == 2
+
+
+def test_single_particles_may_lie_outside_and_many_may_not() -> None:
+    many = np.vstack([np.tile(POSITIONS, (30, 1)), POSITIONS * 5])
+    many[7, 1] = np.nan
+    frame: dict[str, Any] = {"voxel_size": 12.0, "shape": SHAPE}
+    found, faults = place_particles(table_of(xyz("rlnCoordinate{}", many)), **frame)
+    assert {row: why.split(",")[0] for row, why in faults.items()} == {
+        7: "a coordinate or an offset is not a number: correct it",
+        60: "lies at voxel 200 x 250 x 100",
+        61: "lies at voxel 2.5 x 495 x 16.2",
+    }
+    assert np.flatnonzero(np.isnan(found).any(axis=1)).tolist() == [7, 60, 61]
+    good = np.delete(np.arange(60), 7)
+    np.testing.assert_allclose(found[good], many[good])
+    fewer = table_of(xyz("rlnCoordinate{}", many[30:]))  # 2 of 32 are more than 5 %
+    with pytest.raises(ValueError, match="2 of 32 particles lie outside"):
+        place_particles(fewer, **frame)
+    one = table_of(xyz("rlnCoordinate{}", np.vstack([POSITIONS, POSITIONS[:1] * 5])))
+    assert list(place_particles(one, **frame)[1]) == [2]
+    with pytest.raises(ValueError, match="1 of 1 particles lie outside"):
+        place_particles(one.take(np.array([2])), **frame)
+    with pytest.raises(ValueError, match="2 particles lack a number"):
+        place_particles(table_of(xyz("rlnCoordinate{}", POSITIONS * np.nan)), **frame)
 
 
 def test_a_voxel_size_that_would_be_ignored_is_refused() -> None:
@@ -171,7 +200,7 @@ def test_a_voxel_size_that_would_be_ignored_is_refused() -> None:
 def test_coordinates_that_are_no_numbers_are_refused() -> None:
     columns = xyz("rlnCoordinate{}", POSITIONS) | {"rlnCoordinateY": [1.0, np.nan]}
     with pytest.raises(
-        ValueError, match=r"1 particles lack a number in rlnCoordinateX.*first row 1"
+        ValueError, match=r"1 particles lack a number in rlnCoordinateX.*the first is the 2\. of"
     ):
         positions(table_of(columns))
 

@@ -140,8 +140,8 @@ def plan_classes(
     )
     took = "" if rate is None else f"; about {particles / rate / where.workers:.0f} s by its card"
     report(
-        f"would classify {particles} of {len(source.table)} particles of {len(source.files)} files "
-        f"in {len(blocks)} blocks with {network.label} ({network.runtime}, {network.variant}, "
+        f"would classify {particles} of {len(source.table)} particles (files: {len(source.files)}, "
+        f"blocks: {len(blocks)}) with {network.label} ({network.runtime}, {network.variant}, "
         f"{network.device}){took}"
     )
     for row, reason in list(source.faults.items())[:3]:

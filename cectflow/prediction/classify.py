@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -216,8 +219,9 @@ def classify_particles(
 
         paths = (elsewhere.network.folder, *{block.path.absolute() for block in source.files})
         for number, answers in run_all(
-            _answer, jobs, where=where, title="classifying", paths=paths, status=rate
-        ):
+            _answer, jobs, where=where, title="classifying", paths=paths, status=rate,
+            alone=_answer_each,
+        ):  # fmt: skip
             journal.record(number, answers)
             predicted += len(answers.logits)
             watch.see(answers)
@@ -306,48 +310,78 @@ class _Job:
 
 def _answer(job: _Job) -> tuple[int, Answers]:
     """What the network says of a piece; what cannot be read is a fault of its particles."""
-    network = job.classifier.open()
-    card, count = network.card, _count(job.piece)
-    logits = np.full((count, len(card.classes)), np.nan, np.float32)
-    lightness = np.full(count, np.nan, np.float32)
-    faults: dict[int, str] = {}
+    (answered,) = _answer_each((job,))
+    return answered
+
+
+def _answer_each(jobs: Sequence[_Job]) -> Iterator[tuple[int, Answers]]:
+    """The same of several pieces, one after the other, with the same network."""
+    if not jobs:
+        return
+    classifier = jobs[0].classifier
+    network = classifier.open()
     # torch computes one batch after the other, the others a few cubes of any batch at a time.
-    in_lanes = job.classifier.network.runtime in ("onnxruntime", "openvino")
-    ask = _answers_by_lanes if in_lanes else _answers
-    for kept, answers, lighter, wrong in ask(network, job.piece, job.options):
-        faults |= wrong
-        finite = np.isfinite(answers).all(axis=1)
-        for place in kept[~finite].tolist():
-            faults[place] = "the network's answer is no number: are the values beyond float32?"
-        logits[kept[finite]] = answers[finite]
-        lightness[kept[finite]] = lighter[finite]
-    return job.number, Answers(logits, lightness, faults)
+    in_lanes = classifier.network.runtime in ("onnxruntime", "openvino")
+    for job, founds in (_ask_in_lanes if in_lanes else _ask_in_turn)(network, jobs):
+        count = _count(job.piece)
+        logits = np.full((count, len(network.card.classes)), np.nan, np.float32)
+        lightness = np.full(count, np.nan, np.float32)
+        faults: dict[int, str] = {}
+        for kept, answers, lighter, wrong in founds:
+            faults |= wrong
+            finite = np.isfinite(answers).all(axis=1)
+            for place in kept[~finite].tolist():
+                faults[place] = "the network's answer is no number: are the values beyond float32?"
+            logits[kept[finite]] = answers[finite]
+            lightness[kept[finite]] = lighter[finite]
+        yield job.number, Answers(logits, lightness, faults)
 
 
+_Task = TypeVar("_Task")
 _Found = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], dict[int, str]]
 """Places in a piece, their logits and lightness, and what is wrong with others."""
 
 
-def _answers_by_lanes(
-    network: LoadedNetwork, piece: Piece, options: InputOptions
-) -> Iterator[_Found]:
+def _ask_in_lanes(
+    network: LoadedNetwork, jobs: Sequence[_Job]
+) -> Iterator[tuple[_Job, Iterator[_Found]]]:
     """Answers by threads that each read a batch and ask the network, so that it never waits.
 
-    While one reads, or gathers what the network made of its batch, the network has the other's.
+    While one reads, or gathers what the network made of its batch, the network has the other's;
+    while a piece is recorded, they are at the next.
     """
-    size, starts = options.batch_size, np.cumsum([0, *map(len, piece)]).tolist()
-    parts = [
-        (start + at, block.part(at, at + size))
-        for start, block in zip(starts, piece, strict=False)
-        for at in range(0, len(block), size)
-    ]
 
-    def answer(part: tuple[int, Block]) -> _Found:
-        (batch,) = read_blocks(part[1:], network.card, options)
-        return _ask(network, batch.moved(part[0]))
+    def answer(task: tuple[_Job, int, Piece]) -> _Found:
+        job, start, part = task
+        (batch,) = read_blocks(part, network.card, job.options)
+        return _ask(network, batch.moved(start))
 
+    tasks = ((job, *part) for job in jobs for part in _batches(job))
     with ThreadPoolExecutor(LANES, "lane") as pool:
-        yield from pool.map(answer, parts)
+        found = _map_ahead(pool, answer, tasks)
+        for job in jobs:
+            yield job, islice(found, sum(1 for _ in _batches(job)))
+
+
+def _batches(job: _Job) -> Iterator[tuple[int, Piece]]:
+    """Parts of a piece that are read as one batch, and the places at which they begin."""
+    size, place = job.options.batch_size, 0
+    for part in _pieces(job.piece, size):
+        yield place, part
+        place += _count(part)
+
+
+def _map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_Task], _Found], tasks: Iterable[_Task]
+) -> Iterator[_Found]:
+    """Results in the order of the tasks, of which each thread has one and one that follows."""
+    waiting, in_hand = iter(tasks), deque[Future[_Found]]()
+    while True:
+        room = 2 * LANES - len(in_hand)
+        in_hand.extend(pool.submit(function, task) for task in islice(waiting, room))
+        if not in_hand:
+            return
+        yield in_hand.popleft().result()
 
 
 def _ask(network: LoadedNetwork, batch: CubeBatch) -> _Found:
@@ -357,20 +391,33 @@ def _ask(network: LoadedNetwork, batch: CubeBatch) -> _Found:
     return batch.kept, network.infer(batch.cubes), _lightness(batch.cubes), batch.faults
 
 
-def _answers(network: LoadedNetwork, piece: Piece, options: InputOptions) -> Iterator[_Found]:
+def _ask_in_turn(
+    network: LoadedNetwork, jobs: Sequence[_Job]
+) -> Iterator[tuple[_Job, Iterator[_Found]]]:
     """Answers by batches, which a thread reads while the network is at work."""
-    card = network.card
-    nothing = np.zeros((0, len(card.classes)), np.float32), np.zeros(0, np.float32)
-    if network.infer_there is None:
-        for batch in prefetch(read_blocks(piece, card, options)):
-            yield _ask(network, batch)
-        return
+    ask = _ask_prefetched if network.infer_there is None else _ask_there
+    for job in jobs:
+        yield job, ask(network, job.piece, job.options)
+
+
+def _ask_prefetched(
+    network: LoadedNetwork, piece: Piece, options: InputOptions
+) -> Iterator[_Found]:
+    for batch in prefetch(read_blocks(piece, network.card, options)):
+        yield _ask(network, batch)
+
+
+def _ask_there(network: LoadedNetwork, piece: Piece, options: InputOptions) -> Iterator[_Found]:
+    """Of cubes that are cut on the device."""
     from cectflow.prediction.on_device import read_blocks_on_device
 
-    for cubes, kept, faults in read_blocks_on_device(piece, card, options, network.device):
-        answers = nothing
+    card, device = network.card, network.device
+    assert network.infer_there is not None
+    for cubes, kept, faults in read_blocks_on_device(piece, card, options, device):
+        answers = np.zeros((0, len(card.classes)), np.float32), np.zeros(0, np.float32)
         if len(kept):
-            answers = network.infer_there(cubes).cpu().numpy(), _lightness(cubes.cpu().numpy())
+            there = network.infer_there(cubes).cpu().numpy()
+            answers = there, _lightness(cubes.cpu().numpy())
         yield kept, *answers, faults
 
 

@@ -132,11 +132,12 @@ def segment_tomogram(
             create_volume(labels, shape, voxel_size, np.int16, overwrite=overwrite, labels=headers)
         )
         centres = np.floor(block.places + 0.5).astype(np.int64)  # as the cubes are cut
+        number_of = block.rows + 1
         index = 0
         for cubes in _foreground(network, source):
             for cube in _to_tomogram(cubes, network, voxel_size):
                 sizes.append(int((cube > FOREGROUND).sum()))
-                _paste(cube, centres[index], index + 1, best, owner)
+                _paste(cube, centres[index], int(number_of[index]), best, owner)
                 index += 1
     voxels = np.array(sizes)
     return Segmentation(number, float(voxels.mean()), int((voxels == 0).sum()))

@@ -21,7 +21,7 @@ import pandas as pd
 from jaxtyping import Float, Int, Num
 from numpy.typing import NDArray
 
-from cectflow.coordinates import coordinates_zyx, look_up
+from cectflow.coordinates import look_up, place_particles
 from cectflow.model_card import ModelCard
 from cectflow.particles import ParticleTable, particles_from
 from cectflow.prediction.contract import InputOptions, bring_to_card, report_changes, source_box
@@ -363,13 +363,17 @@ def open_tomograms(
             voxels, voxel_size = _load(path, options.voxel_size, of_stack=False)
             shape = voxels.shape
             box = source_box(card, voxel_size, options, opened.report_once)
-            centres = coordinates_zyx(
+            centres, misplaced = place_particles(
                 table.take(rows), voxel_size=voxel_size, shape=shape,
                 coords_voxel_size=coords_voxel_size, info=(infos or {}).get(name),
             )  # fmt: skip
         except (ValueError, OSError) as error:
             opened.fail(rows, error)
             continue
+        if misplaced:
+            opened.faults |= {int(rows[at]): f"{path}: {why}" for at, why in misplaced.items()}
+            placed = ~np.isnan(centres).any(axis=1)
+            rows, centres = rows[placed], centres[placed]
         complete = inside(centres, shape, box)
         if border == "fail":
             reason = f"{path}: the cube of {box} voxels reaches over the border"
@@ -377,7 +381,9 @@ def open_tomograms(
             rows, centres = rows[complete], centres[complete]
         beyond += int((~complete).sum())
         if len(rows):
-            blocks.append(Block(path, rows, centres, box))
+            # Neighbours after one another: most of a cube is then in a cache, or just read.
+            order = np.lexsort((centres // box).T[::-1])
+            blocks.append(Block(path, rows[order], centres[order], box))
     opened.refuse_nothing(blocks)
     if options.contrast != card.contrast:
         report(f"contrast: input is {options.contrast}, {card.contrast} is expected: flipped")

@@ -371,7 +371,7 @@ def test_a_dry_run_changes_nothing_on_disk(
     )  # fmt: skip
     said = capsys.readouterr()
     assert code == 0, said.err
-    assert "would classify 21 of 21 particles of 3 files" in said.out
+    assert "would classify 21 of 21 particles (files: 3, blocks: 6)" in said.out
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 

@@ -59,8 +59,8 @@ def test_a_block_there_is_the_block_here(
     assert np.concatenate([batch[1] for batch in there]).tolist() == [0, 1, 2, 3]
     moved = replace(network, infer_there=load_torch(classifier, "cpu"))
     logits = [
-        np.concatenate([part[1] for part in classify._answers(each, (block,), options)])
-        for each in (network, moved)
+        np.concatenate([part[1] for part in ask(each, (block,), options)])
+        for ask, each in ((classify._ask_prefetched, network), (classify._ask_there, moved))
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
 

@@ -187,7 +187,27 @@ def test_particles_over_the_border(tmp_path: Path, border: sources.Border) -> No
     assert [line for line in told if line.startswith("2 of 5 subtomograms reach over the border")]
 
 
-def test_a_million_rows_of_one_stack_take_little_memory(tmp_path: Path) -> None:
+def test_a_pick_outside_costs_itself_and_many_cost_their_tomogram(tmp_path: Path) -> None:
+    write_volume(tmp_path / "t.mrc", Volume(np.ones((24, 24, 24), np.float32), 10.0))
+    positions = np.full((42, 3), 12.0)
+    positions[[3, 40], 2] = 99, np.nan
+    rows = pd.concat(
+        [make_particle_rows(positions, tomogram="far"), make_particle_rows(positions, tomogram="t")]
+    )
+    table = particles_from(rows.iloc[::-1].reset_index(drop=True))
+    paths = {"t": tmp_path / "t.mrc", "far": "no such tomogram"}
+    source = open_tomograms(table, paths, CARD, OPTIONS, silent)
+    assert sorted(source.faults) == [1, 38, *range(42, 84)]
+    assert source.faults[1].endswith("t.mrc: a coordinate or an offset is not a number: correct it")
+    assert "lies at voxel 99 x 12 x 12, outside the tomogram of 24 x 24 x 24" in source.faults[38]
+    assert sorted(read_all(source)) == [row for row in range(42) if row not in (1, 38)]
+    positions[5:9, 0] = 50
+    far = particles_from(make_particle_rows(positions, tomogram="t"))
+    with pytest.raises(ValueError, match=r"5 of 41 particles lie outside .* --coords-voxel-size"):
+        open_tomograms(far, paths, CARD, OPTIONS, silent)
+
+
+def test_rows_of_one_stack_take_little_memory(tmp_path: Path) -> None:
     import tracemalloc
 
     write_stack(tmp_path / "a.mrcs", counted(100), 10.0)

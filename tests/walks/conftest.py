@@ -66,10 +66,12 @@ def short_recipe() -> str:
     def shortened(fit: FitRecipe) -> FitRecipe:
         return fit.model_copy(update={"epochs": 1})
 
-    segmenter, student = recipe.segmenter, recipe.student
+    segmenter, student, whole = recipe.segmenter, recipe.student, recipe.tomogram_segmenter
+    assert whole is not None
     return recipe.model_copy(
         update={
             "segmenter": segmenter.model_copy(update={"fit": shortened(segmenter.fit)}),
+            "tomogram_segmenter": whole.model_copy(update={"fit": shortened(whole.fit)}),
             "student": student.model_copy(
                 update={"fit": shortened(student.fit), "control": False, "variants": ("int8",)}
             ),

@@ -46,6 +46,8 @@ if __name__ == "__main__":
         if code != expected:
             sys.exit(f"{line} ended with {code}, expected {expected}")
 """
+LONG = re.compile(r"cectflow (sweep|evaluate generalisation|train .* --devices 2)")
+"""Commands that train what no later one needs: with one epoch instead of the recipe's."""
 CLONE = "~/cectflow"
 """What the pages call the folder of the clone."""
 NAPARI = """
@@ -115,6 +117,8 @@ def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> No
     assert {command.split()[0] for command in commands} <= {"cectflow", "mlflow", "python", "ls"}
     for command in commands:
         line = command.replace(CLONE, str(ROOT))
+        if LONG.match(line):
+            line = line.replace("--recipe tiny", f"--recipe {road.folder / 'short.yaml'}")
         arguments = shlex.split(line, comments=True)
         if arguments[1:3] == ["structures", "fetch"]:
             arguments += ["--base-url", archive]
