@@ -31,7 +31,7 @@ from cectflow.particles import CENTRED, CORNER, M_SPECIES, PLAIN, TOMOGRAM_NAMES
 from cectflow.star import Blocks
 from cectflow.tomogram_table import WARP_SUFFIX, TomogramInfo, find_tomogram
 
-__all__ = ["convert_particles", "find_frames", "name_tomogram"]
+__all__ = ["convert_particles", "find_frames", "locate_particles", "name_tomogram"]
 
 AGREEMENT = 1e-3
 """Share by which two statements of one pixel size may differ."""
@@ -131,6 +131,32 @@ def name_tomogram(table: ParticleTable, name: str) -> ParticleTable:
     return table.with_columns(rlnTomoName=pd.array([name] * len(table), dtype="str"))
 
 
+def locate_particles(
+    table: ParticleTable, frames: Frames, *, coords_voxel_size: float | None = None
+) -> tuple[Float[NDArray[np.float64], "n 3"], Frames]:
+    """Positions ``(x, y, z)`` in angstrom from the centre of voxel 0, and frames that they fit.
+
+    Parameters
+    ----------
+    table
+        Particles, of any number of tomograms.
+    frames
+        Of each particle (:func:`find_frames`); the voxel size is filled in where the table has it.
+    coords_voxel_size
+        Angstrom per unit of coordinates that are counted in voxels.
+
+    Raises
+    ------
+    ValueError
+        If a unit or size that is needed is not known, a coordinate is no number, or a particle
+        lies outside its tomogram.
+    """
+    unit, frames = _units(table, frames, coords_voxel_size)
+    positions = read_positions(table, unit, frames.extent_xyz)
+    refuse_outside(positions, _grace(frames, unit), frames.extent_xyz, table)
+    return positions, frames
+
+
 def convert_particles(
     table: ParticleTable,
     convention: CoordinateConvention,
@@ -170,9 +196,7 @@ def convert_particles(
         If units or sizes that are needed are not known or contradict one another, a coordinate is
         no number, a particle lies outside its tomogram, or a name is missing.
     """
-    unit, frames = _units(table, frames, coords_voxel_size)
-    positions = read_positions(table, unit, frames.extent_xyz)
-    refuse_outside(positions, _grace(frames, unit), frames.extent_xyz, table)
+    positions, frames = locate_particles(table, frames, coords_voxel_size=coords_voxel_size)
     names = _names(table, convention, tomograms)
     columns = write_positions(positions, convention, frames)
     if convention in ("relion3", "csv"):

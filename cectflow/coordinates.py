@@ -25,6 +25,7 @@ __all__ = [
     "ORIGIN_PIXELS",
     "PIXEL_SIZES",
     "PLACEMENT_COLUMNS",
+    "SUBTOMOGRAM_ANGLES",
     "CoordinateConvention",
     "Frames",
     "columns_of",

@@ -23,6 +23,7 @@ __all__ = [
     "CENTRED",
     "CORNER",
     "M_SPECIES",
+    "NOT_PREDICTED",
     "PLAIN",
     "TOMOGRAM_NAMES",
     "ParticleTable",
@@ -36,6 +37,8 @@ CORNER = tuple(f"rlnCoordinate{axis}" for axis in "XYZ")
 M_SPECIES = tuple(f"wrpCoordinate{axis}1" for axis in "XYZ")
 PLAIN = ("x", "y", "z")
 """Columns of positions: of RELION 5, of RELION 3, 4 and Warp, of M, and of plain CSV."""
+NOT_PREDICTED = "none"
+"""Class name of a particle that could not be predicted; its class number is 0."""
 TOMOGRAM_NAMES = ("rlnTomoName", "rlnMicrographName", "wrpSourceName")
 """Columns that name a particle's tomogram, the first that there is."""
 

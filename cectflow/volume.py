@@ -34,6 +34,7 @@ from cectflow.volume_header import (
     read_em_header,
     read_mrc_header,
 )
+from cectflow.zarr_volume import ZARR_SUFFIX, is_zarr, read_zarr
 
 __all__ = [
     "STACK_SUFFIXES",
@@ -41,6 +42,7 @@ __all__ = [
     "Volume",
     "create_volume",
     "find_stacks",
+    "is_volume",
     "read_stack",
     "read_volume",
     "write_images",
@@ -50,7 +52,7 @@ __all__ = [
 
 STACK_SUFFIXES = (".mrc", ".mrcs", ".rec", ".map")
 """Of MRC files, read and written."""
-READ_SUFFIXES = (*STACK_SUFFIXES, ".em")
+READ_SUFFIXES = (*STACK_SUFFIXES, ".em", ZARR_SUFFIX)
 TRUTH_ENDINGS = ("_labels", "_instances")
 """Of the stacks beside one of a dataset folder: class and particle of every voxel."""
 
@@ -103,16 +105,17 @@ class Volume:
 
 
 def read_volume(path: Path, *, voxel_size: float | None = None, mmap: bool = True) -> Volume:
-    """Volume of an MRC file (.mrc, .rec, .map) or an EM file (.em), also compressed.
+    """Volume of an MRC file (.mrc, .rec, .map), an EM file (.em) or a Zarr folder (.zarr).
 
     Parameters
     ----------
     path
-        The file. EM is told by its name, gzip and bzip2 by content.
+        The file, which may be compressed. EM and Zarr are told by the name, gzip and bzip2 by
+        content.
     voxel_size
         In angstrom; holds instead of the header's, which is then not looked at. EM files have none.
     mmap
-        Leave the array on disk, read-only. Compressed and byte-swapped files are loaded anyway:
+        Leave the array on disk, read-only. Compressed and byte-swapped files and Zarr are loaded:
         they cannot be mapped, so their whole content takes memory, and more than once while they
         are read.
 
@@ -141,6 +144,11 @@ def read_volume(path: Path, *, voxel_size: float | None = None, mmap: bool = Tru
         msg = f"{path} holds a stack of {len(cubes)} volumes: expected a single volume"
         raise ValueError(msg)
     return Volume(cubes[0], voxel_size)
+
+
+def is_volume(path: Path) -> bool:
+    """Whether there is something that may be a volume: a file, or a folder in Zarr."""
+    return path.is_file() or is_zarr(path)
 
 
 def read_stack(
@@ -178,10 +186,10 @@ def find_stacks(pattern: str) -> tuple[Path, ...]:
         If there are none.
     """
     path = Path(pattern)
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if _is_stack(p))
-    elif path.is_file():
+    if is_volume(path):
         found = [path]
+    elif path.is_dir():
+        found = sorted(p for p in path.iterdir() if _is_stack(p))
     else:
         found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
     truth = {
@@ -349,6 +357,10 @@ def _reserve(path: Path) -> None:
 def _read(
     path: Path, voxel_size: float | None, *, mmap: bool, guess_stack: bool
 ) -> tuple[NDArray[Any], float]:
+    if is_zarr(path):
+        voxels, size = read_zarr(path, voxel_size)
+        _check_given_voxel_size(size)
+        return voxels[None], size
     opener = _opener(path)
     start = _read_bytes(path, opener, HEADER_BYTES)
     layout = (

@@ -11,12 +11,14 @@ from cectflow.cli.options import CoordsOption, OverwriteOption
 
 __all__ = ["convert"]
 
-Convention = Literal["relion3", "relion4", "relion5", "warp", "csv"]
+Convention = Literal["relion3", "relion4", "relion5", "warp", "csv", "copick"]
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="STAR or CSV.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="STAR; .csv with --to csv.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="STAR, CSV, or copick's .json.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="STAR; .csv with --to csv; copick's .json.")
+    ],
     to: Annotated[Convention, typer.Option("--to", help="Convention of OUT.")],
     tomograms: Annotated[
         Path | None,
@@ -40,9 +42,23 @@ def convert(
     pixel_size: Annotated[
         float | None, typer.Option("--pixel-size", help="Å; of the unbinned tilt images.")
     ] = None,
+    picks: Annotated[
+        str | None,
+        typer.Option("--picks", help="Of the copick project IN: OBJECT or OBJECT:USER/SESSION."),
+    ] = None,
+    objects: Annotated[
+        list[str] | None,
+        typer.Option("--object", help="Of the copick project OUT: CLASS=OBJECT, or one OBJECT."),
+    ] = None,
+    session: Annotated[
+        str, typer.Option("--session", help="Of the picks that are written to copick.")
+    ] = "0",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Convert particles between RELION 3, 4 and 5, Warp and CSV; IN is told by its columns."""
+    """Convert particles between RELION 3, 4 and 5, Warp, CSV and copick projects.
+
+    The convention of IN is told by its columns.
+    """
     from cectflow.flows.conversion import ConversionOptions, convert_file
 
     options = ConversionOptions(
@@ -53,6 +69,18 @@ def convert(
         voxel_size=voxel_size,
         coords_voxel_size=coords_voxel_size,
         pixel_size=pixel_size,
+        picks=picks,
+        objects=dict(map(_as_pair, objects or ())),
+        session=session,
     )
     for line in convert_file(source, out, to, options, overwrite=overwrite):
         typer.echo(line)
+
+
+def _as_pair(given: str) -> tuple[str, str]:
+    """Class and object; an object alone is what every class is."""
+    name, mark, known = given.rpartition("=")
+    if not known or (mark and not name):
+        msg = f"--object {given}: expected CLASS=OBJECT, or one OBJECT for all particles"
+        raise ValueError(msg)
+    return name, known

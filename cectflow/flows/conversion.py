@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from cectflow.conversion import convert_particles, find_frames, name_tomogram
+from cectflow.conversion import (
+    convert_particles,
+    find_frames,
+    locate_particles,
+    name_tomogram,
+)
 from cectflow.coordinates import ORIGIN, ORIGIN_PIXELS, CoordinateConvention, columns_of
+from cectflow.copick import SESSION, read_picks, write_picks
 from cectflow.particles import ParticleTable, read_particles
 from cectflow.star import refuse_unwritable
 from cectflow.tomogram_table import TomogramInfo, read_tomograms
 from cectflow.volume import read_volume
 
 __all__ = ["ConversionOptions", "convert_file"]
+
+KINDS = {"csv": ".csv", "copick": ".json"}
+"""Endings of files that are not STAR."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,12 @@ class ConversionOptions:
         That the coordinates are counted in, where it is another one.
     pixel_size
         Of the unbinned tilt images.
+    picks
+        Of a copick project: ``OBJECT`` or ``OBJECT:USER/SESSION``.
+    objects
+        Class of the particles → object of the copick project that is written to.
+    session
+        Of the picks that are written there.
 
     Raises
     ------
@@ -53,6 +69,9 @@ class ConversionOptions:
     voxel_size: float | None = None
     coords_voxel_size: float | None = None
     pixel_size: float | None = None
+    picks: str | None = None
+    objects: Mapping[str, str] = field(default_factory=dict)
+    session: str = SESSION
 
     def __post_init__(self) -> None:
         given = (self.tomograms, self.tomogram, self.tomogram_size)
@@ -64,7 +83,7 @@ class ConversionOptions:
 def convert_file(
     source: Path,
     out: Path,
-    convention: CoordinateConvention,
+    convention: CoordinateConvention | Literal["copick"],
     options: ConversionOptions,
     *,
     overwrite: bool = False,
@@ -74,9 +93,11 @@ def convert_file(
     Parameters
     ----------
     source
-        STAR or CSV, of any convention; it is told by its columns.
+        STAR or CSV, of any convention, which is told by its columns; or the configuration of a
+        copick project.
     out
-        CSV for the convention ``csv``, STAR for the others.
+        CSV for the convention ``csv``, a copick project's configuration for ``copick``, STAR for
+        the others.
     convention
         To be written.
     options
@@ -94,16 +115,16 @@ def convert_file(
         As :func:`cectflow.conversion.convert_particles`; also if the ending of ``out`` is that of
         another kind of file, or a text cannot be kept. Nothing is written then.
     """
-    if out.exists() and not overwrite:
+    if out.exists() and not overwrite and convention != "copick":
         msg = f"{out} exists: choose another name, or replace it with --overwrite"
         raise FileExistsError(msg)
-    if (out.suffix == ".csv") != (convention == "csv"):
+    if KINDS.get(convention, "") != (out.suffix if out.suffix in KINDS.values() else ""):
         msg = (
-            f"{out} for {convention}: a name that ends in .csv goes with --to csv, any other "
-            "with the conventions of STAR files"
+            f"{out} for {convention}: a name that ends in .csv goes with --to csv, a project's "
+            "configuration (.json) with --to copick, any other with the conventions of STAR files"
         )
         raise ValueError(msg)
-    table = read_particles(source)
+    table = _read(source, options)
     tomograms = None if options.tomograms is None else read_tomograms(options.tomograms)
     name = options.tomogram_name or _only_name(options, tomograms)
     if name is not None and (options.tomogram_name or not table.tomogram_names):
@@ -124,6 +145,13 @@ def convert_file(
         table, tomograms=tomograms, extent_xyz=extent, size_xyz=options.tomogram_size,
         voxel_size=voxel_size, pixel_size=options.pixel_size,
     )  # fmt: skip
+    if convention == "copick":
+        positions, _ = locate_particles(table, frames, coords_voxel_size=options.coords_voxel_size)
+        written = write_picks(
+            out, table, positions, objects=options.objects, session=options.session,
+            overwrite=overwrite,
+        )  # fmt: skip
+        return tuple(f"written: {path}" for path in written)
     converted = convert_particles(
         table, convention, frames, tomograms=tomograms, coords_voxel_size=options.coords_voxel_size
     )
@@ -131,6 +159,16 @@ def convert_file(
         refuse_unwritable(converted.blocks)
     converted.write(out, overwrite=overwrite)
     return _tell(table, converted, convention)
+
+
+def _read(source: Path, options: ConversionOptions) -> ParticleTable:
+    if (source.suffix == ".json") != (options.picks is not None):
+        msg = (
+            f"{source}: the configuration of a copick project (.json) goes with --picks OBJECT, or "
+            "--picks OBJECT:USER/SESSION, and no other file does"
+        )
+        raise ValueError(msg)
+    return read_particles(source) if options.picks is None else read_picks(source, options.picks)
 
 
 def _only_name(

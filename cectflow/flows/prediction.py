@@ -14,9 +14,9 @@ import numpy as np
 from cectflow.execution import HERE, Workplace
 from cectflow.files import replacing
 from cectflow.model_card import CARD_FILE, ModelCard, Variant
+from cectflow.particles import NOT_PREDICTED
 from cectflow.prediction.classify import (
     BLOCK_SIZE,
-    NOT_PREDICTED,
     Classification,
     Classifier,
     classify_particles,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from cectflow.execution import HERE, Workplace, prefetch, run_all
 from cectflow.model_card import ModelCard
-from cectflow.particles import ParticleTable
+from cectflow.particles import NOT_PREDICTED, ParticleTable
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, NetworkFiles, open_network
 from cectflow.prediction.journal import Answers, Journal, open_journal
 from cectflow.prediction.mask import masked_with
@@ -32,7 +32,6 @@ from cectflow.prediction.source import Block, CubeBatch, CubeSource, read_blocks
 from cectflow.trust import find_unknown, probabilities_of
 
 __all__ = [
-    "NOT_PREDICTED",
     "Classification",
     "Classifier",
     "Judgement",
@@ -44,8 +43,6 @@ __all__ = [
 
 BLOCK_SIZE = 1024
 """Particles that are predicted and recorded together: a second of work or less for a student."""
-NOT_PREDICTED = "none"
-"""Class name of a particle that could not be predicted; its class number is 0."""
 LANES = 2
 """Threads that read and ask; more were no faster, and each holds a batch."""
 ROWS_AT_ONCE = 1 << 14

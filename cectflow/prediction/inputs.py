@@ -21,7 +21,7 @@ from cectflow.prediction.source import (
 )
 from cectflow.star import read_star
 from cectflow.tomogram_table import WARP_SUFFIX, TomogramInfo, find_tomogram, read_tomograms
-from cectflow.volume import find_stacks
+from cectflow.volume import find_stacks, is_volume
 
 __all__ = ["InputFiles", "find_tomograms"]
 
@@ -84,7 +84,7 @@ class InputFiles:
         """Files that are known without reading a table, which no output may replace."""
         if self.tomogram is not None:
             given = Path(self.tomogram), self.particles, self.tomogram_table
-            return tuple(path for path in given if path is not None and path.is_file())
+            return tuple(path for path in given if path is not None and is_volume(path))
         assert self.subtomograms is not None
         return _stacks_of(self.subtomograms)
 
@@ -179,7 +179,7 @@ def find_tomograms(given: str, names: Sequence[str]) -> dict[str, Path | str]:
     if given.endswith(".star"):
         return _of_table(Path(given), names)
     paths = _listed(given)
-    if len(paths) == len(names) == 1 and (Path(given).is_file() or not names[0]):
+    if len(paths) == len(names) == 1 and (is_volume(Path(given)) or not names[0]):
         return {names[0]: paths[0]}
     if tuple(names) == ("",):
         msg = f"the particles name no tomogram, and {given} are {len(paths)}: expected one"
@@ -206,10 +206,10 @@ def _listed(given: str) -> list[Path]:
     path = Path(given)
     if path.suffix == ".txt":
         paths = _of_list(path)
+    elif is_volume(path):
+        paths = [path]
     elif path.is_dir():
         paths = list(find_stacks(given))
-    elif path.is_file():
-        paths = [path]
     else:
         paths = sorted(Path(name) for name in glob.glob(given, recursive=True))
     if not paths:
@@ -232,7 +232,7 @@ def _of_list(path: Path) -> list[Path]:
         raise ValueError(msg)
     lines = [line.strip() for line in text.splitlines()]
     given = [Path(line) for line in lines if line and not line.startswith("#")]
-    return [each if each.is_file() else path.parent / each for each in given]
+    return [each if is_volume(each) else path.parent / each for each in given]
 
 
 def _fitting(name: str, paths: Sequence[Path], given: str) -> Path | str:
@@ -282,11 +282,11 @@ def _described(name: str, files: Mapping[str, str], table: Path) -> Path | str:
     known = next((files[key] for key in (name, stem, stem + WARP_SUFFIX) if key in files), None)
     if known is None:
         return f"{table} does not describe the tomogram {name!r}"
-    return _existing(known if Path(known).is_file() else str(table.parent / known))
+    return _existing(known if is_volume(Path(known)) else str(table.parent / known))
 
 
 def _existing(path: str) -> Path | str:
-    return Path(path) if Path(path).is_file() else f"there is no tomogram {path}"
+    return Path(path) if is_volume(Path(path)) else f"there is no tomogram {path}"
 
 
 def _plain(name: str) -> str:

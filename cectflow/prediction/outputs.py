@@ -16,7 +16,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from cectflow.files import replacing
-from cectflow.prediction.classify import NOT_PREDICTED, Classification
+from cectflow.particles import NOT_PREDICTED
+from cectflow.prediction.classify import Classification
 from cectflow.prediction.source import CubeSource, read_block
 from cectflow.star import refuse_unwritable
 

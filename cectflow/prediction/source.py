@@ -27,7 +27,7 @@ from cectflow.particles import ParticleTable, particles_from
 from cectflow.prediction.contract import InputOptions, bring_to_card, report_changes, source_box
 from cectflow.subtomogram import are_finite, cut, inside, to_float32
 from cectflow.tomogram_table import TomogramInfo
-from cectflow.volume import read_stack, read_volume
+from cectflow.volume import is_volume, read_stack, read_volume
 
 __all__ = [
     "Block",
@@ -299,7 +299,7 @@ def open_listed(
     names, numbers, files = _named_places(table, opened.faults)
     blocks = []
     for name, rows in zip(names, _grouped(files, len(names)), strict=True):
-        path = Path(name) if Path(name).is_file() else folder / name
+        path = Path(name) if is_volume(Path(name)) else folder / name
         count = opened.count(path)
         if count is None:
             opened.faults |= dict.fromkeys(rows.tolist(), opened.failed[path])
@@ -478,7 +478,7 @@ def _load_quietly(block: Block, options: InputOptions) -> tuple[NDArray[Any], fl
 
 def _load(path: Path, voxel_size: float | None, *, of_stack: bool) -> tuple[NDArray[Any], float]:
     """Voxels of a stack or tomogram and their size."""
-    stat = path.stat() if path.is_file() else None  # what is absent is refused by the reader
+    stat = path.stat() if path.exists() else None  # what is absent is refused by the reader
     stamp = None if stat is None else (stat.st_size, stat.st_mtime_ns)
     return _load_once(path, voxel_size, of_stack, stamp)
 

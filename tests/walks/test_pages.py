@@ -15,10 +15,14 @@ from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import zarr
 from road import ROOT, Road
 
+from cectflow.coordinates import coordinates_zyx
 from cectflow.flows.simulation import write_tomogram
+from cectflow.particles import read_particles
 from cectflow.recipe import load_recipe
+from cectflow.volume import read_volume
 
 PAGES = (
     "structures", "simulation", "datasets", "training", "registry", "predict", "prediction",
@@ -90,6 +94,30 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
+def make_copick_project(road: Road) -> None:
+    """The tomogram and its rods as a project."""
+    run = road.folder / "copick/ExperimentRuns/tomogram"
+    (run / "Picks").mkdir(parents=True)
+    volume = read_volume(road.folder / "tomogram.mrc")
+    array = zarr.create_array(run / "VoxelSpacing16.000/wbp.zarr/0", data=volume.data[...])
+    assert array.shape == volume.shape
+    group = zarr.open_group(run / "VoxelSpacing16.000/wbp.zarr", mode="a")
+    scale = {"type": "scale", "scale": [volume.voxel_size] * 3}
+    image = {"datasets": [{"path": "0", "coordinateTransformations": [scale]}]}
+    group.attrs["ome"] = {"multiscales": [image]}
+    table = read_particles(road.folder / "particles.star")
+    positions = coordinates_zyx(table, voxel_size=volume.voxel_size, shape=volume.shape)
+    points = [
+        {"location": dict(zip("zyx", (voxels * volume.voxel_size).tolist(), strict=True))}
+        for voxels in positions
+    ]
+    picks = {"pickable_object_name": "rod", "user_id": "alice", "session_id": "1", "points": points}
+    (run / "Picks/alice_1_rod.json").write_text(json.dumps(picks))
+    objects = [{"name": name, "is_particle": True} for name in ("rod", "barrel", "bowl")]
+    config = {"pickable_objects": objects, "overlay_root": f"local://{road.folder}/copick"}
+    (road.folder / "copick.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> None:
     if not (road.folder / "tomogram.mrc").is_file():
@@ -101,6 +129,7 @@ def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> No
         header = "".join(f"_rlnTomo{name}\n" for name in columns)
         table = f"data_global\n\nloop_\n{header}tomogram 193 192 128 4.0 4.0\n"
         (road.folder / "tomograms.star").write_text(table)
+        make_copick_project(road)
     text = (ROOT / "docs" / f"{page}.md").read_text()
     commands = [
         line

@@ -1,0 +1,85 @@
+"""Volumes in Zarr: OME-Zarr images, as copick and the CryoET Data Portal keep tomograms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cectflow.volume_header import judge_voxel_size
+
+__all__ = ["ZARR_SUFFIX", "is_zarr", "read_zarr"]
+
+ZARR_SUFFIX = ".zarr"
+ANGSTROM = {"angstrom": 1.0, "nanometer": 10.0, "micrometer": 1e4, None: 1.0}
+"""Units of OME-Zarr's axes; copick writes angstrom."""
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether this is a folder that Zarr has made."""
+    return path.suffix == ZARR_SUFFIX and path.is_dir()
+
+
+def read_zarr(path: Path, voxel_size: float | None) -> tuple[NDArray[Any], float]:
+    """Voxels ``(z, y, x)`` of the finest scale of an OME-Zarr image or of a Zarr array, loaded.
+
+    Parameters
+    ----------
+    path
+        A folder ``….zarr``.
+    voxel_size
+        In angstrom; holds instead of what the image says.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the package zarr is not installed.
+    ValueError
+        If it is no volume, or its voxel size is missing or cannot be believed.
+    """
+    try:
+        import zarr
+    except ModuleNotFoundError:
+        msg = f"{path} needs the package zarr: pip install 'cectflow[copick]'"
+        raise ModuleNotFoundError(msg, name="zarr") from None
+    try:
+        node: Any = zarr.open(path, mode="r")
+        array, scale = (node, None) if hasattr(node, "shape") else _finest(node)
+        data = np.asarray(array[...])
+    except (KeyError, IndexError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        msg = f"{path} is no volume in Zarr: {error}"
+        raise ValueError(msg) from None
+    while data.ndim > 3 and len(data) == 1:  # time and channel
+        data = data[0]
+    if data.ndim != 3 or data.dtype.kind not in "iufb":
+        msg = f"{path} holds {data.dtype} of shape {data.shape}: expected a volume (z, y, x)"
+        raise ValueError(msg)
+    if voxel_size is None:
+        if scale is None:
+            msg = f"{path} says no voxel size: give it in angstrom with --voxel-size"
+            raise ValueError(msg)
+        x, y, z = scale[:-4:-1]
+        voxel_size = judge_voxel_size(path, (x, y, z))
+    return data, voxel_size
+
+
+def _finest(group: Any) -> tuple[Any, list[float] | None]:
+    """Array of the finest scale, and the voxels' edges in angstrom along its axes."""
+    attributes = group.attrs.asdict()
+    (image, *_) = attributes.get("ome", attributes)["multiscales"]
+    finest = image["datasets"][0]
+    scales = [
+        [float(edge) for edge in each["scale"]]
+        for each in finest.get("coordinateTransformations", ())
+        if each["type"] == "scale"
+    ]
+    units = [ANGSTROM[axis.get("unit") if isinstance(axis, dict) else None]
+             for axis in image.get("axes", ())]  # fmt: skip
+    if not scales:
+        return group[finest["path"]], None
+    edges = scales[0]
+    if len(units) == len(edges):
+        edges = [edge * unit for edge, unit in zip(edges, units, strict=True)]
+    return group[finest["path"]], edges
