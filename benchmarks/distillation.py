@@ -290,7 +290,8 @@ def main() -> None:
       ``speedup_cpu`` and ``speedup_student_1``: in openvino, the fastest; ``parameters_ratio``;
       ``low_precision_speedup``: of the student's better low precision over its float32 there.
     - ``bfloat16_difference``, ``int8_difference``: of the test accuracy to float32, paired;
-      ``low_precision_accuracy_drop``: of the worse. ``ece_before``, ``ece``: expected calibration
+      ``low_precision_accuracy_drop``: of the worse; ``…_agreement``: share of test cubes that both
+      call the same. ``ece_before``, ``ece``: expected calibration
       error on the test split without and with the temperature of the validation split.
     - ``gpu_per_s``: of the student on a GPU, where there is one: torch, bfloat16, batches of 1024.
     - ``seconds_NAME``: of a training, on this machine.
@@ -470,6 +471,7 @@ def _shipped(bench: Bench) -> dict[str, float]:
             f"{variant}_difference_low": found.difference.low,
             f"{variant}_difference_high": found.difference.high,
             f"{variant}_parity": found.parity,
+            f"{variant}_agreement": float(found.agreement or 0.0),
         }
     trust = measure_trust(
         evaluate_folder(folder, data, "validation"), evaluate_folder(folder, data)

@@ -97,6 +97,8 @@ class VariantFigures(Config):
     """The variant's score less that of float32 on the same subtomograms, paired over fields."""
     parity: float
     """Largest absolute difference between its logits and those of float32."""
+    agreement: float | None = Field(None, ge=0, le=1)
+    """Of classifiers, the share of test subtomograms that it and float32 call the same."""
     speedup: float = Field(gt=0)
     """Subtomograms per second over those of float32 in the same runtime, by turns."""
     runtime: str

@@ -274,17 +274,22 @@ def _measure_siblings(candidate: Judged, data: Dataset) -> Found:
         siblings = judge_variants(candidate.folders[0], data, carried)
     except (ValueError, FileNotFoundError) as error:
         names = [f"{name}_{what}" for name in (*carried, "variant")
-                 for what in (*ends("difference"), "parity")]  # fmt: skip
+                 for what in (*ends("difference"), "parity", "agreement")]  # fmt: skip
         return {}, dict.fromkeys(names, f"not measured: {error}")
     figures: dict[str, float] = {}
     for variant, sibling in siblings.items():
         figures |= with_ends(f"{variant}_difference", sibling.difference)
         figures[f"{variant}_parity"] = sibling.parity
+        if sibling.agreement is not None:
+            figures[f"{variant}_agreement"] = sibling.agreement
     for end in ends("difference"):
         figures[f"variant_{end}"] = min(figures[f"{variant}_{end}"] for variant in carried)
     figures["variant_parity"] = max(figures[f"{variant}_parity"] for variant in carried)
-    said = f"of {', '.join(carried)}"
-    return figures, dict.fromkeys((*ends("variant_difference"), "variant_parity"), said)
+    agreements = [figures[f"{v}_agreement"] for v in carried if f"{v}_agreement" in figures]
+    if agreements:
+        figures["variant_agreement"] = min(agreements)
+    worst = (*ends("variant_difference"), "variant_parity", "variant_agreement")
+    return figures, dict.fromkeys(worst, f"of {', '.join(carried)}")
 
 
 def _trace(card: ModelCard) -> dict[Ancestor, tuple[bool, str]]:

@@ -104,7 +104,12 @@ def _log_inputs(run: Run, files: InputFiles, source: CubeSource) -> None:
                 "particles": len(block),
                 "bytes": stat.st_size,
                 "modified": datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(),
-                "sha256": sha256_of(block.path) if hashed <= HASHED_BYTES else None,
+                # Zarr is a folder: named by size and time, too.
+                "sha256": (
+                    sha256_of(block.path)
+                    if hashed <= HASHED_BYTES and block.path.is_file()
+                    else None
+                ),
             }
         )
     run.log_json(volumes, "volumes.json")

@@ -284,6 +284,8 @@ def _card_metrics(card: ModelCard) -> Mapping[str, float]:
         metrics[f"{variant}_score"] = figures.score.value
         metrics[f"{variant}_difference"] = figures.difference.value
         metrics[f"{variant}_parity"] = figures.parity
+        if figures.agreement is not None:
+            metrics[f"{variant}_agreement"] = figures.agreement
         metrics[f"{variant}_speedup"] = figures.speedup
     if card.cost is not None:
         metrics["parameters"] = card.cost.parameters

@@ -34,13 +34,14 @@ class Sibling:
 
     Attributes
     ----------
-    score, difference, parity
+    score, difference, parity, agreement
         As in :class:`~cectflow.model_card.VariantFigures`.
     """
 
     score: Score
     difference: Score
     parity: float
+    agreement: float | None
 
 
 def make_variants(
@@ -70,6 +71,7 @@ def make_variants(
             score=siblings[variant].score,
             difference=siblings[variant].difference,
             parity=siblings[variant].parity,
+            agreement=siblings[variant].agreement,
             speedup=rate / rates[0],
             runtime=RUNTIME,
             threads=threads,
@@ -101,10 +103,14 @@ def judge_variants(
     found = {}
     for variant in variants:
         evaluation = evaluate_folder(folder, dataset, runtime=RUNTIME, variant=variant)
+        same = None
+        if evaluation.predicted is not None and reference.predicted is not None:
+            same = float((evaluation.predicted == reference.predicted).mean())
         found[variant] = Sibling(
             evaluation.interval(name),
             evaluation.difference(reference, name),
             _largest_difference(_candidate(folder, "float32"), _candidate(folder, variant), cubes),
+            same,
         )
     return found
 

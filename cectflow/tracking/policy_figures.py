@@ -22,8 +22,10 @@ figure                    what it is
                           fields; not asked where the stage is empty
 ``parity``                largest difference of logits between model.pt2 and model.onnx
 ``int8_difference``       score of a sibling in lower precision less that of float32, paired;
-                          ``int8_parity``; ``bfloat16`` likewise; not asked of a version without it
-``variant_difference``    the lowest of these differences; ``variant_parity`` the largest parity
+                          ``int8_parity``; ``int8_agreement`` the share of subtomograms that both
+                          call the same; ``bfloat16`` likewise; not asked of a version without it
+``variant_difference``    the lowest of these differences; ``variant_parity`` the largest parity,
+                          ``variant_agreement`` the lowest agreement
 ``parameters``, ``macs``  trained numbers, and multiply-accumulates of one subtomogram
 ``weights_mb``            10^6 bytes of the largest file of weights
 ``latency_ms``            of one batch, on a device with a runtime, which the rule names
@@ -108,6 +110,8 @@ def list_figures(role: Role, task: Task, classes: Sequence[str] = (ANY_CLASS,)) 
     names.append("parity")
     for variant in ("bfloat16", "int8", "variant"):
         names += [*ends(f"{variant}_difference"), f"{variant}_parity"]
+        if task == "classify":
+            names.append(f"{variant}_agreement")
     names += ["parameters", "macs", "weights_mb", "latency_ms", "subtomograms_per_s"]
     if role == "student":
         names += [f"teacher_{name}" for name in scores]
@@ -151,6 +155,7 @@ def subject_of(figure: str) -> Subject:
         return "teacher"
     siblings: tuple[Subject, ...] = ("bfloat16", "int8", "variant")
     for sibling in siblings:
-        if figure in (*ends(f"{sibling}_difference"), f"{sibling}_parity"):
+        own = f"{sibling}_parity", f"{sibling}_agreement"
+        if figure in (*ends(f"{sibling}_difference"), *own):
             return sibling
     return "candidate"

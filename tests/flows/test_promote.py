@@ -362,7 +362,8 @@ def test_siblings_are_measured_anew_whatever_the_card_says(
         register_model(run, folder, name="cectflow-student")
     rules = policy(
         lab, "figure: retention, at_least: 0.98", "figure: variant_difference, at_least: -0.02",
-        *(f"figure: {each}_parity, at_most: 5" for each in variants), role="student",
+        *(f"figure: {each}_parity, at_most: 5" for each in variants),
+        "figure: variant_agreement, at_least: 0.995", role="student",
     )  # fmt: skip
     honest, boastful = (
         promote(f"cectflow-student/{number}", "staging", policy=rules, dataset=cubes.folder)[0]
@@ -372,8 +373,10 @@ def test_siblings_are_measured_anew_whatever_the_card_says(
     for variant in variants:
         assert honest.figures[f"{variant}_difference"] == card.variants[variant].difference.value
         assert honest.figures[f"{variant}_parity"] > 0
+        assert honest.figures[f"{variant}_agreement"] == card.variants[variant].agreement == 1.0
     assert boastful.outcome == "refused"
     assert boastful.figures["int8_difference"] == pytest.approx(-1 / 2)
+    assert boastful.figures["variant_agreement"] == pytest.approx(1 / 2)
     assert "variant_difference is -0.5" in boastful.verdict.refusal
     assert find_version("cectflow-student@staging").version == "1"
 
