@@ -41,6 +41,7 @@ __all__ = [
     "Parent",
     "WorkerProcesses",
     "Workplace",
+    "count_cores",
     "portable",
     "prefetch",
     "run_all",
@@ -100,6 +101,13 @@ class Workplace:
 
 HERE = Workplace()
 """This process."""
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class WorkerProcesses(ProcessPoolExecutor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import queue
 import sys
 import threading
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from cectflow.execution import count_cores
 from cectflow.model_card import ModelCard, Variant
 from cectflow.program_file import check_program
 
@@ -322,7 +322,7 @@ def _load_onnx(path: Path, device: str, threads: int | None, *, gives_back: bool
     onnxruntime: Any = import_module("onnxruntime")  # its names are not exported for mypy
 
     whole = gives_back or device != "cpu"
-    number = threads or _count_cores()
+    number = threads or count_cores()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = (threads or 0) if whole else 1
@@ -346,7 +346,7 @@ def _load_openvino(path: Path, variant: Variant, threads: int | None, *, whole: 
     stages = [(core.read_model(path), "f32")]
     if variant == "bfloat16":
         stages = _normalised_apart(openvino, core, path)
-    number = 1 if whole else threads or _count_cores()
+    number = 1 if whole else threads or count_cores()
     options: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options |= {"INFERENCE_NUM_THREADS": threads}
@@ -422,13 +422,6 @@ def _in_parts(infers: Sequence[Infer]) -> Infer:
 def _part_size(cube_bytes: int) -> int:
     """Cubes that one thread takes at a time."""
     return max(1, PART_BYTES // max(1, cube_bytes))
-
-
-def _count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _normalised_apart(openvino: Any, core: Any, path: Path) -> list[tuple[Any, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cectflow.execution import HERE, Workplace
+from cectflow.execution import HERE, Workplace, count_cores
 from cectflow.files import replacing
 from cectflow.model_card import CARD_FILE, ModelCard, Variant
 from cectflow.particles import NOT_PREDICTED
@@ -169,7 +168,7 @@ def _prepare(
     )  # fmt: skip
     threads = None
     if where.cluster is not None or where.workers > 1:
-        threads = 1 if where.cluster else max(1, (os.cpu_count() or 1) // where.workers)
+        threads = 1 if where.cluster else max(1, count_cores() // where.workers)
     network = find_network(
         model, ("classify",), options.device, runtime=options.runtime, variant=options.variant
     )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cectflow.config import Config
 from cectflow.dataset import BatchSource
-from cectflow.execution import Parent, run_together, track
+from cectflow.execution import Parent, count_cores, run_together, track
 from cectflow.learning.objective import Objective
 from cectflow.learning.precision import MixedInside, refuse_small_grids
 from cectflow.learning.shares import HandOut, Part, Share, read_parts
@@ -144,17 +144,10 @@ def _refuse_too_many(devices: int, accelerator: str) -> None:
     if accelerator == "cuda":
         there, what = torch.cuda.device_count(), "GPUs that torch sees"
     else:
-        there, what = _count_cores(), "cores of this CPU"
+        there, what = count_cores(), "cores of this CPU"
     if not 1 <= devices <= there:
         msg = f"devices is {devices}: expected 1 to {there}, the {what}"
         raise ValueError(msg)
-
-
-def _count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def fit(

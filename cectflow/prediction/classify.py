@@ -22,7 +22,7 @@ import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from cectflow.execution import HERE, Workplace, prefetch, run_all
+from cectflow.execution import HERE, Workplace, count_cores, prefetch, run_all
 from cectflow.model_card import ModelCard
 from cectflow.particles import NOT_PREDICTED, ParticleTable
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, NetworkFiles, open_network
@@ -44,7 +44,9 @@ __all__ = [
 BLOCK_SIZE = 1024
 """Particles that are predicted and recorded together: a second of work or less for a student."""
 LANES = 2
-"""Threads that read and ask; more were no faster, and each holds a batch."""
+"""Threads that read and ask, at least; on two cores more were no faster, and each holds a batch."""
+CORES_PER_LANE = 8
+"""So many find two parts each in a batch of 64 cubes of 40³, the one they compute and the next."""
 ROWS_AT_ONCE = 1 << 14
 """Whose logits are judged together."""
 JUDGED_CUBES = 64
@@ -353,9 +355,11 @@ def _ask_in_lanes(
         (batch,) = read_blocks(part, network.card, job.options)
         return _ask(network, batch.moved(start))
 
+    threads = jobs[0].classifier.network.threads or count_cores()
+    lanes = max(LANES, threads // CORES_PER_LANE)
     tasks = ((job, *part) for job in jobs for part in _batches(job))
-    with ThreadPoolExecutor(LANES, "lane") as pool:
-        found = _map_ahead(pool, answer, tasks)
+    with ThreadPoolExecutor(lanes, "lane") as pool:
+        found = _map_ahead(pool, answer, tasks, 2 * lanes)
         for job in jobs:
             yield job, islice(found, sum(1 for _ in _batches(job)))
 
@@ -369,12 +373,15 @@ def _batches(job: _Job) -> Iterator[tuple[int, Piece]]:
 
 
 def _map_ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_Task], _Found], tasks: Iterable[_Task]
+    pool: ThreadPoolExecutor,
+    function: Callable[[_Task], _Found],
+    tasks: Iterable[_Task],
+    ahead: int,
 ) -> Iterator[_Found]:
-    """Results in the order of the tasks, of which each thread has one and one that follows."""
+    """Results in the order of the tasks, of which so many are in hand."""
     waiting, in_hand = iter(tasks), deque[Future[_Found]]()
     while True:
-        room = 2 * LANES - len(in_hand)
+        room = ahead - len(in_hand)
         in_hand.extend(pool.submit(function, task) for task in islice(waiting, room))
         if not in_hand:
             return

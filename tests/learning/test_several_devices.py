@@ -36,7 +36,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(autouse=True)
 def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many this machine has."""
-    monkeypatch.setattr(fitting, "_count_cores", lambda: 2)
+    monkeypatch.setattr(fitting, "count_cores", lambda: 2)
 
 
 @dataclass
