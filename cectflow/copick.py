@@ -144,6 +144,10 @@ def open_project(path: Path) -> CopickProject:
         raise FileNotFoundError(msg)
     static = None if config.static_root is None else _folder(path, config.static_root)
     objects = tuple(each.name for each in config.pickable_objects if each.is_particle)
+    for name in objects:  # each becomes part of a file's name
+        if not name or _INVALID.search(name):
+            msg = f"{path} has an object {name!r}: expected no spaces, underscores or slashes"
+            raise ValueError(msg)
     return CopickProject(overlay, static, objects)
 
 
@@ -281,7 +285,7 @@ def write_picks(
                 }
                 for row in rows
             ],
-            "trust_orientation": bool({*ANGLES} <= {*table.rows.columns}),
+            "trust_orientation": not {*ANGLES, *SUBTOMOGRAM_ANGLES}.isdisjoint(table.rows.columns),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file, overwrite=overwrite) as temporary:

@@ -111,7 +111,7 @@ class ParticleTable:
 
     def take(self, rows: NDArray[np.int64]) -> ParticleTable:
         """Table of these rows, counted from 0, in their order; other blocks stay whole."""
-        if np.array_equal(rows, np.arange(len(self))):
+        if len(rows) == len(self) and np.array_equal(rows, np.arange(len(self))):
             return self
         return self._with_rows(self.rows.iloc[rows].reset_index(drop=True))
 

@@ -34,7 +34,7 @@ def read_zarr(path: Path, voxel_size: float | None) -> tuple[NDArray[Any], float
 
     Raises
     ------
-    ModuleNotFoundError
+    OSError
         If the package zarr is not installed.
     ValueError
         If it is no volume, or its voxel size is missing or cannot be believed.
@@ -43,12 +43,12 @@ def read_zarr(path: Path, voxel_size: float | None) -> tuple[NDArray[Any], float
         import zarr
     except ModuleNotFoundError:
         msg = f"{path} needs the package zarr: pip install 'cectflow[copick]'"
-        raise ModuleNotFoundError(msg, name="zarr") from None
+        raise OSError(msg) from None
     try:
         node: Any = zarr.open(path, mode="r")
         array, scale = (node, None) if hasattr(node, "shape") else _finest(node)
         data = np.asarray(array[...])
-    except (KeyError, IndexError, TypeError, AttributeError, OSError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
         msg = f"{path} is no volume in Zarr: {error}"
         raise ValueError(msg) from None
     while data.ndim > 3 and len(data) == 1:  # time and channel
@@ -57,7 +57,7 @@ def read_zarr(path: Path, voxel_size: float | None) -> tuple[NDArray[Any], float
         msg = f"{path} holds {data.dtype} of shape {data.shape}: expected a volume (z, y, x)"
         raise ValueError(msg)
     if voxel_size is None:
-        if scale is None:
+        if scale is None or len(scale) < 3:
             msg = f"{path} says no voxel size: give it in angstrom with --voxel-size"
             raise ValueError(msg)
         x, y, z = scale[:-4:-1]

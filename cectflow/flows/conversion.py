@@ -124,6 +124,9 @@ def convert_file(
             "configuration (.json) with --to copick, any other with the conventions of STAR files"
         )
         raise ValueError(msg)
+    if convention != "copick" and (options.objects or options.session != SESSION):
+        msg = f"--object and --session are for --to copick: leave them out with --to {convention}"
+        raise ValueError(msg)
     table = _read(source, options)
     tomograms = None if options.tomograms is None else read_tomograms(options.tomograms)
     name = options.tomogram_name or _only_name(options, tomograms)

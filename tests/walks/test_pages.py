@@ -1,4 +1,4 @@
-"""Every command of the pages in docs/ runs as printed."""
+"""Every command of the pages in docs/ runs as printed, but for the recipes of ``LONG``."""
 
 from __future__ import annotations
 
