@@ -120,6 +120,12 @@ def _ours(
     return Arm(fit, cubes, budget, SOFT if soft else None, seeds=seeds, teachers=teachers)
 
 
+def _published(student: str, budget: str) -> Arm:
+    """One of the papers' students by their recipe."""
+    fit = PUBLISHED_STUDENT.model_copy(update={"network": student})
+    return Arm(fit, budget=budget, soft=MSE, weight=1.0)
+
+
 ARMS: dict[str, Arm] = {
     TEACHER: Arm(NORMED_TEACHER, budget="heavy"),
     "micro_10k_labels": _ours(MICRO, "10k", soft=False, seeds=3),
@@ -131,7 +137,10 @@ ARMS: dict[str, Arm] = {
     "nano_long_labels": _ours(STUDENT, "10k", soft=False, budget="long"),
     "micro_long_labels": _ours(MICRO, "10k", soft=False, budget="long"),
     "nano_long_ensemble": _ours(STUDENT, "10k", soft=True, budget="long", teachers=PAIR),
-    "student_1": Arm(PUBLISHED_STUDENT, budget="heavy", soft=MSE, weight=1.0),
+    "student_1": _published("student_1", "heavy"),
+    "student_3_long": _published("student_3", "long"),
+    "student_1_long": _published("student_1", "long"),
+    "student_2_long": _published("student_2", "long"),
     "small_long_distilled": _ours("strided_small", "10k", soft=True, budget="long"),
     "micro_live_labels": _ours(MICRO, "live", soft=False),
     "micro_live_distilled": _ours(MICRO, "live", soft=True),

@@ -7,11 +7,18 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["appearing", "refuse_existing_folder", "remove_leftovers", "replacing", "sha256_of"]
+__all__ = [
+    "appearing",
+    "refuse_existing",
+    "refuse_existing_folder",
+    "remove_leftovers",
+    "replacing",
+    "sha256_of",
+]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What an error says when a disk is full, a quota or a file's largest size is met."""
@@ -85,6 +92,58 @@ def appearing(folder: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(
+    paths: Iterable[Path | None],
+    *,
+    overwrite: bool,
+    inputs: Iterable[Path] = (),
+    begun: frozenset[Path] = frozenset(),
+) -> None:
+    """Refuse output paths that exist or whose folder is missing, before any work is done.
+
+    Parameters
+    ----------
+    paths
+        Of the outputs; None: not written.
+    overwrite
+        Replace files that exist.
+    inputs
+        Files that are read, which no output may replace.
+    begun
+        Outputs that an unfinished run may have left, which may be replaced.
+
+    Raises
+    ------
+    FileExistsError
+        If a file exists and may not be replaced.
+    FileNotFoundError
+        If a parent folder does not exist.
+    ValueError
+        If an output is an input, or two outputs are one file.
+    IsADirectoryError
+        If an output is a folder.
+    """
+    given = [path for path in paths if path is not None]
+    taken: dict[Path, str] = {}
+    if any(path.exists() for path in given):  # what is absent is no input, of which there are many
+        taken = {path.resolve(): "is the input" for path in inputs}
+    for path in given:
+        resolved = path.resolve()
+        if resolved in taken:
+            msg = f"{path} {taken[resolved]}: give the output another name"
+            raise ValueError(msg)
+        taken[resolved] = "is given for two outputs"
+        if path.is_dir():
+            msg = f"{path} is a folder: expected the name of a file to write"
+            raise IsADirectoryError(msg)
+        if path.exists() and not overwrite and resolved not in begun:
+            msg = f"{path} exists: give another --out, or --overwrite to replace it"
+            raise FileExistsError(msg)
+        if not path.parent.is_dir():
+            msg = f"folder {path.parent} of the output {path.name} does not exist: create it first"
+            raise FileNotFoundError(msg)
 
 
 def refuse_existing_folder(folder: Path) -> None:

@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cectflow.execution import HERE, Workplace, count_cores
-from cectflow.files import replacing
+from cectflow.files import refuse_existing, replacing
 from cectflow.model_card import CARD_FILE, ModelCard, Variant
 from cectflow.particles import NOT_PREDICTED
-from cectflow.prediction.classify import (
-    BLOCK_SIZE,
-    Classification,
-    Classifier,
-    classify_particles,
-    refuse_existing,
-    split_blocks,
-)
+from cectflow.prediction.asking import Classifier, split_blocks
+from cectflow.prediction.classify import BLOCK_SIZE, Classification, classify_particles
 from cectflow.prediction.contract import (
     InputOptions,
     LoadedNetwork,

@@ -12,45 +12,25 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
-from jaxtyping import Float
 from numpy.typing import NDArray
 
 from cectflow.files import remove_leftovers, replacing
 
-__all__ = ["Answers", "Journal", "begun_outputs", "journal_folder", "open_journal"]
+__all__ = ["Journal", "begun_outputs", "journal_folder", "open_journal"]
 
 PLAN_FILE = "plan.json"
 LOCK_FILE = "lock"
 BLOCK_FILE = re.compile(r"([0-9]{7,})\.npz")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
-
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """What a network said of a block.
-
-    Attributes
-    ----------
-    logits
-        Of each particle; not a number where it could not be predicted.
-    lightness
-        By how much the middle of each cube, as the network saw it, is lighter than its
-        surroundings, in deviations of the cube.
-    faults
-        Place in the block → why that particle could not be predicted.
-    """
-
-    logits: Float[NDArray[np.float32], "n class"]
-    lightness: Float[NDArray[np.float32], " n"]
-    faults: dict[int, str]
+Content = TypeVar("Content")
 
 
 class Journal:
@@ -64,37 +44,44 @@ class Journal:
         names = (BLOCK_FILE.fullmatch(path.name) for path in self.folder.iterdir())
         return frozenset(int(name[1]) for name in names if name)
 
-    def record(self, number: int, answers: Answers) -> None:
-        """Keep the answers of a block."""
-        faults = json.dumps({str(place): why for place, why in answers.faults.items()})
+    def record(self, number: int, content: Mapping[str, NDArray[Any]]) -> None:
+        """Keep what was found of a block."""
         with (
             replacing(self._path(number), overwrite=True) as temporary,
             temporary.open("wb") as file,
         ):
-            np.savez(
-                file, logits=answers.logits, lightness=answers.lightness,
-                faults=np.frombuffer(faults.encode(), np.uint8),
-            )  # fmt: skip
+            np.savez(file, allow_pickle=False, **content)
 
-    def read(self, number: int, count: int) -> Answers | None:
-        """Answers of a block of so many particles; None if its file is damaged."""
+    def read(
+        self, number: int, understand: Callable[[Mapping[str, NDArray[Any]]], Content]
+    ) -> Content | None:
+        """What was found of a block.
+
+        Parameters
+        ----------
+        number
+            Of the block.
+        understand
+            Makes of the arrays what they stand for; raises ValueError or KeyError if it cannot.
+
+        Returns
+        -------
+        Content | None
+            None if the block's file is damaged.
+        """
         try:
             with (
                 # Opened here: numpy leaves a file open that is no archive.
                 self._path(number).open("rb") as stream,
                 np.load(stream, allow_pickle=False) as file,
             ):
-                faults = json.loads(file["faults"].tobytes())
-                answers = Answers(
-                    file["logits"], file["lightness"], {int(at): why for at, why in faults.items()}
-                )
+                return understand(file)
         except (
             # RuntimeError: damage can look like a zip file that is encrypted or packed otherwise.
-            ValueError, OSError, KeyError, EOFError, RuntimeError, AttributeError,
+            ValueError, OSError, KeyError, EOFError, RuntimeError, AttributeError, TypeError,
             zipfile.BadZipFile, zlib.error,
         ):  # fmt: skip
             return None
-        return answers if len(answers.logits) == len(answers.lightness) == count else None
 
     def forget(self, number: int) -> None:
         """Drop a block whose file is damaged."""

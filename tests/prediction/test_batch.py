@@ -180,8 +180,8 @@ def test_single_volumes_share_batches_and_blocks(
     record = journal.Journal.record
     monkeypatch.setattr(
         journal.Journal, "record",
-        lambda self, number, answers: (
-            recorded.append(len(answers.logits)), record(self, number, answers),
+        lambda self, number, content: (
+            recorded.append(len(content["logits"])), record(self, number, content),
         ),
     )  # fmt: skip
     (tmp_path / "out").mkdir()
@@ -410,16 +410,15 @@ def test_contrast_that_looks_inverted_is_told(
 def test_noise_alone_is_hardly_ever_called_inverted() -> None:
     from builders import make_card
 
-    from cectflow.prediction.classify import _ContrastWatch, _lightness
-    from cectflow.prediction.journal import Answers
+    from cectflow.prediction.contrast import ContrastWatch, measure_lightness
 
     told: list[str] = []
     generator = np.random.default_rng(11)
     for _ in range(20):
-        watch = _ContrastWatch(make_card(), InputOptions(), told.append)
+        watch = ContrastWatch(make_card(), InputOptions(), told.append)
         for _ in range(8):
             cubes = generator.normal(size=(64, 1, 12, 12, 12)).astype(np.float32)
-            watch.see(Answers(np.zeros((64, 2), np.float32), _lightness(cubes), {}))
+            watch.see(measure_lightness(cubes))
     assert told == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cectflow.prediction.asking import Answers
 from cectflow.prediction.journal import (
-    Answers,
     Journal,
     begun_outputs,
     journal_folder,
@@ -33,7 +34,7 @@ def leave(
     try:
         with open_journal(out, plan, anew=False, outputs=outputs) as journal:
             for number in range(blocks):
-                journal.record(number, ANSWERS)
+                journal.record(number, ANSWERS.to_arrays())
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         return journal_folder(out)
@@ -41,17 +42,17 @@ def leave(
 
 def test_what_was_recorded_is_read_back(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.record(7, ANSWERS)
-    journal.record(12345678, ANSWERS)
+    journal.record(7, ANSWERS.to_arrays())
+    journal.record(12345678, ANSWERS.to_arrays())
     (tmp_path / "0note.npz").write_text("another's")
     assert journal.finished() == {7, 12345678}
-    found = journal.read(7, 3)
+    found = journal.read(7, partial(Answers.from_arrays, count=3))
     assert found is not None
     np.testing.assert_array_equal(found.logits, ANSWERS.logits)
     np.testing.assert_array_equal(found.lightness, ANSWERS.lightness)
     assert found.faults == ANSWERS.faults
-    assert journal.read(7, 4) is None
-    assert journal.read(8, 3) is None
+    assert journal.read(7, partial(Answers.from_arrays, count=4)) is None
+    assert journal.read(8, partial(Answers.from_arrays, count=3)) is None
     journal.forget(7)
     journal.forget(7)
     assert journal.finished() == {12345678}
@@ -68,13 +69,13 @@ def test_a_damaged_block_is_no_answer_and_no_crash(
     tmp_path: Path, place: float, patch: bytes, cut: float | None
 ) -> None:
     journal = Journal(tmp_path)
-    journal.record(0, ANSWERS)
+    journal.record(0, ANSWERS.to_arrays())
     path = tmp_path / "0000000.npz"
     content = bytearray(path.read_bytes())
     start = int(place * (len(content) - 1))
     content[start : start + len(patch)] = patch
     path.write_bytes(content if cut is None else content[: int(cut * len(content))])
-    found = journal.read(0, 3)
+    found = journal.read(0, partial(Answers.from_arrays, count=3))
     if found is not None:  # what is unsaid by the damage is as it was
         np.testing.assert_array_equal(found.logits, ANSWERS.logits)
         assert found.faults == ANSWERS.faults
@@ -83,7 +84,7 @@ def test_a_damaged_block_is_no_answer_and_no_crash(
 def test_the_folder_is_gone_after_a_clean_end_and_kept_after_another(tmp_path: Path) -> None:
     out = tmp_path / "out.star"
     with open_journal(out, PLAN, anew=False) as journal:
-        journal.record(0, ANSWERS)
+        journal.record(0, ANSWERS.to_arrays())
     assert [*tmp_path.iterdir()] == []
     folder = leave(out, blocks=2)
     assert [*tmp_path.iterdir()] == [folder]
@@ -139,7 +140,7 @@ def test_outputs_of_an_unfinished_run_are_known_and_added_to(tmp_path: Path) -> 
 def test_one_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "out.star"
     with open_journal(out, PLAN, anew=False) as journal:
-        journal.record(0, ANSWERS)
+        journal.record(0, ANSWERS.to_arrays())
         with (
             pytest.raises(BlockingIOError, match=r"another process is at work on .*out.star"),
             open_journal(out, PLAN, anew=True),

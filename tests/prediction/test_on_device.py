@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cectflow.particles import read_particles
-from cectflow.prediction import classify
+from cectflow.prediction import asking
 from cectflow.prediction.contract import InputOptions, load_network
 from cectflow.prediction.on_device import cut_on_device, read_block_on_device
 from cectflow.prediction.source import open_tomograms, read_block
@@ -60,7 +60,7 @@ def test_a_block_there_is_the_block_here(
     moved = replace(network, infer_there=load_torch(classifier, "cpu"))
     logits = [
         np.concatenate([part[1] for part in ask(each, (block,), options)])
-        for ask, each in ((classify._ask_prefetched, network), (classify._ask_there, moved))
+        for ask, each in ((asking._ask_prefetched, network), (asking._ask_there, moved))
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
 

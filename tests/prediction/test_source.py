@@ -15,7 +15,7 @@ from builders import make_card
 from cectflow.model_card import ModelCard
 from cectflow.particles import ParticleTable, make_particle_rows, particles_from
 from cectflow.prediction import source as sources
-from cectflow.prediction.classify import split_blocks
+from cectflow.prediction.asking import split_blocks
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.source import (
     Block,
