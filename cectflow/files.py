@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -16,6 +17,7 @@ __all__ = [
     "refuse_existing",
     "refuse_existing_folder",
     "remove_leftovers",
+    "remove_leftovers_of",
     "replacing",
     "sha256_of",
 ]
@@ -169,6 +171,15 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Remove what a process that was killed in the midst of writing a file left beside it.
+
+    No other process may be writing it.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

@@ -8,27 +8,28 @@ from typing import cast
 
 from cectflow.execution import Workplace
 from cectflow.exit_codes import INCOMPLETE
-from cectflow.flows.prediction import predict_segments
-from cectflow.flows.prediction_run import log_classes
+from cectflow.flows.prediction_run import log_classes, log_segments
 from cectflow.flows.simulation import new_folder
 from cectflow.model_card import Variant
 from cectflow.prediction.classify import BLOCK_SIZE
 from cectflow.prediction.contract import InputOptions
-from cectflow.prediction.inputs import InputFiles
+from cectflow.prediction.inputs import PLACEHOLDER, InputFiles
 from cectflow.prediction.outputs import ClassOutputs
 from cectflow.prediction.source import Border
+from cectflow.prediction.whole import WholeOutputs
 from cectflow.tracking.runs import connect, start_run
 from entrypoints.door import Parameters, chosen, integer, number, tell, walk
 from entrypoints.input_options import INPUT_PARAMETERS, read_input_options
 
 OF_CLASSES = (
     "tomogram_table", "ctf_correction", "border", "mask_with", "table", "per_class", "summary",
-    "block_size", "workers", "cluster", "incomplete",
+    "block_size",
 )  # fmt: skip
 """Parameters of the task ``classify`` alone."""
 PARAMETERS = (
     "task", "model", "subtomograms", "tomogram", "particles", "coords_voxel_size", "out",
-    *INPUT_PARAMETERS, "device", "runtime", "variant", "batch_size", "overwrite", *OF_CLASSES,
+    *INPUT_PARAMETERS, "device", "runtime", "variant", "batch_size", "overwrite",
+    "workers", "cluster", "incomplete", *OF_CLASSES,
 )  # fmt: skip
 
 
@@ -56,16 +57,18 @@ def story(given: Parameters) -> int | None:
         cast("Border", chosen(given, "border", ("fill", "fail"))),
         _path(given, "tomogram_table"),
     )
-    if task == "classify":
-        return _classify(given, files, options)
-    _segment(given, files, options)
-    return None
-
-
-def _classify(given: Parameters, files: InputFiles, options: InputOptions) -> int | None:
     where = Workplace(_positive(given, "workers", 1), given["cluster"])
-    block_size = _positive(given, "block_size", BLOCK_SIZE)
     fails = chosen(given, "incomplete", ("fail", "accept")) == "fail"
+    predict = _classify if task == "classify" else _segment
+    complete = predict(given, files, options, where)
+    return INCOMPLETE if fails and not complete else None
+
+
+def _classify(
+    given: Parameters, files: InputFiles, options: InputOptions, where: Workplace
+) -> bool:
+    """Whether all particles were classified."""
+    block_size = _positive(given, "block_size", BLOCK_SIZE)
     out = _out(given, "classify.star")
     outputs = ClassOutputs(
         out, _path(given, "table"), _path(given, "per_class"),
@@ -77,27 +80,28 @@ def _classify(given: Parameters, files: InputFiles, options: InputOptions) -> in
             run, given["model"] or "cectflow-student@production", files, outputs, options, tell,
             mask_with=given["mask_with"], where=where, block_size=block_size,
         )  # fmt: skip
-    return INCOMPLETE if outcome.faults and fails else None
+    return not outcome.faults
 
 
-def _segment(given: Parameters, files: InputFiles, options: InputOptions) -> None:
-    defaults = {"border": "fill", "workers": "1", "incomplete": "fail"}
+def _segment(given: Parameters, files: InputFiles, options: InputOptions, where: Workplace) -> bool:
+    """Whether all tomograms were segmented."""
     for name in OF_CLASSES:
-        if given[name] not in {None, defaults.get(name)}:
+        if given[name] not in {None, "fill" if name == "border" else None}:
             msg = f"{name} is {given[name]!r}: it is for the task classify"
             raise ValueError(msg)
     whole = files.tomogram is not None and files.particles is None
-    out = _out(given, f"segment.{'mrc' if files.tomogram else 'mrcs'}")
-    picks = out.with_suffix(".star") if whole else None
+    many = whole and len(files.whole_tomograms()) > 1
+    name = f"{PLACEHOLDER}.mrc" if many else f"segment.{'mrc' if files.tomogram else 'mrcs'}"
+    out = _out(given, name)
+    picks = None
+    if whole:
+        is_named = PLACEHOLDER in out.name
+        picks = out.with_name("picks.star") if is_named else out.with_suffix(".star")
     role = "tomogram-segmenter" if whole else "segmenter"
     model = given["model"] or f"cectflow-{role}@production"
     connect()
     with start_run("predict_segment") as run:
-        segmented = predict_segments(model, files, out, None, options, tell, picks=picks)
-        run.log(segmented.figures)
-        if picks is not None:
-            run.log_files(picks)
-        run.log_files(out)
+        return log_segments(run, model, files, WholeOutputs(out, picks=picks), options, tell, where)
 
 
 def _out(given: Parameters, name: str) -> Path:

@@ -58,7 +58,6 @@ SubtomogramsOption = Annotated[
     str | None,
     typer.Option("--subtomograms", help="Stack, folder, glob, dataset, or STAR with their names."),
 ]
-TomogramOption = Annotated[Path | None, typer.Option("--tomogram", help="MRC volume.")]
 TomogramsOption = Annotated[
     str | None,
     typer.Option("--tomogram", help="Volume, glob, .txt list, 'path/{name}.mrc', tomograms.star."),

@@ -21,7 +21,6 @@ from cectflow.cli.options import (
     RescaleOption,
     RuntimeOption,
     SubtomogramsOption,
-    TomogramOption,
     TomogramsOption,
     TrackingOption,
     VariantOption,
@@ -142,12 +141,16 @@ def predict_classify(
 @app.command("segment")
 def predict_segment(
     model: ModelOption,
-    out: Annotated[Path, typer.Option("--out", help="Label map (.mrc) or label stack (.mrcs).")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Label map (.mrc; of many 'folder/{name}.mrc') or stack."),
+    ],
     probabilities: Annotated[
         Path | None, typer.Option("--probabilities", help="Also write the foreground's.")
     ] = None,
     picks: Annotated[
-        Path | None, typer.Option("--picks", help="STAR file of the particles found.")
+        Path | None,
+        typer.Option("--picks", help="STAR file of the particles found; of many one, or '{name}'."),
     ] = None,
     figure: Annotated[
         Path | None, typer.Option("--figure", help="PNG of central slices with labels and picks.")
@@ -180,12 +183,17 @@ def predict_segment(
         typer.Option("--min-score", help="Of the worst pick that is kept; default: the model's."),
     ] = None,
     subtomograms: SubtomogramsOption = None,
-    tomogram: TomogramOption = None,
+    tomogram: TomogramsOption = None,
     particles: ParticlesOption = None,
     coords_voxel_size: CoordsOption = None,
     voxel_size: VoxelSizeOption = None,
     contrast: ContrastOption = "dark",
     rescale: RescaleOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Tomograms at a time, each by a process.")
+    ] = 1,
+    cluster: ClusterOption = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = 64,
     overwrite: OverwriteOption = False,
@@ -193,14 +201,18 @@ def predict_segment(
     variant: VariantOption = "float32",
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Label a whole tomogram and pick its particles, or outline particles at known positions.
+    """Label whole tomograms and pick their particles, or outline particles at known positions.
 
-    A semantic segmenter takes --tomogram alone; a target segmenter takes --subtomograms, or
-    --tomogram with --particles. The options from --picks to --min-score are for the former.
+    A semantic segmenter takes --tomogram alone, one or many; a target segmenter takes
+    --subtomograms, or --tomogram with --particles. The options from --picks to --min-score are for
+    the former. Exit code 4: some of many tomograms could not be segmented; a list says why.
     """
-    from cectflow.flows.prediction import predict_segments
+    from cectflow.execution import Workplace
+    from cectflow.flows.segmentation import predict_segments
     from cectflow.prediction.contract import InputOptions
     from cectflow.prediction.inputs import InputFiles
+    from cectflow.prediction.many import ManySegmentation
+    from cectflow.prediction.whole import WholeOutputs
 
     files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
     options = InputOptions(
@@ -217,10 +229,12 @@ def predict_segment(
         },
     )
     connect_for(model, tracking_uri)
-    predict_segments(
-        model, files, out, probabilities, options, typer.echo,
-        picks=picks, figure=figure, whole=whole,
+    outcome = predict_segments(
+        model, files, WholeOutputs(out, probabilities, picks, figure), options, typer.echo,
+        whole=whole, where=Workplace(workers, cluster), dry_run=dry_run,
     )  # fmt: skip
+    if isinstance(outcome, ManySegmentation) and outcome.faults:
+        raise typer.Exit(INCOMPLETE)
 
 
 def _whole_options(run: dict[str, Any], rules: dict[str, float | None]) -> WholeOptions | None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from cectflow.execution import HERE, Workplace, count_cores
-from cectflow.files import refuse_existing, replacing
+from cectflow.files import refuse_existing
 from cectflow.model_card import CARD_FILE, ModelCard, Variant
 from cectflow.particles import NOT_PREDICTED
 from cectflow.prediction.asking import Classifier, split_blocks
@@ -27,15 +23,10 @@ from cectflow.prediction.contract import (
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.journal import Journal, begun_outputs, journal_folder
 from cectflow.prediction.outputs import ClassOutputs, write_outputs
-from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
 from cectflow.prediction.source import CubeSource
 from cectflow.tracking.bundle import open_model_folder
-from cectflow.volume import STACK_SUFFIXES, read_volume
 
-if TYPE_CHECKING:  # numba and much of scipy come with it: classifying does without
-    from cectflow.prediction.whole import WholeOptions, WholeOutputs, WholeSegmentation
-
-__all__ = ["find_network", "load_model", "plan_classes", "predict_classes", "predict_segments"]
+__all__ = ["find_network", "load_model", "plan_classes", "predict_classes"]
 
 Report = Callable[[str], None]
 
@@ -201,135 +192,6 @@ def _all_files(outputs: ClassOutputs, card: ModelCard) -> list[Path]:
     """Every file that may be written, those of the classes too."""
     given = [path for path in outputs.paths if path is not None]
     return [*given, *outputs.class_files(card.classes).values()]
-
-
-def predict_segments(
-    model: str,
-    files: InputFiles,
-    out: Path,
-    probabilities: Path | None,
-    options: InputOptions,
-    report: Report,
-    *,
-    picks: Path | None = None,
-    figure: Path | None = None,
-    whole: WholeOptions | None = None,
-) -> Segmentation | WholeSegmentation:
-    """Label map of a tomogram or of its particles, or label stack of subtomograms.
-
-    Parameters
-    ----------
-    model, files, options, report
-        As for :func:`predict_classes`, with a target segmenter, or with a semantic segmenter and
-        a tomogram alone.
-    out
-        Label map (int16: row number of the particle; of a semantic segmenter int8: number of the
-        label) or label stack (int8: 1 is the target).
-    probabilities
-        Of the foreground, float32; None: not written.
-    picks, figure
-        STAR file of the particles found, and PNG of central slices; only of a whole tomogram.
-    whole
-        How to run over a whole tomogram; None: as is best for most.
-
-    Raises
-    ------
-    ValueError
-        If the network's task and the files do not fit; the message names the model that does.
-    """
-    from cectflow.prediction.whole import WholeOptions, WholeOutputs
-
-    outputs = WholeOutputs(out, probabilities, picks, figure)
-    refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=files.volumes)
-    for path in (out, probabilities):
-        if path is not None and path.suffix not in STACK_SUFFIXES:
-            msg = f"{path} would be an MRC file: expected a name in {', '.join(STACK_SUFFIXES)}"
-            raise ValueError(msg)
-    network = load_model(
-        model, ("target", "semantic"), options.device,
-        runtime=options.runtime, variant=options.variant,
-    )  # fmt: skip
-    if network.card.task == "semantic":
-        return _predict_whole(network, files, outputs, options, whole or WholeOptions(), report)
-    source = files.open(network.card, options, report)
-    if picks is not None or figure is not None or whole is not None:
-        msg = (
-            f"{network.label} is for the task 'target': --picks, --figure and the options of whole "
-            "tomograms need a semantic segmenter, such as cectflow-tomogram-segmenter@production"
-        )
-        raise ValueError(msg)
-    if files.tomogram is not None:
-        outcome = segment_tomogram(network, source, out, probabilities, overwrite=options.overwrite)
-    else:
-        outcome = segment_stack(network, source, out, probabilities, overwrite=options.overwrite)
-    report(
-        f"{outcome.num_particles} particles by {network.label}: {outcome.mean_voxels:.0f} voxels "
-        f"on average, {outcome.num_empty} without any; written to {out}"
-    )
-    return outcome
-
-
-def _predict_whole(
-    network: LoadedNetwork,
-    files: InputFiles,
-    outputs: WholeOutputs,
-    options: InputOptions,
-    whole: WholeOptions,
-    report: Report,
-) -> WholeSegmentation:
-    from cectflow.prediction.picks import PickRules
-    from cectflow.prediction.whole import segment_whole
-
-    tomogram = files.whole_tomogram
-    if tomogram is None:
-        msg = (
-            f"{network.label} is for the task 'semantic', which labels a whole tomogram by itself: "
-            "give --tomogram alone; to outline known particles use --model "
-            "cectflow-segmenter@production"
-        )
-        raise ValueError(msg)
-    if outputs.picks is None and whole.rules != PickRules(probability=whole.rules.probability):
-        msg = (
-            "--min-volume, --max-volume, --nms-radius and --min-score choose among picks, which "
-            "are not asked for: give --picks"
-        )
-        raise ValueError(msg)
-    outcome = segment_whole(network, tomogram, outputs, options, whole, report)
-    shares = ", ".join(f"{name} {share:.2%}" for name, share in outcome.shares.items())
-    report(f"{tomogram} by {network.label}: {shares} of the voxels; written to {outputs.labels}")
-    if outcome.picks is not None:
-        counts = outcome.picks.rows["cectflowClassName"].value_counts()
-        named = ", ".join(f"{name} {count}" for name, count in counts.items())
-        report(f"{len(outcome.picks)} particles{': ' if named else ''}{named}; {outputs.picks}")
-    if outputs.figure is not None:
-        _draw(tomogram, outputs, outcome, options)
-        report(f"slices: {outputs.figure}")
-    return outcome
-
-
-def _draw(
-    tomogram: Path, outputs: WholeOutputs, outcome: WholeSegmentation, options: InputOptions
-) -> None:
-    """Central slices with outlines and picks."""
-    from cectflow.figures import draw_tomogram
-
-    with warnings.catch_warnings():
-        # What there is to say of the file was said when it was segmented.
-        warnings.simplefilter("ignore")
-        volume = read_volume(tomogram, voxel_size=options.voxel_size)
-    positions = np.zeros((0, 3))
-    classes = np.zeros(0, np.int64)
-    if outcome.picks is not None:
-        rows = outcome.picks.rows
-        positions = rows[[f"rlnCoordinate{axis}" for axis in "ZYX"]].to_numpy(np.float64)
-        classes = rows["rlnClassNumber"].to_numpy(np.int64)
-    picture = draw_tomogram(
-        volume.data, read_volume(outputs.labels).data, positions, classes,
-        tuple(outcome.shares), voxel_size=volume.voxel_size, title=tomogram.name,
-    )  # fmt: skip
-    assert outputs.figure is not None
-    with replacing(outputs.figure, overwrite=options.overwrite) as temporary:
-        picture.savefig(temporary, format="png", dpi=130)
 
 
 def find_network(

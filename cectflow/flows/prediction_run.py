@@ -10,15 +10,18 @@ from pathlib import Path
 from cectflow.execution import HERE, Workplace
 from cectflow.files import sha256_of
 from cectflow.flows.prediction import predict_classes
+from cectflow.flows.segmentation import predict_segments
 from cectflow.prediction.classify import BLOCK_SIZE, Classification
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
+from cectflow.prediction.many import ManyOutputs, ManySegmentation
 from cectflow.prediction.outputs import ClassOutputs, summarise
 from cectflow.prediction.source import CubeSource
+from cectflow.prediction.whole import WholeOutputs
 from cectflow.tracking.registry import find_version
 from cectflow.tracking.runs import Run
 
-__all__ = ["log_classes"]
+__all__ = ["log_classes", "log_segments"]
 
 HASHED_BYTES = 16 * 2**30
 """Of volumes whose digests are taken, half a minute's work; later ones are named by size and
@@ -86,6 +89,48 @@ def log_classes(
         if path is not None and path.is_file():
             run.log_files(path)
     return outcome
+
+
+def log_segments(
+    run: Run,
+    model: str,
+    files: InputFiles,
+    outputs: WholeOutputs,
+    options: InputOptions,
+    report: Callable[[str], None],
+    where: Workplace = HERE,
+) -> bool:
+    """Segmentation with its figures and files in a run; of many tomograms without the maps.
+
+    Where some tomograms could not be segmented, they are counted as ``failed``, and the tag
+    ``outcome`` is ``incomplete``.
+
+    Parameters
+    ----------
+    run
+        Receives it.
+    model, files, outputs, options, report, where
+        As of :func:`~cectflow.flows.segmentation.predict_segments`.
+
+    Returns
+    -------
+    bool
+        Whether all tomograms were segmented.
+    """
+    if not Path(model).is_dir():
+        run.log_input_model(find_version(model))
+    outcome = predict_segments(model, files, outputs, options, report, where=where)
+    assert outcome is not None
+    run.log(outcome.figures)
+    complete, last = True, outputs.labels
+    if isinstance(outcome, ManySegmentation):
+        complete, last = not outcome.faults, ManyOutputs(outputs).failures
+        run.log_json(outcome.shares, "shares.json")
+    run.set_tags({"outcome": "complete" if complete else "incomplete"})
+    for path in (outputs.picks, last):
+        if path is not None and path.is_file():
+            run.log_files(path)
+    return complete
 
 
 def _log_inputs(run: Run, files: InputFiles, source: CubeSource) -> None:

@@ -12,8 +12,9 @@ from cectflow.dataset import Dataset
 from cectflow.figures import draw_field, write_figure
 from cectflow.flows.distillation import distill
 from cectflow.flows.picks import evaluate_picks
-from cectflow.flows.prediction import predict_classes, predict_segments
+from cectflow.flows.prediction import predict_classes
 from cectflow.flows.promotion import Promotion, Target, promote
+from cectflow.flows.segmentation import predict_segments
 from cectflow.flows.simulation import (
     SimulatedTomogram,
     load_structures,
@@ -29,6 +30,7 @@ from cectflow.flows.training import (
 )
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
+from cectflow.prediction.whole import WholeOutputs
 from cectflow.recipe import Recipe
 from cectflow.runtime import check_variant
 from cectflow.tracking.runs import start_run
@@ -208,8 +210,8 @@ def _predict(
     files = InputFiles(tomogram=written.tomogram, particles=written.particles)
     outcome = predict_classes(f"{student}@{stage}", files, folder / "classes.star", options, report)
     predict_segments(
-        f"{segmenter}@{stage}", files, folder / "labels.mrc", folder / "probabilities.mrc",
-        options, report,
+        f"{segmenter}@{stage}", files,
+        WholeOutputs(folder / "labels.mrc", folder / "probabilities.mrc"), options, report,
     )  # fmt: skip
     rows = outcome.table.rows
     number = {name: i for i, name in enumerate(written.class_names, 1)}
@@ -233,9 +235,11 @@ def _find(
     """Particles found in the tomogram without its table, beside the table; uncut ones count."""
     folder = written.tomogram.parent
     predict_segments(
-        model, InputFiles(tomogram=written.tomogram), folder / "found.mrc", None,
+        model, InputFiles(tomogram=written.tomogram),
+        WholeOutputs(
+            folder / "found.mrc", picks=folder / "found.star", figure=folder / "found.png"
+        ),
         InputOptions(overwrite=True), report,
-        picks=folder / "found.star", figure=folder / "found.png",
     )  # fmt: skip
     judged = evaluate_picks(
         written.particles,

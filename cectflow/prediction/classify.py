@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from cectflow.prediction.asking import (
 )
 from cectflow.prediction.contract import LoadedNetwork
 from cectflow.prediction.contrast import ContrastWatch
-from cectflow.prediction.journal import Journal, open_journal
+from cectflow.prediction.journal import Journal, open_journal, stamp_of
 from cectflow.prediction.judging import Judgement, judge
 from cectflow.prediction.source import CubeSource
 
@@ -175,12 +175,9 @@ def _plan(
     classifier: Classifier, network: LoadedNetwork, source: CubeSource, block_size: int
 ) -> dict[str, object]:
     """What answers depend on: a change of any of it makes the journal that of other work."""
-    options = asdict(source.options)
-    for name in ("overwrite", "device", "batch_size", "ctf_correction"):
-        del options[name]  # they change nothing but rounding, or nothing at all
     files, places = hashlib.sha256(), hashlib.sha256()
     for block in source.files:
-        files.update(f"{block.path} {_stamp(block.path)}\n".encode())
+        files.update(f"{block.path} {stamp_of(block.path)}\n".encode())
         places.update(f"{len(block)} {block.box} ".encode())
         places.update(block.rows.tobytes() + block.places.tobytes())
     masking = classifier.segmenter
@@ -191,13 +188,8 @@ def _plan(
         "files": files.hexdigest(),
         "particles": places.hexdigest(),
         "block_size": block_size,
-        **options,
+        **source.options.deciding,
     }
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _assemble(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,14 @@ class InputOptions:
     runtime: str = "auto"
     variant: Variant = "float32"
     ctf_correction: str | None = None
+
+    @property
+    def deciding(self) -> dict[str, object]:
+        """Those that answers depend on; the others change nothing but rounding, or nothing."""
+        options = asdict(self)
+        for name in ("overwrite", "device", "batch_size", "ctf_correction"):
+            del options[name]
+        return options
 
 
 @dataclass(frozen=True, eq=False)

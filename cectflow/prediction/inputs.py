@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from cectflow.star import read_star
 from cectflow.tomogram_table import WARP_SUFFIX, TomogramInfo, find_tomogram, read_tomograms
 from cectflow.volume import find_stacks, is_volume
 
-__all__ = ["InputFiles", "find_tomograms"]
+__all__ = ["PLACEHOLDER", "InputFiles", "find_tomograms", "list_tomograms"]
 
 PLACEHOLDER = "{name}"
 """In a path: the tomogram's name in the particle table."""
@@ -42,7 +43,7 @@ class InputFiles:
     tomogram, particles
         a volume and its picks, STAR or CSV. For picks in many tomograms: a glob, a ``.txt`` list,
         a path with ``{name}`` in place of the tomogram's name, or RELION 5's ``tomograms.star``. A
-        semantic segmenter takes the volume alone.
+        semantic segmenter takes the volume, or volumes, alone.
     coords_voxel_size
         Å per unit of the picks' coordinates, where they are of another binning.
     border
@@ -72,12 +73,19 @@ class InputFiles:
             )
             raise ValueError(msg)
 
-    @property
-    def whole_tomogram(self) -> Path | None:
-        """The one tomogram that is given without picks; None: it is something else."""
-        if self.tomogram is None or self.particles is not None:
-            return None
-        return Path(self.tomogram)
+    def whole_tomograms(self) -> dict[str, Path | str]:
+        """Name → file of each tomogram that is given without picks, or why there is none.
+
+        Raises
+        ------
+        ValueError
+            If the files leave their names open.
+        FileNotFoundError
+            If there is no such file at all.
+        """
+        assert self.tomogram is not None
+        assert self.particles is None
+        return list_tomograms(str(self.tomogram))
 
     @property
     def volumes(self) -> tuple[Path, ...]:
@@ -187,6 +195,50 @@ def find_tomograms(given: str, names: Sequence[str]) -> dict[str, Path | str]:
     return {name: _fitting(name, paths, given) for name in names}
 
 
+def list_tomograms(given: str) -> dict[str, Path | str]:
+    """Name → file of all tomograms there are, in order, or why there is none.
+
+    Parameters
+    ----------
+    given
+        As of :func:`find_tomograms`. In place of ``{name}`` stands each tomogram's name; a table of
+        tomograms states names; the name of any other file ends at its first dot.
+
+    Raises
+    ------
+    ValueError
+        If several files bear one name.
+    FileNotFoundError
+        If there is no such file at all.
+    """
+    if given.endswith(".star"):
+        table = Path(given)
+        return _of_table(table, [_plain(name) for name in _files_of_table(table)])
+    named: list[tuple[str, Path]] = []
+    if PLACEHOLDER in given:
+        first, *others = given.split(PLACEHOLDER)
+        pattern = re.escape(first) + "([^/]+)" + r"\1".join(map(re.escape, others))
+        for file in sorted(glob.glob("*".join(map(glob.escape, (first, *others))))):
+            fitting = re.fullmatch(pattern, file)
+            if fitting is not None and is_volume(Path(file)):
+                named.append((fitting[1], Path(file)))
+        if not named:
+            msg = f"no tomogram at {given!r}: no file has a name so"
+            raise FileNotFoundError(msg)
+    else:
+        named = [(path.name.partition(".")[0], path) for path in _listed(given)]
+    found: dict[str, Path | str] = {}
+    for name, path in named:
+        if name in found:
+            msg = (
+                f"{found[name]} and {path} would both be called {name!r}: say what the name is "
+                f"with a path that holds {PLACEHOLDER}"
+            )
+            raise ValueError(msg)
+        found[name] = path if is_volume(path) else f"there is no tomogram {path}"
+    return found
+
+
 def _stacks_of(given: str) -> tuple[Path, ...]:
     """Stacks of a file, folder, glob or dataset folder (all its splits, in order)."""
     folder = Path(given)
@@ -260,6 +312,11 @@ def _fitting(name: str, paths: Sequence[Path], given: str) -> Path | str:
 
 def _of_table(table: Path, names: Sequence[str]) -> dict[str, Path | str]:
     """Files that RELION 5's table of tomograms names, from here or from the table's folder."""
+    files = _files_of_table(table)
+    return {name: _described(name, files, table) for name in names}
+
+
+def _files_of_table(table: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     for block in read_star(table).values():
         rows = pd.DataFrame([block]) if isinstance(block, dict) else block
@@ -274,7 +331,7 @@ def _of_table(table: Path, names: Sequence[str]) -> dict[str, Path | str]:
             f"--tomogram 'folder/{PLACEHOLDER}.mrc', and this table as --tomogram-table"
         )
         raise ValueError(msg)
-    return {name: _described(name, files, table) for name in names}
+    return files
 
 
 def _described(name: str, files: Mapping[str, str], table: Path) -> Path | str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cectflow.files import remove_leftovers, replacing
 
-__all__ = ["Journal", "begun_outputs", "journal_folder", "open_journal"]
+__all__ = ["Journal", "begun_outputs", "journal_folder", "open_journal", "stamp_of"]
 
 PLAN_FILE = "plan.json"
 LOCK_FILE = "lock"
@@ -89,6 +89,12 @@ class Journal:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:07d}.npz"
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of a file, by which a change of it is noticed."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def journal_folder(out: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from cectflow.files import replacing
+from cectflow.files import remove_leftovers_of, replacing
 from cectflow.particles import NOT_PREDICTED
 from cectflow.prediction.classify import Classification
 from cectflow.prediction.source import CubeSource, read_block
@@ -24,7 +23,7 @@ from cectflow.star import refuse_unwritable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ClassOutputs", "draw_summary", "summarise", "write_failures", "write_outputs"]
+__all__ = ["ClassOutputs", "draw_summary", "summarise", "write_faults", "write_outputs"]
 
 STAR_SUFFIXES = (".star", ".csv")
 TABLE_SUFFIXES = (".parquet", ".csv")
@@ -133,8 +132,8 @@ def write_outputs(
     files = outputs.class_files(classes)
     for path in (*outputs.paths, *files.values()):
         if path is not None:
-            _remove_leftovers(path)
-    write_failures(outputs.failures, outcome, overwrite=overwrite)
+            remove_leftovers_of(path)
+    _write_failures(outputs.failures, outcome, overwrite=overwrite)
     if outputs.table is not None:
         frame = _probability_table(outcome, classes)
         with replacing(outputs.table, overwrite=overwrite) as temporary:
@@ -157,29 +156,30 @@ def write_outputs(
     outcome.table.write(outputs.star, overwrite=overwrite)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove what a run that was killed in the midst of writing this output left beside it."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
-
-
-def write_failures(path: Path, outcome: Classification, *, overwrite: bool) -> None:
-    """Row (from 1), name and reason of each particle without a prediction; no file without any."""
-    if not outcome.faults:
-        if overwrite:
-            path.unlink(missing_ok=True)
-        return
+def _write_failures(path: Path, outcome: Classification, *, overwrite: bool) -> None:
+    """Row (from 1), name and reason of each particle without a prediction."""
     rows = outcome.table.rows
     column = next((name for name in IDENTITY_COLUMNS if name in rows), None)
     names = np.full(len(rows), "") if column is None else rows[column].to_numpy()
+    faults = [(row + 1, names[row], reason) for row, reason in outcome.faults.items()]
+    write_faults(path, ("row", "particle", "reason"), faults, overwrite=overwrite)
+
+
+def write_faults(
+    path: Path, header: Sequence[str], faults: Sequence[Sequence[object]], *, overwrite: bool
+) -> None:
+    """Write a list of what could not be predicted, and why; no file where all was."""
+    if not faults:
+        if overwrite:
+            path.unlink(missing_ok=True)
+        return
     with (
         replacing(path, overwrite=True) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(("row", "particle", "reason"))
-        for row, reason in outcome.faults.items():
-            writer.writerow((row + 1, names[row], reason))
+        writer.writerow(header)
+        writer.writerows(faults)
 
 
 def summarise(outcome: Classification) -> list[tuple[str, int, float, float]]:

@@ -24,7 +24,7 @@ from cectflow.prediction.windows import Region
 from cectflow.subtomogram import robust_statistics
 from cectflow.volume import read_volume
 
-__all__ = ["Padding", "WholeTomogram", "open_tomogram", "resample", "slabs"]
+__all__ = ["Padding", "TomogramError", "WholeTomogram", "open_tomogram", "resample", "slabs"]
 
 SLAB_VOXELS = 2**22
 """Read at a time; 16 MB of float32."""
@@ -32,6 +32,10 @@ SAMPLE_VOXELS = 2**22
 """Of which median and deviation are taken: their standard error is then below 0.001 deviations."""
 SHORTEST_PADDING = 8
 """Equal values in a row, from a face inwards, that are padding: noise does not repeat so often."""
+
+
+class TomogramError(ValueError):
+    """A tomogram that cannot be read, or cannot be brought to the card; others may well be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,21 +159,24 @@ def open_tomogram(
 
     Raises
     ------
-    ValueError
-        If the voxel size is not the card's and rescaling was not asked for, or a voxel is not
-        finite, or the tomogram is constant.
+    TomogramError
+        If it cannot be read, the voxel size is not the card's and rescaling was not asked for, a
+        voxel is not finite, or the tomogram is constant.
     OSError
         If there is no room for the resampled copy.
     """
-    volume = read_volume(path, voxel_size=options.voxel_size)
-    source_shape, source_size = volume.shape, volume.voxel_size
-    resamples = not same_voxel_size(source_size, card.voxel_size)
-    if resamples:
-        require_rescale(source_size, card, options)
+    try:
+        volume = read_volume(path, voxel_size=options.voxel_size)
+        source_shape, source_size = volume.shape, volume.voxel_size
+        resamples = not same_voxel_size(source_size, card.voxel_size)
+        if resamples:
+            require_rescale(source_size, card, options)
+        median, deviation, padding = _examine(volume.data, path)
+    except (ValueError, OSError) as error:
+        raise TomogramError(str(error)) from error
     if options.contrast != card.contrast:
         report(f"contrast: input is {options.contrast}, {card.contrast} is expected: flipped")
     sign = 1.0 if options.contrast == card.contrast else -1.0
-    median, deviation, padding = _examine(volume.data, path)
     if padding is not None:
         share = _padded_share(padding)
         report(f"padding: {share:.1%} of the voxels are constant towards a face: left out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,14 +14,15 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from cectflow.files import replacing
 from cectflow.model_card import Picking
-from cectflow.particles import ParticleTable
+from cectflow.particles import CORNER, ParticleTable
 from cectflow.prediction.contract import InputOptions, LoadedNetwork
 from cectflow.prediction.picks import Bodies, PickRules, find_bodies, make_picks
 from cectflow.prediction.tomogram import WholeTomogram, open_tomogram, slabs
 from cectflow.prediction.windows import WindowPlan, blend_windows, plan_windows, run_windows
 from cectflow.turns import allowed_turns
-from cectflow.volume import create_volume
+from cectflow.volume import create_volume, read_volume
 
 __all__ = ["WholeOptions", "WholeOutputs", "WholeSegmentation", "segment_whole"]
 
@@ -99,6 +101,23 @@ class WholeSegmentation:
     picks: ParticleTable | None
 
     @property
+    def num_picks(self) -> dict[str, int] | None:
+        """Class name → number of picks, most frequent first; None where none were asked for."""
+        if self.picks is None:
+            return None
+        counts = self.picks.rows["cectflowClassName"].value_counts()
+        return {str(name): int(count) for name, count in counts.items()}
+
+    def describe(self) -> list[str]:
+        """Shares and picks in words."""
+        shares = ", ".join(f"{name} {share:.2%}" for name, share in self.shares.items())
+        lines = [f"{shares} of the voxels"]
+        if self.num_picks is not None:
+            named = ", ".join(f"{name} {count}" for name, count in self.num_picks.items())
+            lines.append(f"{sum(self.num_picks.values())} particles{': ' if named else ''}{named}")
+        return lines
+
+    @property
     def figures(self) -> dict[str, float]:
         """What a run logs."""
         found = {} if self.picks is None else {"particles": float(len(self.picks))}
@@ -112,8 +131,11 @@ def segment_whole(
     options: InputOptions,
     whole: WholeOptions,
     report: Callable[[str], None],
+    *,
+    name: str | None = None,
+    scratch: Path | None = None,
 ) -> WholeSegmentation:
-    """Label map, probabilities and picks of a whole tomogram, on the tomogram's own grid.
+    """Label map, probabilities, picks and figure of a whole tomogram, on the tomogram's own grid.
 
     Parameters
     ----------
@@ -122,23 +144,31 @@ def segment_whole(
     path
         MRC volume.
     outputs
-        What to write, but for the figure.
+        What to write.
     options, whole
         What the user says of the input, and how to run.
     report
         Told what is done.
+    name
+        Of the tomogram in the table of picks; None: that of the file, up to its first dot.
+    scratch
+        Folder for what lies between; None: that of the label map.
 
     Raises
     ------
+    TomogramError
+        If the tomogram cannot be read or brought to the card.
     ValueError
-        If the tomogram cannot be brought to the card, or the window is too small.
+        If the window is too small.
     """
     names = network.card.labels or network.card.classes
     with ExitStack() as stack:
         # Beside the output: a system's temporary folder may be in memory.
         folder = Path(
             stack.enter_context(
-                tempfile.TemporaryDirectory(dir=outputs.labels.parent, prefix=".cectflow-")
+                tempfile.TemporaryDirectory(
+                    dir=scratch or outputs.labels.parent, prefix=".cectflow-", suffix=".tmp"
+                )
             )
         )
         tomogram = open_tomogram(path, network.card, options, folder, report)
@@ -151,9 +181,41 @@ def segment_whole(
         if outputs.picks is not None:
             rules = _with_threshold(whole.rules, network.card.picking, report)
             bodies = find_bodies(foreground, best, len(names), tomogram.voxel_size, rules)
-            picks = _pick(bodies, tomogram, names, path, network.label)
+            picks = _pick(bodies, tomogram, names, name or path.name.partition(".")[0],
+                          network.label)  # fmt: skip
             picks.write(outputs.picks, overwrite=options.overwrite)
-    return WholeSegmentation(shares, picks)
+    outcome = WholeSegmentation(shares, picks)
+    if outputs.figure is not None:
+        _draw(path, outputs, outputs.figure, outcome, options)
+    return outcome
+
+
+def _draw(
+    path: Path,
+    outputs: WholeOutputs,
+    figure: Path,
+    outcome: WholeSegmentation,
+    options: InputOptions,
+) -> None:
+    """Central slices with outlines and picks."""
+    from cectflow.figures import draw_tomogram
+
+    with warnings.catch_warnings():
+        # What there is to say of the file was said when it was segmented.
+        warnings.simplefilter("ignore")
+        volume = read_volume(path, voxel_size=options.voxel_size)
+    positions = np.zeros((0, 3))
+    classes = np.zeros(0, np.int64)
+    if outcome.picks is not None:
+        rows = outcome.picks.rows
+        positions = rows[list(CORNER[::-1])].to_numpy(np.float64)
+        classes = rows["rlnClassNumber"].to_numpy(np.int64)
+    picture = draw_tomogram(
+        volume.data, read_volume(outputs.labels).data, positions, classes,
+        tuple(outcome.shares), voxel_size=volume.voxel_size, title=path.name,
+    )  # fmt: skip
+    with replacing(figure, overwrite=options.overwrite) as temporary:
+        picture.savefig(temporary, format="png", dpi=130)
 
 
 def _run(
@@ -315,14 +377,14 @@ def _hats(places: NDArray[np.float64], num: int) -> Float[NDArray[np.float32], "
 
 
 def _pick(
-    bodies: Bodies, tomogram: WholeTomogram, names: tuple[str, ...], path: Path, model: str
+    bodies: Bodies, tomogram: WholeTomogram, names: tuple[str, ...], name: str, model: str
 ) -> ParticleTable:
     positions = bodies.centres_zyx
     if tomogram.is_resampled:
         ratio = tomogram.voxel_size / tomogram.source_voxel_size
         positions = (positions + 0.5) * ratio - 0.5
     return make_picks(
-        bodies, positions, names, tomogram=path.name.partition(".")[0],
+        bodies, positions, names, tomogram=name,
         voxel_size=tomogram.source_voxel_size,
         volumes=np.asarray(bodies.voxels * tomogram.voxel_size**3, np.float64),
         model=model,

@@ -18,13 +18,15 @@ from builders import make_trust
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cectflow.flows.prediction import predict_classes, predict_segments
+from cectflow.flows.prediction import predict_classes
+from cectflow.flows.segmentation import predict_segments
 from cectflow.model_card import CARD_FILE, ModelCard, Score, VariantFigures
 from cectflow.particles import read_particles
 from cectflow.prediction.classify import Classification
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.segment import Segmentation, _paste
+from cectflow.prediction.whole import WholeOutputs
 from cectflow.quantise import quantise
 from cectflow.runtime import load_runtime
 from cectflow.volume import read_stack, read_volume, write_stack
@@ -51,7 +53,8 @@ def segment(
     report: Callable[[str], None],
     **files: Any,
 ) -> Segmentation:
-    outcome = predict_segments(str(model), InputFiles(**files), out, probabilities, options, report)
+    outputs = WholeOutputs(out, probabilities)
+    outcome = predict_segments(str(model), InputFiles(**files), outputs, options, report)
     assert isinstance(outcome, Segmentation)
     return outcome
 
@@ -356,8 +359,8 @@ def test_a_whole_tomogram_without_particles_names_the_model_that_takes_it(
         segment(segmenter, tmp_path / "o.mrc", None, OPTIONS, silent, tomogram=tomogram)
     with pytest.raises(ValueError, match="need a semantic segmenter"):
         predict_segments(
-            str(segmenter), InputFiles(tomogram=tomogram, particles=picks), tmp_path / "o.mrc",
-            None, OPTIONS, silent, picks=tmp_path / "p.star",
+            str(segmenter), InputFiles(tomogram=tomogram, particles=picks),
+            WholeOutputs(tmp_path / "o.mrc", picks=tmp_path / "p.star"), OPTIONS, silent,
         )  # fmt: skip
     assert not (tmp_path / "o.mrc").exists()
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cectflow.cli import main
 from cectflow.coordinates import coordinates_zyx
-from cectflow.flows.prediction import predict_segments
+from cectflow.flows.segmentation import predict_segments
 from cectflow.model_card import ModelCard, Picking
 from cectflow.particles import read_particles
 from cectflow.prediction.contract import InputOptions, LoadedNetwork
@@ -371,7 +371,7 @@ def test_a_semantic_segmenter_takes_whole_tomograms_alone(
     out = tomogram.parent / "o.mrc"
     for files in (InputFiles(tomogram=tomogram, particles=picks), InputFiles(str(stack))):
         with pytest.raises(ValueError, match=r"give --tomogram alone.*cectflow-segmenter"):
-            predict_segments(str(semantic), files, out, None, InputOptions(), silent)
+            predict_segments(str(semantic), files, WholeOutputs(out), InputOptions(), silent)
     assert not out.exists()
 
 

@@ -1,0 +1,206 @@
+"""Segmentation with a registered version or a model folder: of particles, or of whole tomograms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cectflow.execution import HERE, Workplace, count_cores
+from cectflow.files import refuse_existing
+from cectflow.flows.prediction import find_network
+from cectflow.model_card import ModelCard
+from cectflow.prediction.contract import InputOptions, NetworkFiles, open_network
+from cectflow.prediction.inputs import PLACEHOLDER, InputFiles
+from cectflow.prediction.journal import Journal, begun_outputs, journal_folder
+from cectflow.prediction.many import ManyOutputs, ManySegmentation, segment_many
+from cectflow.prediction.picks import PickRules
+from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
+from cectflow.prediction.whole import WholeOptions, WholeOutputs, WholeSegmentation, segment_whole
+from cectflow.volume import STACK_SUFFIXES
+
+__all__ = ["predict_segments"]
+
+Report = Callable[[str], None]
+Outcome = Segmentation | WholeSegmentation | ManySegmentation
+
+
+def predict_segments(
+    model: str,
+    files: InputFiles,
+    outputs: WholeOutputs,
+    options: InputOptions,
+    report: Report,
+    *,
+    whole: WholeOptions | None = None,
+    where: Workplace = HERE,
+    dry_run: bool = False,
+) -> Outcome | None:
+    """Label maps of tomograms, or of the particles of one, or label stack of subtomograms.
+
+    Parameters
+    ----------
+    model, files, options, report
+        As for :func:`~cectflow.flows.prediction.predict_classes`, with a target segmenter, or with
+        a semantic segmenter and tomograms alone.
+    outputs
+        Label map (int16: row number of the particle; of a semantic segmenter int8: number of the
+        label) or label stack (int8: 1 is the target); probabilities of the foreground, float32;
+        picks and figure only of whole tomograms. Where the name of the label map holds
+        ``{name}`` it stands for that of each tomogram, of which there may be many.
+    whole
+        How to run over a whole tomogram; None: as is best for most.
+    where
+        Processes, for many tomograms.
+    dry_run
+        Check and tell, and do nothing; the outcome is None.
+
+    Raises
+    ------
+    ValueError
+        If the network's task and the files do not fit; the message names the model that does.
+    """
+    for path in (outputs.labels, outputs.probabilities):
+        if path is not None and path.suffix not in STACK_SUFFIXES:
+            msg = f"{path} would be an MRC file: expected a name in {', '.join(STACK_SUFFIXES)}"
+            raise ValueError(msg)
+    network = find_network(
+        model, ("target", "semantic"), options.device,
+        runtime=options.runtime, variant=options.variant,
+    )  # fmt: skip
+    if ModelCard.from_folder(network.folder).task == "semantic":
+        return _Whole(network, files, outputs, options, whole or WholeOptions(), report).run(
+            where, dry_run=dry_run
+        )
+    of_whole = {
+        "--picks": outputs.picks, "--figure": outputs.figure, "options of whole tomograms": whole,
+        "--workers": where.workers > 1, "--cluster": where.cluster, "--dry-run": dry_run,
+    }  # fmt: skip
+    given = [name for name, value in of_whole.items() if value]
+    if given:
+        msg = (
+            f"{network.label} is for the task 'target': {', '.join(given)} need a semantic "
+            "segmenter, such as cectflow-tomogram-segmenter@production"
+        )
+        raise ValueError(msg)
+    return _outline(network, files, outputs, options, report)
+
+
+def _outline(
+    network: NetworkFiles,
+    files: InputFiles,
+    outputs: WholeOutputs,
+    options: InputOptions,
+    report: Report,
+) -> Segmentation:
+    """Particles at known positions, by a target segmenter."""
+    refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=files.volumes)
+    loaded = open_network(network)
+    source = files.open(loaded.card, options, report)
+    segment = segment_stack if files.tomogram is None else segment_tomogram
+    outcome = segment(
+        loaded, source, outputs.labels, outputs.probabilities, overwrite=options.overwrite
+    )
+    report(
+        f"{outcome.num_particles} particles by {network.label}: {outcome.mean_voxels:.0f} voxels "
+        f"on average, {outcome.num_empty} without any; written to {outputs.labels}"
+    )
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Whole tomograms, by a semantic segmenter."""
+
+    network: NetworkFiles
+    files: InputFiles
+    outputs: WholeOutputs
+    options: InputOptions
+    whole: WholeOptions
+    report: Report
+
+    def run(
+        self, where: Workplace, *, dry_run: bool
+    ) -> WholeSegmentation | ManySegmentation | None:
+        if self.files.tomogram is None or self.files.particles is not None:
+            msg = (
+                f"{self.network.label} is for the task 'semantic', which labels a whole tomogram "
+                "by itself: give --tomogram alone; to outline known particles use --model "
+                "cectflow-segmenter@production"
+            )
+            raise ValueError(msg)
+        rules = self.whole.rules
+        if self.outputs.picks is None and rules != PickRules(probability=rules.probability):
+            msg = (
+                "--min-volume, --max-volume, --nms-radius and --min-score choose among picks, "
+                "which are not asked for: give --picks"
+            )
+            raise ValueError(msg)
+        tomograms = self.files.whole_tomograms()
+        if PLACEHOLDER in self.outputs.labels.name or len(tomograms) > 1:
+            return self._many(tomograms, where, dry_run=dry_run)
+        if where != HERE or dry_run:
+            msg = (
+                f"--workers, --cluster and --dry-run are for many tomograms: put {PLACEHOLDER} "
+                f"into the name of --out {self.outputs.labels}"
+            )
+            raise ValueError(msg)
+        ((name, path),) = tomograms.items()
+        return self._one(name, path)
+
+    def _one(self, name: str, path: Path | str) -> WholeSegmentation:
+        if isinstance(path, str):
+            raise FileNotFoundError(path)
+        outputs, options = self.outputs, self.options
+        refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=(path,))
+        network = open_network(self.network)
+        outcome = segment_whole(network, path, outputs, options, self.whole, self.report, name=name)
+        shares, *picks = outcome.describe()
+        self.report(f"{path} by {network.label}: {shares}; written to {outputs.labels}")
+        for line in picks:
+            self.report(f"{line}; {outputs.picks}")
+        if outputs.figure is not None:
+            self.report(f"slices: {outputs.figure}")
+        return outcome
+
+    def _many(
+        self, tomograms: dict[str, Path | str], where: Workplace, *, dry_run: bool
+    ) -> ManySegmentation | None:
+        outputs, options, report = ManyOutputs(self.outputs), self.options, self.report
+        out = self.outputs.labels
+        volumes = [path for path in tomograms.values() if isinstance(path, Path)]
+        refuse_existing(
+            outputs.paths([*tomograms]), overwrite=options.overwrite, inputs=volumes,
+            begun=begun_outputs(out),
+        )  # fmt: skip
+        network = self.network
+        if where.cluster is not None or where.workers > 1:
+            threads = 1 if where.cluster else max(1, count_cores() // where.workers)
+            network = replace(network, threads=threads)
+        open_network(network)  # one that does not load is refused before the first tomogram
+        if dry_run:
+            journal = journal_folder(out)
+            finished = len(Journal(journal).finished()) if journal.is_dir() else 0
+            report(
+                f"would segment {len(volumes)} of {len(tomograms)} tomograms with {network.label} "
+                f"({network.runtime}, {network.variant}, {network.device}), {finished} of which "
+                f"are finished; to {out}"
+            )
+            for name, why in tomograms.items():
+                report(f"{name}: {why}")
+            return None
+        outcome = segment_many(
+            network, tomograms, outputs, options, self.whole, where=where, report=report
+        )
+        found = ""
+        if outcome.num_picks is not None:
+            named = ", ".join(f"{name} {count}" for name, count in outcome.num_picks.items())
+            count = sum(outcome.num_picks.values())
+            found = f": {count} particles{', ' if named else ''}{named}"
+        report(f"{len(outcome.shares)} tomograms by {network.label}{found}; written to {out}")
+        if outcome.faults:
+            report(
+                f"{len(outcome.faults)} of {len(tomograms)} tomograms could not be segmented; "
+                f"why: {outputs.failures}"
+            )
+        return outcome
