@@ -196,7 +196,7 @@ class _Whole:
         if outcome.num_picks is not None:
             named = ", ".join(f"{name} {count}" for name, count in outcome.num_picks.items())
             count = sum(outcome.num_picks.values())
-            found = f": {count} particles{', ' if named else ''}{named}"
+            found = f": {count} particles{': ' if named else ''}{named}"
         report(f"{len(outcome.shares)} tomograms by {network.label}{found}; written to {out}")
         if outcome.faults:
             report(

@@ -241,12 +241,15 @@ def segment_many(
             if number not in done
         ]  # fmt: skip
         shared = (absolute.folder, folder, *paths.values())
+        told: set[str] = set()
         for number, found, said in run_all(
             _segment, jobs, where=where, title="segmenting tomograms", paths=shared
         ):
             journal.record(number, found.to_arrays())
-            for line in said:
+            *notes, result = said
+            for line in (*(note for note in notes if note not in told), result):
                 report(f"{names[number]}: {line}")
+            told.update(notes)  # what holds for all is said once
         return _assemble(journal, outputs, names, faults, options)
 
 
@@ -289,7 +292,7 @@ def _segment(job: _Job) -> tuple[int, _Found, list[str]]:
         )  # fmt: skip
     except TomogramError as error:
         return job.number, _Found({}, None, str(error)), [*said, f"cannot be segmented: {error}"]
-    said += outcome.describe()
+    said.append("; ".join(outcome.describe()))
     return job.number, _Found(outcome.shares, outcome.num_picks, None), said
 
 
