@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from benchmarks.report import parse_options, write_report
+from benchmarks.server import serve
 from cectflow.export import export_network
 from cectflow.model_card import ModelCard, Score
 from cectflow.networks.catalogue import create_network
@@ -37,8 +36,7 @@ NETWORK = "strided_nano"
 BOX = 16
 CLASSES = ("ribosome", "proteasome")
 PASSED = Verdict("student", True, (Finding("speedup at least 3", "speedup", 4.0, 3.0, True),))
-SERVER_PATIENCE = 120.0
-"""Seconds; a server starts in about ten."""
+STORE = ("--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", "./artifacts")
 
 
 def main() -> None:
@@ -54,7 +52,7 @@ def main() -> None:
         start = time.perf_counter()
         names = _fill(Path(scratch) / "model", versions)
         filled = time.perf_counter() - start
-        addresses = [stack.enter_context(_serve(folder)) for folder in (full, empty)]
+        addresses = [stack.enter_context(serve(folder, STORE))[0] for folder in (full, empty)]
         commands = {
             "version_s": ("--version",),
             "help_s": ("--help",),
@@ -144,47 +142,6 @@ def _time_stages(name: str, repeats: int) -> dict[str, list[float]]:
         set_stage(version, "production", verdict=PASSED)
         times.append(time.perf_counter() - start)
     return {"set_stage_s": times}
-
-
-@contextmanager
-def _serve(folder: Path) -> Iterator[str]:
-    """Address of a lean server over a folder's store, as docs/facility.md starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    address = f"http://127.0.0.1:{port}"
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port,
-        "--workers", "1", "--backend-store-uri", "sqlite:///mlflow.db",
-        "--artifacts-destination", "./artifacts",
-    ]  # fmt: skip
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        _await(f"{address}/health", process, folder / "server.log")
-        yield address
-    finally:
-        # The server's workers are its children: they go with its process group.
-        os.killpg(process.pid, 15)
-        process.wait()
-
-
-def _await(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + SERVER_PATIENCE
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            urllib.request.urlopen(address, timeout=1).close()
-        except OSError:
-            time.sleep(0.25)
-        else:
-            return
-    msg = f"no server at {address}: {log.read_text(encoding='utf-8')[-2000:]}"
-    raise RuntimeError(msg)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from hostile import FIELDS, INTEGERS, overwritten
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -54,20 +55,6 @@ few = settings(many, max_examples=100)
 
 # Volumes
 
-HOSTILE_INTEGERS = st.one_of(
-    st.sampled_from([0, 1, -1, 2, 127, 401, 2**15, 2**16, 2**24, 2**30, 2**31 - 1, -(2**31)]),
-    st.integers(-(2**31), 2**31 - 1),
-)
-HOSTILE_FLOATS = st.one_of(
-    st.sampled_from([0.0, -1.0, 1.0, 1e-38, 3e38, float("nan"), float("inf"), -float("inf")]),
-    st.floats(width=32),
-)
-FIELDS = st.one_of(
-    HOSTILE_INTEGERS.map(lambda number: struct.pack("<i", number)),
-    HOSTILE_INTEGERS.map(lambda number: struct.pack(">i", number)),
-    HOSTILE_FLOATS.map(lambda number: struct.pack("<f", number)),
-    st.binary(min_size=1, max_size=8),
-)
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes, ".gz": lambda content: gzip.compress(content, 1, mtime=0), ".bz2": bz2.compress,
 }  # fmt: skip
@@ -88,21 +75,16 @@ def mrc_content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @st.composite
 def damages(draw: st.DrawFn, header: int) -> Callable[[bytes], bytes]:
     """A damage to a file: fields overwritten, most of them of the header, and its end cut off."""
-    # Sizes, mode, sampling and labels lie in multiples of four.
     patches = draw(
         st.lists(st.tuples(st.integers(0, header // 4 - 1), FIELDS), min_size=0, max_size=6)
     )
-    sizes = draw(st.none() | st.tuples(HOSTILE_INTEGERS, HOSTILE_INTEGERS, HOSTILE_INTEGERS))
+    sizes = draw(st.none() | st.tuples(INTEGERS, INTEGERS, INTEGERS))
     cut = draw(st.none() | st.integers(0, header + 96))
 
     def apply(content: bytes) -> bytes:
-        changed = bytearray(content)
-        for field, patch in patches:
-            changed[4 * field : 4 * field + len(patch)] = patch
-        if sizes is not None:
-            start = 4 if header == 512 else 0
-            struct.pack_into("<3i", changed, start, *sizes)
-        return bytes(changed[:cut])
+        first = 1 if header == 512 else 0
+        edges = [(first + axis, struct.pack("<i", edge)) for axis, edge in enumerate(sizes or ())]
+        return overwritten(content, [*patches, *edges], cut)
 
     return apply
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from hostile import FIELDS, overwritten
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,14 +85,6 @@ TOKENS = st.one_of(
     ]),
     st.text(max_size=6),
 )  # fmt: skip
-INTEGERS = st.one_of(
-    st.sampled_from([0, 1, -1, 2, 3, 12, 16, 24, 401, 2**16, 2**31 - 1, -(2**31)]),
-    st.integers(-(2**31), 2**31 - 1),
-)
-FLOATS = st.sampled_from([0.0, -1.0, 1.0, 12.0, 6.0, 1e-38, 3e38, float("nan"), float("inf")])
-FIELDS = INTEGERS.map(lambda number: struct.pack("<i", number)) | FLOATS.map(
-    lambda number: struct.pack("<f", number)
-)
 
 
 def settle(examples: int) -> settings:
@@ -132,10 +124,7 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     cut = draw(st.one_of(st.none(), st.none(), st.integers(0, 20000)))
 
     def apply(content: bytes) -> bytes:
-        changed = bytearray(content)
-        for field, patch in patches:
-            changed[4 * field : 4 * field + len(patch)] = patch
-        return bytes(changed[:cut])
+        return overwritten(content, patches, cut)
 
     return apply
 

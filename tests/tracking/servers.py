@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
+from benchmarks.server import serve
 
-__all__ = ["KINDS", "Server", "Servers", "free_port", "serve"]
+__all__ = ["KINDS", "Server", "Servers"]
 
 POSTGRES = os.environ.get("CECTFLOW_TEST_POSTGRES", "")
 """URI of a database that tests may fill; ``make test-servers`` sets it."""
@@ -79,46 +73,3 @@ class Servers:
             address, process = self.stack.enter_context(serve(folder, options, environment))
             self.running[kind] = Server(address, process, login)
         return self.running[kind]
-
-
-@contextmanager
-def serve(
-    folder: Path, options: list[str], environment: dict[str, str]
-) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A lean server that works in a folder, killed at the end with all its processes."""
-    port = str(free_port())
-    address = ["--host", "127.0.0.1", "--port", port, "--workers", "1"]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    clean["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *address, *options], cwd=folder,
-            stdout=log, stderr=log, env=clean | environment, start_new_session=True,
-        )  # fmt: skip
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", process, folder / "server.log")
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(480):
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(address, timeout=1).close()
-        except OSError:
-            time.sleep(0.25)
-        else:
-            return
-    pytest.fail(f"no server at {address}:\n{log.read_text(encoding='utf-8')[-3000:]}")

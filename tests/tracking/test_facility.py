@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from servers import POSTGRES, free_port
+from servers import POSTGRES
+
+from benchmarks.server import free_port
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "facility.md"
 
