@@ -16,10 +16,14 @@ from cectflow.prediction.journal import Journal, begun_outputs, journal_folder
 from cectflow.prediction.many import ManyOutputs, ManySegmentation, segment_many
 from cectflow.prediction.picks import PickRules
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
+from cectflow.prediction.tomogram import TomogramError, read_fitting
 from cectflow.prediction.whole import WholeOptions, WholeOutputs, WholeSegmentation, segment_whole
 from cectflow.volume import STACK_SUFFIXES
+from cectflow.zarr_volume import is_zarr
 
 __all__ = ["predict_segments"]
+
+COMPRESSED = (".gz", ".bz2")
 
 Report = Callable[[str], None]
 Outcome = Segmentation | WholeSegmentation | ManySegmentation
@@ -169,6 +173,8 @@ class _Whole:
         outputs, options, report = ManyOutputs(self.outputs), self.options, self.report
         out = self.outputs.labels
         volumes = [path for path in tomograms.values() if isinstance(path, Path)]
+        tomograms = {name: self._fitting(path) for name, path in tomograms.items()}
+        fitting = [path for path in tomograms.values() if isinstance(path, Path)]
         refuse_existing(
             outputs.paths([*tomograms]), overwrite=options.overwrite, inputs=volumes,
             begun=begun_outputs(out),
@@ -182,7 +188,7 @@ class _Whole:
             journal = journal_folder(out)
             finished = len(Journal(journal).finished()) if journal.is_dir() else 0
             report(
-                f"would segment {len(volumes)} of {len(tomograms)} tomograms with {network.label} "
+                f"would segment {len(fitting)} of {len(tomograms)} tomograms with {network.label} "
                 f"({network.runtime}, {network.variant}, {network.device}), {finished} of which "
                 f"are finished; to {out}"
             )
@@ -204,3 +210,14 @@ class _Whole:
                 f"why: {outputs.failures}"
             )
         return outcome
+
+    def _fitting(self, path: Path | str) -> Path | str:
+        """The tomogram, or why it cannot be segmented, as far as its header tells."""
+        # Compressed ones are not read twice, since all of each would be: they are seen later.
+        if isinstance(path, str) or path.suffix in COMPRESSED or is_zarr(path):
+            return path
+        try:
+            read_fitting(path, ModelCard.from_folder(self.network.folder), self.options)
+        except TomogramError as error:
+            return str(error)
+        return path

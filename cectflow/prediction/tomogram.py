@@ -22,9 +22,17 @@ from cectflow.model_card import ModelCard
 from cectflow.prediction.contract import InputOptions, require_rescale, same_voxel_size
 from cectflow.prediction.windows import Region
 from cectflow.subtomogram import robust_statistics
-from cectflow.volume import read_volume
+from cectflow.volume import Volume, read_volume
 
-__all__ = ["Padding", "TomogramError", "WholeTomogram", "open_tomogram", "resample", "slabs"]
+__all__ = [
+    "Padding",
+    "TomogramError",
+    "WholeTomogram",
+    "open_tomogram",
+    "read_fitting",
+    "resample",
+    "slabs",
+]
 
 SLAB_VOXELS = 2**22
 """Read at a time; 16 MB of float32."""
@@ -165,12 +173,10 @@ def open_tomogram(
     OSError
         If there is no room for the resampled copy.
     """
+    volume = read_fitting(path, card, options)
+    source_shape, source_size = volume.shape, volume.voxel_size
+    resamples = not same_voxel_size(source_size, card.voxel_size)
     try:
-        volume = read_volume(path, voxel_size=options.voxel_size)
-        source_shape, source_size = volume.shape, volume.voxel_size
-        resamples = not same_voxel_size(source_size, card.voxel_size)
-        if resamples:
-            require_rescale(source_size, card, options)
         median, deviation, padding = _examine(volume.data, path)
     except (ValueError, OSError) as error:
         raise TomogramError(str(error)) from error
@@ -204,6 +210,23 @@ def open_tomogram(
     return WholeTomogram(
         resampled, card.voxel_size, median, deviation, sign, padding, source_shape, source_size
     )
+
+
+def read_fitting(path: Path, card: ModelCard, options: InputOptions) -> Volume:
+    """Volume of a tomogram whose header a card's network can use; no voxel is looked at.
+
+    Raises
+    ------
+    TomogramError
+        If it cannot be read, or the voxel size is not the card's and rescaling was not asked for.
+    """
+    try:
+        volume = read_volume(path, voxel_size=options.voxel_size)
+        if not same_voxel_size(volume.voxel_size, card.voxel_size):
+            require_rescale(volume.voxel_size, card, options)
+    except (ValueError, OSError) as error:
+        raise TomogramError(str(error)) from error
+    return volume
 
 
 def resample(

@@ -284,6 +284,7 @@ def test_an_output_that_is_a_tomogram_is_refused(semantic: Path, series: Path) -
 def test_a_dry_run_tells_and_writes_nothing(
     semantic: Path, series: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_volume(series / "fine.mrc", Volume(noise(7), 7.0))
     arguments = [
         "predict", "segment", "--model", str(semantic), "--tomogram", f"{series}/*.mrc",
         "--dry-run", "--device", "cpu", "--out",
@@ -292,7 +293,8 @@ def test_a_dry_run_tells_and_writes_nothing(
         main([*arguments, str(out / "{name}.mrc")])
     assert not stop.value.code
     said = capsys.readouterr().out
-    assert "would segment 3 of 3 tomograms with semantic" in said
+    assert "would segment 3 of 4 tomograms with semantic" in said
+    assert "fine: voxel size is 7 Å: expected 10 Å" in said
     assert f"TS_10: {series / 'TS_10.mrc'}" in said
     assert not contents(out)
 
