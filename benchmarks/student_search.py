@@ -85,29 +85,35 @@ def main() -> None:
     - ``mmac_…``, ``parameters_…``: of the same cube.
 
     ``cubes`` is the number of cubes shown to each, in one seed. The figure beside the table shows
-    accuracy against time; its line joins those that no other beats in both.
+    accuracy against time; its line joins those that no other beats in both. With ``--candidates``
+    a few are looked at again, with another ``--seed`` or more ``--epochs``: their accuracies alone.
     """
     options = parse_options(main.__doc__ or "", _add_options)
     bench = choose_bench(options)
     data = bench.data()
-    epochs = 1 if options.quick else 2
-    figures = {"cubes": float(epochs * len(data.split("train")))}
-    for name in CANDIDATES:
-        figures |= _accuracy(bench, name, data, epochs)
+    epochs = 1 if options.quick else options.epochs
+    figures = {"cubes": float(epochs * len(data.split("train"))), "seed": float(options.seed)}
+    for name in options.candidates or CANDIDATES:
+        figures |= _accuracy(bench, name, data, epochs, options.seed)
         print(name, round(figures[f"accuracy_{name}"], 4), flush=True)
-    figures |= _costs(bench, data)
+    if options.candidates is None:
+        figures |= _costs(bench, data)
     write_report(options.json, figures, quick=options.quick)
-    points = {name: (figures[f"ms_{name}"], name) for name in CANDIDATES}
-    draw_front(points, figures).savefig(options.json.with_suffix(".png"), dpi=130)
+    if options.candidates is None:
+        points = {name: (figures[f"ms_{name}"], name) for name in CANDIDATES}
+        draw_front(points, figures).savefig(options.json.with_suffix(".png"), dpi=130)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder to work in and go on in")
+    parser.add_argument("--candidates", nargs="+", choices=tuple(CANDIDATES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.set_defaults(device="cpu", precision="bfloat16", workers=2)
 
 
-def _network(name: str, data: Dataset, box: int) -> nn.Module:
-    torch.manual_seed(0)
+def _network(name: str, data: Dataset, box: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     classes = len(data.manifest.classes)
     return NormalisePerCube(StridedClassifier(classes, box, **CANDIDATES[name]))
 
@@ -117,16 +123,16 @@ def _anatomy(name: str) -> str:
     return str(sorted(told.items()))
 
 
-def _accuracy(bench: Bench, name: str, data: Dataset, epochs: int) -> dict[str, float]:
+def _accuracy(bench: Bench, name: str, data: Dataset, epochs: int, seed: int) -> dict[str, float]:
     """Of a training that an earlier run finished, where there is one."""
     folder = bench.folder / "search" / name
-    recipe = FitRecipe(network=name, epochs=epochs, batch_size=32, learning_rate=0.004)
+    recipe = FitRecipe(network=name, epochs=epochs, batch_size=32, learning_rate=0.004, seed=seed)
     content = f"{recipe.digest()} {_anatomy(name)} {data.manifest.content_digest()}"
     identity = hashlib.sha256(content.encode()).hexdigest()
     folder = folder / identity[:16]
     finished = folder / "scores.json"
     if not finished.is_file():
-        network = _network(name, data, bench.plan.box)
+        network = _network(name, data, bench.plan.box, seed)
         fit(
             network, Classify(len(data.manifest.classes)), data.split("train"),
             data.split("validation"), recipe,
