@@ -72,7 +72,7 @@ class FitRecipe(Config):
 
 
 class DivergedError(ValueError):
-    """The loss is no longer finite."""
+    """The loss is no longer finite, or nothing of it reaches the network's first layer."""
 
 
 @dataclass
@@ -200,7 +200,9 @@ def fit(
     ------
     ValueError
         If the folder's checkpoint is of another recipe, objective, dataset, provenance or number
-        of devices, or the loss is no longer finite.
+        of devices.
+    DivergedError
+        If the loss is no longer finite, or an epoch has brought the first layer no gradient.
     ChildProcessError
         If the process of a device died.
     """
@@ -381,6 +383,8 @@ def _train_epoch(setup: _Setup, parts: Iterator[Part], epoch: int) -> dict[str, 
     torch.manual_seed(_epoch_seed(recipe, epoch) + (fabric.global_rank << 40))
     setup.network.train()
     totals: dict[str, Tensor] = {}
+    first = next(iter(setup.network.parameters()))
+    learns = torch.zeros((), dtype=torch.bool, device=fabric.device)
     seen = 0  # cubes without labels come on top of those that an epoch has
     for index, part in enumerate(parts):
         seen += part.whole
@@ -391,6 +395,8 @@ def _train_epoch(setup: _Setup, parts: Iterator[Part], epoch: int) -> dict[str, 
         setup.optimiser.zero_grad()
         # DDP takes the mean over processes; that over cubes weighs each by what it has of them.
         fabric.backward(terms["loss"] * (part.count * number / part.whole))
+        if first.grad is not None:
+            learns |= first.grad.any()
         setup.optimiser.step()
         for name, term in terms.items():
             if name != "output":
@@ -401,6 +407,15 @@ def _train_epoch(setup: _Setup, parts: Iterator[Part], epoch: int) -> dict[str, 
         msg = (
             f"the loss of {recipe.network} is {row['train_loss']} in epoch {epoch}: "
             f"lower learning_rate ({recipe.learning_rate:g}) or use precision float32"
+        )
+        raise DivergedError(msg)
+    if not learns and row["train_loss"] > 0:
+        # Not small, but 0 in every step: all units of some layer are negative for every cube.
+        msg = (
+            f"the first layer of {recipe.network} has had no gradient in all of epoch {epoch} "
+            f"(loss {row['train_loss']:.3g}): units behind it are dead, and it answers every cube "
+            f"alike for good; lower learning_rate ({recipe.learning_rate:g}), take the optimiser "
+            f"adam, or a network with batch norm"
         )
         raise DivergedError(msg)
     return row

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from cectflow.dataset import Batch
-from cectflow.learning.fit import FitRecipe, FitResult, fit, open_fabric
+from cectflow.learning.fit import DivergedError, FitRecipe, FitResult, fit, open_fabric
 from cectflow.learning.losses import SegmentationLoss
 from cectflow.learning.objective import Classify, Distill, Objective, Segment
 from cectflow.learning.teacher import Teacher
@@ -296,6 +296,26 @@ def test_a_loss_that_is_no_number_ends_the_training(eight: MemorySource, tmp_pat
     with pytest.raises(ValueError, match=r"loss of tiny is nan in epoch 1: lower learning_rate"):
         run(eight, tmp_path, network=network)
     assert not (tmp_path / "last.pt").exists()
+
+
+class Dying(nn.Module):
+    """A classifier whose units are dead where a bias says so."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(1, 4, 3)
+        self.last = nn.Linear(4, 2)
+        nn.init.constant_(self.first.bias, bias)
+
+    def forward(self, cubes: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(cubes)).mean(dim=(2, 3, 4)))
+
+
+def test_a_network_whose_units_are_dead_is_given_up(eight: MemorySource, tmp_path: Path) -> None:
+    run(eight, tmp_path / "alive", network=Dying(0.0), epochs=1)
+    told = r"first layer of tiny has had no gradient in all of epoch 1 .*lower learning_rate"
+    with pytest.raises(DivergedError, match=told):
+        run(eight, tmp_path / "dead", network=Dying(-1e4), epochs=1)
 
 
 def test_segmentation_of_unlabelled_cubes_is_refused(
