@@ -448,7 +448,9 @@ def _draw_plane(axes: Axes, plane: NDArray[Any]) -> None:
     if high <= low:  # mostly one value: the extremes, and grey if it is constant
         low, high = values.min(), values.max()
     margin = 0.0 if high > low else max(1.0, abs(high))
-    axes.imshow(values, cmap="gray", vmin=low - margin, vmax=high + margin, origin="lower")
+    low, high = low - margin, high + margin
+    # Clipped here: matplotlib computes with what is shown, and a hot pixel may be 1e38.
+    axes.imshow(np.clip(values, low, high), cmap="gray", vmin=low, vmax=high, origin="lower")
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -166,11 +166,7 @@ def remove_leftovers(folder: Path) -> None:
 
     No other process may be writing into it.
     """
-    for path in list(folder.glob(".*.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    _remove(folder.glob(".*.tmp"))
 
 
 def remove_leftovers_of(path: Path) -> None:
@@ -178,8 +174,15 @@ def remove_leftovers_of(path: Path) -> None:
 
     No other process may be writing it.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
+    _remove(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

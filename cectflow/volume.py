@@ -13,6 +13,7 @@ import bz2
 import glob
 import gzip
 import os
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -29,20 +30,23 @@ from cectflow.files import replacing
 from cectflow.volume_header import (
     HEADER_BYTES,
     MRC_TYPES,
+    Layout,
     is_em,
     judge_voxel_size,
     read_em_header,
     read_mrc_header,
 )
-from cectflow.zarr_volume import ZARR_SUFFIX, is_zarr, read_zarr
+from cectflow.zarr_volume import ZARR_SUFFIX, is_zarr, read_zarr, read_zarr_header
 
 __all__ = [
     "STACK_SUFFIXES",
     "TRUTH_ENDINGS",
     "Volume",
+    "create_scratch",
     "create_volume",
     "find_stacks",
     "is_volume",
+    "read_header",
     "read_stack",
     "read_volume",
     "write_images",
@@ -146,6 +150,42 @@ def read_volume(path: Path, *, voxel_size: float | None = None, mmap: bool = Tru
     return Volume(cubes[0], voxel_size)
 
 
+def read_header(
+    path: Path, *, voxel_size: float | None = None
+) -> tuple[tuple[int, int, int], float]:
+    """Shape ``(z, y, x)`` and voxel size in angstrom of :func:`read_volume`; no voxel is read.
+
+    Of a compressed file only the beginning is: whether it is as long as its header says shows when
+    it is read.
+
+    Parameters
+    ----------
+    path, voxel_size
+        As of :func:`read_volume`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`read_volume`.
+    """
+    if is_zarr(path):
+        shape, size = read_zarr_header(path, voxel_size)
+    else:
+        opener = _opener(path)
+        layout = _read_layout(path, opener, guess_stack=False)
+        if opener is None and path.stat().st_size < layout.end:
+            _refuse_truncated(path, layout.end, str(path.stat().st_size))
+        number, *rest = (layout.shape[axis] for axis in layout.axes)
+        if number != 1:
+            msg = f"{path} holds a stack of {number} volumes: expected a single volume"
+            raise ValueError(msg)
+        depth, height, width = rest
+        shape = depth, height, width
+        size = judge_voxel_size(path, layout.sampling_xyz) if voxel_size is None else voxel_size
+    _check_given_voxel_size(size)
+    return shape, size
+
+
 def is_volume(path: Path) -> bool:
     """Whether there is something that may be a volume: a file, or a folder in Zarr."""
     return path.is_file() or is_zarr(path)
@@ -189,7 +229,8 @@ def find_stacks(pattern: str) -> tuple[Path, ...]:
     if is_volume(path):
         found = [path]
     elif path.is_dir():
-        found = sorted(p for p in path.iterdir() if _is_stack(p))
+        # Hidden ones are no data: macOS leaves ._X beside X.
+        found = sorted(p for p in path.iterdir() if _is_stack(p) and not p.name.startswith("."))
     else:
         found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
     truth = {
@@ -344,6 +385,35 @@ def create_volume(
         yield mrc.data
 
 
+def create_scratch(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Writable memory-mapped array of zeros, for what lies between input and output.
+
+    Parameters
+    ----------
+    path
+        A file of numbers alone; whoever makes it removes it.
+    shape, dtype
+        Any.
+
+    Raises
+    ------
+    OSError
+        If the disk has no room, with what is needed and what is free.
+    """
+    array = np.memmap(path, np.dtype(dtype), "w+", shape=shape)
+    try:
+        _reserve(path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        msg = (
+            f"what lies between input and output needs {array.nbytes / 1e6:.3f} MB in "
+            f"{path.parent}, {free / 1e6:.3f} MB are free ({error.strerror}): make room, then give "
+            "the same command again"
+        )
+        raise OSError(msg) from None
+    return array
+
+
 def _reserve(path: Path) -> None:
     """Claim the disk space of a sparse file, whose content stays.
 
@@ -362,12 +432,7 @@ def _read(
         _check_given_voxel_size(size)
         return voxels[None], size
     opener = _opener(path)
-    start = _read_bytes(path, opener, HEADER_BYTES)
-    layout = (
-        read_em_header(path, start)
-        if is_em(path)
-        else read_mrc_header(path, start, guess_stack=guess_stack)
-    )
+    layout = _read_layout(path, opener, guess_stack=guess_stack)
     content = None if opener is None else _decompress(path, opener, layout.end)
     given = path.stat().st_size if content is None else len(content)
     if given < layout.end:
@@ -391,6 +456,13 @@ def _read(
     if not layout.dtype.isnative or (content is None and not mmap):
         data = np.array(data, layout.dtype.newbyteorder("="))
     return data, voxel_size
+
+
+def _read_layout(path: Path, opener: Callable[[Path], Any] | None, *, guess_stack: bool) -> Layout:
+    start = _read_bytes(path, opener, HEADER_BYTES)
+    if is_em(path):
+        return read_em_header(path, start)
+    return read_mrc_header(path, start, guess_stack=guess_stack)
 
 
 def _is_stack(path: Path) -> bool:

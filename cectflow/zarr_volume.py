@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from cectflow.volume_header import judge_voxel_size
 
-__all__ = ["ZARR_SUFFIX", "is_zarr", "read_zarr"]
+__all__ = ["ZARR_SUFFIX", "is_zarr", "read_zarr", "read_zarr_header"]
 
 ZARR_SUFFIX = ".zarr"
 ANGSTROM = {"angstrom": 1.0, "nanometer": 10.0, "micrometer": 1e4, None: 1.0}
 """Units of OME-Zarr's axes; copick writes angstrom."""
+FAULTS = (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError)
+"""What zarr raises over a folder that holds something else."""
 
 
 def is_zarr(path: Path) -> bool:
@@ -39,6 +41,25 @@ def read_zarr(path: Path, voxel_size: float | None) -> tuple[NDArray[Any], float
     ValueError
         If it is no volume, or its voxel size is missing or cannot be believed.
     """
+    array, scale = _open(path)
+    shape, size = _shape_of(path, array), _voxel_size_of(path, scale, voxel_size)
+    try:
+        return np.asarray(array[...]).reshape(shape), size
+    except FAULTS as error:
+        msg = f"{path} is no volume in Zarr: {error}"
+        raise ValueError(msg) from None
+
+
+def read_zarr_header(
+    path: Path, voxel_size: float | None = None
+) -> tuple[tuple[int, int, int], float]:
+    """Shape ``(z, y, x)`` and voxel size of :func:`read_zarr`; no voxel is read."""
+    array, scale = _open(path)
+    return _shape_of(path, array), _voxel_size_of(path, scale, voxel_size)
+
+
+def _open(path: Path) -> tuple[Any, list[float] | None]:
+    """Array of the finest scale, not yet read, and the voxels' edges along its axes."""
     try:
         import zarr
     except ModuleNotFoundError:
@@ -46,23 +67,32 @@ def read_zarr(path: Path, voxel_size: float | None) -> tuple[NDArray[Any], float
         raise OSError(msg) from None
     try:
         node: Any = zarr.open(path, mode="r")
-        array, scale = (node, None) if hasattr(node, "shape") else _finest(node)
-        data = np.asarray(array[...])
-    except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+        return (node, None) if hasattr(node, "shape") else _finest(node)
+    except FAULTS as error:
         msg = f"{path} is no volume in Zarr: {error}"
         raise ValueError(msg) from None
-    while data.ndim > 3 and len(data) == 1:  # time and channel
-        data = data[0]
-    if data.ndim != 3 or data.dtype.kind not in "iufb":
-        msg = f"{path} holds {data.dtype} of shape {data.shape}: expected a volume (z, y, x)"
+
+
+def _shape_of(path: Path, array: Any) -> tuple[int, int, int]:
+    """Voxels along z, y and x; axes of time and channel have one entry."""
+    shape = tuple(int(length) for length in array.shape)
+    while len(shape) > 3 and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) != 3 or np.dtype(array.dtype).kind not in "iufb":
+        msg = f"{path} holds {array.dtype} of shape {shape}: expected a volume (z, y, x)"
         raise ValueError(msg)
-    if voxel_size is None:
-        if scale is None or len(scale) < 3:
-            msg = f"{path} says no voxel size: give it in angstrom with --voxel-size"
-            raise ValueError(msg)
-        x, y, z = scale[:-4:-1]
-        voxel_size = judge_voxel_size(path, (x, y, z))
-    return data, voxel_size
+    depth, height, width = shape
+    return depth, height, width
+
+
+def _voxel_size_of(path: Path, scale: list[float] | None, voxel_size: float | None) -> float:
+    if voxel_size is not None:
+        return voxel_size
+    if scale is None or len(scale) < 3:
+        msg = f"{path} says no voxel size: give it in angstrom with --voxel-size"
+        raise ValueError(msg)
+    x, y, z = scale[:-4:-1]
+    return judge_voxel_size(path, (x, y, z))
 
 
 def _finest(group: Any) -> tuple[Any, list[float] | None]:

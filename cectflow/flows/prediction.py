@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from cectflow.execution import HERE, Workplace, count_cores
+from cectflow.execution import HERE, Workplace
 from cectflow.files import refuse_existing
 from cectflow.model_card import CARD_FILE, ModelCard, Variant
 from cectflow.particles import NOT_PREDICTED
 from cectflow.prediction.asking import Classifier, split_blocks
-from cectflow.prediction.classify import BLOCK_SIZE, Classification, classify_particles
+from cectflow.prediction.classify import (
+    BLOCK_SIZE,
+    Classification,
+    classify_particles,
+    plan_work,
+)
 from cectflow.prediction.contract import (
     InputOptions,
     LoadedNetwork,
@@ -19,9 +23,10 @@ from cectflow.prediction.contract import (
     check_network,
     open_network,
     report_correction,
+    share_threads,
 )
 from cectflow.prediction.inputs import InputFiles
-from cectflow.prediction.journal import Journal, begun_outputs, journal_folder
+from cectflow.prediction.journal import begun_outputs, peek_journal
 from cectflow.prediction.outputs import ClassOutputs, write_outputs
 from cectflow.prediction.source import CubeSource
 from cectflow.tracking.bundle import open_model_folder
@@ -130,10 +135,10 @@ def plan_classes(
     )
     for row, reason in list(source.faults.items())[:3]:
         report(f"particle {row + 1} could not be predicted: {reason}")
-    journal = journal_folder(outputs.star)
-    finished = len(Journal(journal).finished()) if journal.is_dir() else 0
-    if finished and not options.overwrite:
-        report(f"{finished} blocks are finished already")
+    plan = plan_work(classifier, classifier.open(), source, block_size)
+    journal = None if options.overwrite else peek_journal(outputs.star, plan)
+    if journal is not None and journal.finished():
+        report(f"{len(journal.finished())} blocks are finished already")
     return source
 
 
@@ -151,17 +156,14 @@ def _prepare(
         outputs.paths, overwrite=options.overwrite, inputs=files.volumes,
         begun=begun_outputs(outputs.star),
     )  # fmt: skip
-    threads = None
-    if where.cluster is not None or where.workers > 1:
-        threads = 1 if where.cluster else max(1, count_cores() // where.workers)
     network = find_network(
         model, ("classify",), options.device, runtime=options.runtime, variant=options.variant
     )
-    network = replace(network, threads=threads)
+    network = share_threads(network, where)
     card = ModelCard.from_folder(network.folder)
     segmenter = None
     if mask_with is not None:
-        segmenter = replace(find_network(mask_with, ("target",), options.device), threads=threads)
+        segmenter = share_threads(find_network(mask_with, ("target",), options.device), where)
         masker = ModelCard.from_folder(segmenter.folder)
         if card.masking is None:
             report(f"warning: {network.label} was trained on cubes with their neighbours")

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from cectflow.execution import HERE, Workplace, count_cores
+from cectflow.execution import HERE, Workplace
 from cectflow.files import refuse_existing
 from cectflow.flows.prediction import find_network
 from cectflow.model_card import ModelCard
-from cectflow.prediction.contract import InputOptions, NetworkFiles, open_network
+from cectflow.prediction.contract import InputOptions, NetworkFiles, open_once, share_threads
 from cectflow.prediction.inputs import PLACEHOLDER, InputFiles
-from cectflow.prediction.journal import Journal, begun_outputs, journal_folder
+from cectflow.prediction.journal import begun_outputs
 from cectflow.prediction.many import ManyOutputs, ManySegmentation, segment_many
-from cectflow.prediction.picks import PickRules
+from cectflow.prediction.picks import PickRules, check_pick_name
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
-from cectflow.prediction.tomogram import TomogramError, read_fitting
 from cectflow.prediction.whole import WholeOptions, WholeOutputs, WholeSegmentation, segment_whole
 from cectflow.volume import STACK_SUFFIXES
-from cectflow.zarr_volume import is_zarr
 
 __all__ = ["predict_segments"]
-
-COMPRESSED = (".gz", ".bz2")
 
 Report = Callable[[str], None]
 Outcome = Segmentation | WholeSegmentation | ManySegmentation
@@ -99,7 +95,7 @@ def _outline(
 ) -> Segmentation:
     """Particles at known positions, by a target segmenter."""
     refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=files.volumes)
-    loaded = open_network(network)
+    loaded = open_once(network)
     source = files.open(loaded.card, options, report)
     segment = segment_stack if files.tomogram is None else segment_tomogram
     outcome = segment(
@@ -141,7 +137,8 @@ class _Whole:
             )
             raise ValueError(msg)
         tomograms = self.files.whole_tomograms()
-        if PLACEHOLDER in self.outputs.labels.name or len(tomograms) > 1:
+        named = [path for path in self.outputs.paths if path and PLACEHOLDER in path.name]
+        if named or len(tomograms) > 1:
             return self._many(tomograms, where, dry_run=dry_run)
         if where != HERE or dry_run:
             msg = (
@@ -156,8 +153,11 @@ class _Whole:
         if isinstance(path, str):
             raise FileNotFoundError(path)
         outputs, options = self.outputs, self.options
-        refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=(path,))
-        network = open_network(self.network)
+        refuse_existing(
+            outputs.paths, overwrite=options.overwrite, inputs=(path, *self._listings())
+        )
+        check_pick_name(name, outputs.picks)
+        network = open_once(self.network)
         outcome = segment_whole(network, path, outputs, options, self.whole, self.report, name=name)
         shares, *picks = outcome.describe()
         self.report(f"{path} by {network.label}: {shares}; written to {outputs.labels}")
@@ -172,32 +172,19 @@ class _Whole:
     ) -> ManySegmentation | None:
         outputs, options, report = ManyOutputs(self.outputs), self.options, self.report
         out = self.outputs.labels
+        tomograms = self._without_outputs(tomograms, outputs)
         volumes = [path for path in tomograms.values() if isinstance(path, Path)]
-        tomograms = {name: self._fitting(path) for name, path in tomograms.items()}
-        fitting = [path for path in tomograms.values() if isinstance(path, Path)]
         refuse_existing(
-            outputs.paths([*tomograms]), overwrite=options.overwrite, inputs=volumes,
-            begun=begun_outputs(out),
+            outputs.paths([*tomograms]), overwrite=options.overwrite,
+            inputs=(*volumes, *self._listings()), begun=begun_outputs(out),
         )  # fmt: skip
-        network = self.network
-        if where.cluster is not None or where.workers > 1:
-            threads = 1 if where.cluster else max(1, count_cores() // where.workers)
-            network = replace(network, threads=threads)
-        open_network(network)  # one that does not load is refused before the first tomogram
-        if dry_run:
-            journal = journal_folder(out)
-            finished = len(Journal(journal).finished()) if journal.is_dir() else 0
-            report(
-                f"would segment {len(fitting)} of {len(tomograms)} tomograms with {network.label} "
-                f"({network.runtime}, {network.variant}, {network.device}), {finished} of which "
-                f"are finished; to {out}"
-            )
-            for name, why in tomograms.items():
-                report(f"{name}: {why}")
-            return None
+        network = share_threads(self.network, where)
         outcome = segment_many(
-            network, tomograms, outputs, options, self.whole, where=where, report=report
-        )
+            network, tomograms, outputs, options, self.whole, where=where, report=report,
+            dry_run=dry_run,
+        )  # fmt: skip
+        if outcome is None:
+            return None
         found = ""
         if outcome.num_picks is not None:
             named = ", ".join(f"{name} {count}" for name, count in outcome.num_picks.items())
@@ -207,17 +194,28 @@ class _Whole:
         if outcome.faults:
             report(
                 f"{len(outcome.faults)} of {len(tomograms)} tomograms could not be segmented; "
-                f"why: {outputs.failures}"
+                f"why: {outputs.failures}; the same command does them when they are mended"
             )
         return outcome
 
-    def _fitting(self, path: Path | str) -> Path | str:
-        """The tomogram, or why it cannot be segmented, as far as its header tells."""
-        # Compressed ones are not read twice, since all of each would be: they are seen later.
-        if isinstance(path, str) or path.suffix in COMPRESSED or is_zarr(path):
-            return path
-        try:
-            read_fitting(path, ModelCard.from_folder(self.network.folder), self.options)
-        except TomogramError as error:
-            return str(error)
-        return path
+    def _listings(self) -> list[Path]:
+        """The list or table that names the tomograms, which no output may replace."""
+        given = Path(str(self.files.tomogram))
+        return [given] if given.is_file() else []
+
+    def _without_outputs(
+        self, tomograms: dict[str, Path | str], outputs: ManyOutputs
+    ) -> dict[str, Path | str]:
+        """Tomograms without the maps that an earlier call has written among them."""
+        written = {
+            path.absolute(): name for name in tomograms for path in outputs.of(name).paths if path
+        }
+        kept = {
+            name: path
+            for name, path in tomograms.items()
+            if isinstance(path, str) or written.get(path.absolute(), name) == name
+        }
+        if len(kept) < len(tomograms):
+            count = len(tomograms) - len(kept)
+            self.report(f"{count} of {len(tomograms)} files are outputs of this command: left out")
+        return kept

@@ -86,8 +86,8 @@ class Answers:
     logits
         Of each particle; not a number where it could not be predicted.
     lightness
-        By how much the middle of each cube, as the network saw it, is lighter than its
-        surroundings, in deviations of the cube.
+        By how much the middle of each cube, as the network saw it, is lighter than its faces
+        (:func:`~cectflow.prediction.contrast.measure_lightness`).
     faults
         Place in the piece → why that particle could not be predicted.
     """

@@ -36,7 +36,7 @@ from cectflow.prediction.journal import Journal, open_journal, stamp_of
 from cectflow.prediction.judging import Judgement, judge
 from cectflow.prediction.source import CubeSource
 
-__all__ = ["BLOCK_SIZE", "Classification", "classify_particles"]
+__all__ = ["BLOCK_SIZE", "Classification", "classify_particles", "plan_work"]
 
 BLOCK_SIZE = 1024
 """Particles that are predicted and recorded together: a second of work or less for a student."""
@@ -53,7 +53,8 @@ class Classification:
     table
         The input's rows, columns and blocks, with ``cectflowClassName``, ``cectflowClassNumber``
         (from 1), ``cectflowProbability``, ``cectflowEntropy`` (nats), ``cectflowModel`` and
-        ``cectflowModelDigest`` added, and ``rlnClassNumber`` where the input had none. Where the
+        ``cectflowModelDigest`` added, and ``rlnClassNumber`` where the input had none of another
+        program. Where the
         card states how sure the network may be, probabilities are calibrated, and
         ``cectflowUnknown`` is 1 where the particle looks like none of the classes; its class is
         then the least unlikely one. A particle that could not be predicted is of the class
@@ -121,7 +122,7 @@ def classify_particles(
     """
     network = classifier.open()
     pieces = split_blocks(source, block_size)
-    plan = _plan(classifier, network, source, block_size)
+    plan = plan_work(classifier, network, source, block_size)
     with open_journal(out, plan, anew=anew, outputs=(out, *outputs)) as journal:
         done = _intact(journal, pieces)
         if done:
@@ -171,7 +172,7 @@ def _intact(journal: Journal, pieces: Sequence[Piece]) -> frozenset[int]:
     return journal.finished()
 
 
-def _plan(
+def plan_work(
     classifier: Classifier, network: LoadedNetwork, source: CubeSource, block_size: int
 ) -> dict[str, object]:
     """What answers depend on: a change of any of it makes the journal that of other work."""
@@ -224,7 +225,7 @@ def _assemble(
     }
     if judgement.unknown is not None:
         columns["cectflowUnknown"] = judgement.unknown.astype(np.int64)
-    if "rlnClassNumber" not in table.rows:
+    if not _has_foreign_class(table.rows):
         columns["rlnClassNumber"] = judgement.class_ids
     found = np.bincount(judgement.class_ids, minlength=len(card.classes) + 1)[1:]
     order = sorted(range(len(found)), key=lambda index: (-found[index], card.classes[index]))
@@ -237,6 +238,14 @@ def _assemble(
         float(judgement.of_class[predicted].mean()) if predicted.any() else 0.0,
         None if judgement.unknown is None else int(judgement.unknown.sum()),
     )
+
+
+def _has_foreign_class(rows: pd.DataFrame) -> bool:
+    """Whether ``rlnClassNumber`` is another program's: an earlier prediction's own is replaced."""
+    if "rlnClassNumber" not in rows:
+        return False
+    own = rows.get("cectflowClassNumber")
+    return own is None or not rows["rlnClassNumber"].equals(own)
 
 
 def _repeated(text: str, count: int) -> object:

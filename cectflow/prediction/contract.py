@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 
+from cectflow.execution import Workplace, count_cores
 from cectflow.model_card import Contrast, Masking, ModelCard, Variant
 from cectflow.runtime import (
     Infer,
@@ -35,10 +37,12 @@ __all__ = [
     "check_network",
     "load_network",
     "open_network",
+    "open_once",
     "report_changes",
     "report_correction",
     "require_rescale",
     "same_voxel_size",
+    "share_threads",
     "source_box",
 ]
 
@@ -246,6 +250,24 @@ def open_network(files: NetworkFiles) -> LoadedNetwork:
     if device != "cpu" and files.runtime == "torch":
         there = load_torch(files.folder, device, files.variant)
     return LoadedNetwork(card, infer, files.label, device, there)
+
+
+@lru_cache(maxsize=2)
+def open_once(files: NetworkFiles) -> LoadedNetwork:
+    """The same, once in a process."""
+    return open_network(files)
+
+
+def share_threads(files: NetworkFiles, where: Workplace) -> NetworkFiles:
+    """The network with its share of the cores, where several processes compute beside each other.
+
+    On a cluster that is one thread: the number of its processes is what its user sets.
+    """
+    if where.cluster is not None:
+        return replace(files, threads=1)
+    if where.workers > 1:
+        return replace(files, threads=max(1, count_cores() // where.workers))
+    return files
 
 
 def _own_device(device: str) -> str:

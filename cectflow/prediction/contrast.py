@@ -15,6 +15,8 @@ __all__ = ["ContrastWatch", "measure_lightness"]
 
 JUDGED_CUBES = 64
 """Of which the contrast can be judged."""
+SMALLEST = 1e-6
+"""Deviation of what is not constant, over the difference that it is to measure."""
 CERTAIN = 5.0
 """Standard errors by which particles must look inverted to be called so."""
 
@@ -22,14 +24,20 @@ CERTAIN = 5.0
 def measure_lightness(
     cubes: Float[NDArray[np.float32], "n 1 z y x"],
 ) -> Float[NDArray[np.float32], " n"]:
-    """By how much a cube's middle is lighter than its faces, in deviations of those."""
+    """By how much a cube's middle is lighter than its first and last section, in their deviations.
+
+    Not a number where those are constant, as padding is.
+    """
     edge = cubes.shape[-1]
     inner = slice(edge // 2 - max(1, edge // 10), edge // 2 + max(1, edge // 10) + 1)
     core = cubes[:, 0, inner, inner, inner]
     faces = np.stack([cubes[:, 0, 0], cubes[:, 0, -1]], axis=1)
     axes, exact = (1, 2, 3), np.float64  # in which no sum of float32 overflows
     difference = core.mean(axis=axes, dtype=exact) - faces.mean(axis=axes, dtype=exact)
-    return np.asarray(difference / (faces.std(axis=axes, dtype=exact) + 1e-30), np.float32)
+    deviation = faces.std(axis=axes, dtype=exact)
+    lightness = np.full(len(cubes), np.nan)
+    np.divide(difference, deviation, out=lightness, where=deviation > SMALLEST * abs(difference))
+    return lightness.astype(np.float32)
 
 
 class ContrastWatch:

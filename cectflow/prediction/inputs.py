@@ -27,7 +27,7 @@ from cectflow.volume import find_stacks, is_volume
 __all__ = ["PLACEHOLDER", "InputFiles", "find_tomograms", "list_tomograms"]
 
 PLACEHOLDER = "{name}"
-"""In a path: the tomogram's name in the particle table."""
+"""In a path: a tomogram's name, in the particle table or in the files of others."""
 RECONSTRUCTIONS = ("rlnTomoReconstructedTomogram", "rlnTomoReconstructedTomogramDenoised")
 """Columns of RELION 5's table of tomograms that hold files."""
 
@@ -212,23 +212,16 @@ def list_tomograms(given: str) -> dict[str, Path | str]:
         If there is no such file at all.
     """
     if given.endswith(".star"):
-        table = Path(given)
-        return _of_table(table, [_plain(name) for name in _files_of_table(table)])
-    named: list[tuple[str, Path]] = []
+        return _all_of_table(Path(given))
     if PLACEHOLDER in given:
-        first, *others = given.split(PLACEHOLDER)
-        pattern = re.escape(first) + "([^/]+)" + r"\1".join(map(re.escape, others))
-        for file in sorted(glob.glob("*".join(map(glob.escape, (first, *others))))):
-            fitting = re.fullmatch(pattern, file)
-            if fitting is not None and is_volume(Path(file)):
-                named.append((fitting[1], Path(file)))
-        if not named:
-            msg = f"no tomogram at {given!r}: no file has a name so"
-            raise FileNotFoundError(msg)
+        named = _named_files(given)
     else:
-        named = [(path.name.partition(".")[0], path) for path in _listed(given)]
+        named = [(path.name.partition(".")[0], path) for path in dict.fromkeys(_listed(given))]
     found: dict[str, Path | str] = {}
     for name, path in named:
+        if not name:
+            msg = f"{path} begins with a dot, so nothing of it is the tomogram's name: rename it"
+            raise ValueError(msg)
         if name in found:
             msg = (
                 f"{found[name]} and {path} would both be called {name!r}: say what the name is "
@@ -236,6 +229,38 @@ def list_tomograms(given: str) -> dict[str, Path | str]:
             )
             raise ValueError(msg)
         found[name] = path if is_volume(path) else f"there is no tomogram {path}"
+    return found
+
+
+def _named_files(given: str) -> list[tuple[str, Path]]:
+    """Name and path of the files of a pattern with ``{name}``, the same wherever it stands."""
+    first, *others = given.split(PLACEHOLDER)
+    pattern = re.escape(first) + "(?P<name>[^/]+)" + "(?P=name)".join(map(re.escape, others))
+    named: list[tuple[str, Path]] = []
+    for file in sorted(glob.glob("*".join(map(glob.escape, (first, *others))))):
+        fitting = re.fullmatch(pattern, file)
+        if fitting is not None and is_volume(Path(file)):
+            named.append((fitting["name"], Path(file)))
+    if not named:
+        msg = f"no tomogram at {given!r}: no file has a name so"
+        raise FileNotFoundError(msg)
+    return named
+
+
+def _all_of_table(table: Path) -> dict[str, Path | str]:
+    """Every tomogram of RELION 5's table."""
+    found: dict[str, Path | str] = {}
+    for name, file in _files_of_table(table).items():
+        base = name.removesuffix(WARP_SUFFIX)
+        if base in found:
+            msg = f"{table} describes the tomogram {base!r} more than once: remove one of them"
+            raise ValueError(msg)
+        try:
+            _plain(name)
+        except ValueError as error:
+            found[base] = str(error)
+        else:
+            found[base] = _existing(file if is_volume(Path(file)) else str(table.parent / file))
     return found
 
 
@@ -265,6 +290,9 @@ def _listed(given: str) -> list[Path]:
     else:
         paths = sorted(Path(name) for name in glob.glob(given, recursive=True))
     if not paths:
+        if path.suffix == ".txt":
+            msg = f"the list {given} names no tomogram: expected paths, one a line"
+            raise ValueError(msg)
         msg = f"no tomogram at {given!r}: expected a volume, a glob, a .txt list or '…{{name}}…'"
         raise FileNotFoundError(msg)
     return paths
@@ -276,7 +304,7 @@ def _of_list(path: Path) -> list[Path]:
         msg = f"there is no list {path}"
         raise FileNotFoundError(msg)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
@@ -322,9 +350,12 @@ def _files_of_table(table: Path) -> dict[str, str]:
         rows = pd.DataFrame([block]) if isinstance(block, dict) else block
         column = next((each for each in RECONSTRUCTIONS if each in rows), None)
         if column is not None and "rlnTomoName" in rows:
-            files |= dict(
-                zip(rows["rlnTomoName"].astype(str), rows[column].astype(str), strict=True)
-            )
+            names = rows["rlnTomoName"].astype(str)
+            twice = names[names.duplicated()]
+            if len(twice):
+                msg = f"{table} describes the tomogram {twice.iloc[0]!r} more than once"
+                raise ValueError(msg)
+            files |= dict(zip(names, rows[column].astype(str), strict=True))
     if not files:
         msg = (
             f"{table} names no reconstructions ({', '.join(RECONSTRUCTIONS)}): give their files as "

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cectflow.files import remove_leftovers, replacing
 
-__all__ = ["Journal", "begun_outputs", "journal_folder", "open_journal", "stamp_of"]
+__all__ = ["Journal", "begun_outputs", "journal_folder", "open_journal", "peek_journal", "stamp_of"]
 
 PLAN_FILE = "plan.json"
 LOCK_FILE = "lock"
@@ -34,10 +34,19 @@ Content = TypeVar("Content")
 
 
 class Journal:
-    """Finished blocks of one prediction."""
+    """Finished blocks of one prediction.
+
+    Attributes
+    ----------
+    folder
+        Where it is.
+    is_kept
+        Keep it at a clean exit, too: something has failed that the same command may do later.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.is_kept = False
 
     def finished(self) -> frozenset[int]:
         """Numbers of the blocks that are there."""
@@ -110,6 +119,22 @@ def begun_outputs(out: Path) -> frozenset[Path]:
         return frozenset()
 
 
+def peek_journal(out: Path, plan: dict[str, object]) -> Journal | None:
+    """Journal that a call with this plan would go on with; None without one. Nothing is written.
+
+    Raises
+    ------
+    ValueError
+        If a journal is there that was begun with something else; the message names it.
+    """
+    folder = journal_folder(out)
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        return None
+    _refuse_change(_read_plan(path, out)["plan"], json.loads(json.dumps(plan)), out)
+    return Journal(folder)
+
+
 @contextmanager
 def open_journal(
     out: Path, plan: dict[str, object], *, anew: bool, outputs: Iterable[Path] = ()
@@ -141,19 +166,29 @@ def open_journal(
     except Timeout:
         msg = f"another process is at work on {out}: wait for it, or give another --out"
         raise BlockingIOError(msg) from None
+    except OSError as error:
+        msg = f"nothing can be written into {out.parent} ({error.strerror}): give another --out"
+        raise type(error)(msg) from None
     try:
         if anew and folder.is_dir():
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         remove_leftovers(folder)
         _agree(folder / PLAN_FILE, plan, out, {str(path.resolve()) for path in outputs})
-        yield Journal(folder)
-        shutil.rmtree(folder)
+        journal = Journal(folder)
+        yield journal
+        if not journal.is_kept:
+            shutil.rmtree(folder)
     finally:
-        if folder.is_dir() and not Journal(folder).finished():
+        if folder.is_dir() and not _is_needed(folder, out):
             shutil.rmtree(folder)
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def _is_needed(folder: Path, out: Path) -> bool:
+    """Whether a rerun can go on from it: something is finished, or outputs are there already."""
+    return bool(Journal(folder).finished()) or any(path.exists() for path in begun_outputs(out))
 
 
 def _agree(path: Path, plan: dict[str, object], out: Path, outputs: set[str]) -> None:

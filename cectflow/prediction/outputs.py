@@ -133,7 +133,7 @@ def write_outputs(
     for path in (*outputs.paths, *files.values()):
         if path is not None:
             remove_leftovers_of(path)
-    _write_failures(outputs.failures, outcome, overwrite=overwrite)
+    _write_failures(outputs.failures, outcome)
     if outputs.table is not None:
         frame = _probability_table(outcome, classes)
         with replacing(outputs.table, overwrite=overwrite) as temporary:
@@ -156,22 +156,20 @@ def write_outputs(
     outcome.table.write(outputs.star, overwrite=overwrite)
 
 
-def _write_failures(path: Path, outcome: Classification, *, overwrite: bool) -> None:
+def _write_failures(path: Path, outcome: Classification) -> None:
     """Row (from 1), name and reason of each particle without a prediction."""
     rows = outcome.table.rows
     column = next((name for name in IDENTITY_COLUMNS if name in rows), None)
     names = np.full(len(rows), "") if column is None else rows[column].to_numpy()
     faults = [(row + 1, names[row], reason) for row, reason in outcome.faults.items()]
-    write_faults(path, ("row", "particle", "reason"), faults, overwrite=overwrite)
+    write_faults(path, ("row", "particle", "reason"), faults)
 
 
-def write_faults(
-    path: Path, header: Sequence[str], faults: Sequence[Sequence[object]], *, overwrite: bool
-) -> None:
-    """Write a list of what could not be predicted, and why; no file where all was."""
+def write_faults(path: Path, header: Sequence[str], faults: Sequence[Sequence[object]]) -> None:
+    """Write a list of what could not be predicted, and why; where all was, remove an older one."""
+    remove_leftovers_of(path)
     if not faults:
-        if overwrite:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         return
     with (
         replacing(path, overwrite=True) as temporary,

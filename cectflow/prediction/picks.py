@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any, no_type_check
 
 import numba
@@ -27,8 +28,9 @@ from scipy.spatial import cKDTree
 from cectflow.config import Config
 from cectflow.execution import track
 from cectflow.particles import ParticleTable, make_particle_rows, particles_from
+from cectflow.star import refuse_unwritable
 
-__all__ = ["Bodies", "PickRules", "find_bodies", "make_picks", "suppress"]
+__all__ = ["Bodies", "PickRules", "check_pick_name", "find_bodies", "make_picks", "suppress"]
 
 SMOOTHING = 1.0
 """Sigma in voxels of the Gaussian over the distance to the background."""
@@ -186,6 +188,8 @@ def make_picks(
 
     ``rlnCoordinateX/Y/Z`` count voxels of the tomogram from 0, as in RELION 3, and ``rlnPixelSize``
     states their size; the score is in ``cectflowScore`` and ``rlnAutopickFigureOfMerit``.
+    ``cectflowModel`` and the classes are those of the last prediction: where a classifier follows
+    they become its own, and ``cectflowPickModel`` stays.
 
     Parameters
     ----------
@@ -215,8 +219,29 @@ def make_picks(
         "cectflowScore": scores,
         "cectflowVolume": volumes.round(1),
         "cectflowModel": pd.array([model] * len(bodies), dtype="str"),
+        "cectflowPickModel": pd.array([model] * len(bodies), dtype="str"),
     }
     return particles_from(rows.assign(**columns))
+
+
+def check_pick_name(tomogram: str, picks: Path | None) -> None:
+    """Refuse the name of a tomogram that a STAR file of picks would not give back.
+
+    Raises
+    ------
+    ValueError
+        With the remedy.
+    """
+    if picks is None or picks.suffix != ".star":
+        return
+    try:
+        refuse_unwritable({"particles": pd.DataFrame({"rlnTomoName": [tomogram]})})
+    except ValueError as error:
+        msg = (
+            f"the tomogram's name {tomogram!r} cannot be written into {picks}: {error}; name it "
+            "otherwise by a path with {name}, or give --picks a name in .csv"
+        )
+        raise ValueError(msg) from None
 
 
 def _judged(measured: NDArray[np.float64], voxel_size: float, rules: PickRules) -> Bodies:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from cectflow.model_card import ModelCard
 from cectflow.prediction.contract import InputOptions, require_rescale, same_voxel_size
 from cectflow.prediction.windows import Region
 from cectflow.subtomogram import robust_statistics
-from cectflow.volume import Volume, read_volume
+from cectflow.volume import create_scratch, read_header, read_volume
 
 __all__ = [
     "Padding",
     "TomogramError",
     "WholeTomogram",
+    "check_tomogram",
+    "costs_itself",
     "open_tomogram",
-    "read_fitting",
     "resample",
     "slabs",
 ]
@@ -107,6 +109,8 @@ class WholeTomogram:
         None: there is none.
     source_shape, source_voxel_size
         Of the file, where this was resampled from it.
+    path
+        Of the file.
     """
 
     data: Shaped[NDArray[Any], "z y x"]
@@ -117,6 +121,7 @@ class WholeTomogram:
     padding: Padding | None
     source_shape: tuple[int, int, int]
     source_voxel_size: float
+    path: Path
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -134,7 +139,8 @@ class WholeTomogram:
         inside = _clip(region, self.shape)
         block = np.zeros([part.stop - part.start for part in region], np.float32)
         scale = np.float32(self.sign / self.deviation)
-        voxels = (self.data[inside].astype(np.float32) - np.float32(self.median)) * scale
+        with np.errstate(over="ignore"):  # an answer that is no number is found out
+            voxels = (self.data[inside].astype(np.float32) - np.float32(self.median)) * scale
         if self.padding is not None:
             voxels[self.padding.mask(inside)] = 0.0
         block[tuple(slice(0, size) for size in voxels.shape)] = voxels
@@ -169,17 +175,15 @@ def open_tomogram(
     ------
     TomogramError
         If it cannot be read, the voxel size is not the card's and rescaling was not asked for, a
-        voxel is not finite, or the tomogram is constant.
-    OSError
-        If there is no room for the resampled copy.
+        voxel is not finite, the tomogram is constant, or there is no room for a resampled copy.
     """
-    volume = read_fitting(path, card, options)
-    source_shape, source_size = volume.shape, volume.voxel_size
-    resamples = not same_voxel_size(source_size, card.voxel_size)
-    try:
+    with costs_itself(path):
+        volume = read_volume(path, voxel_size=options.voxel_size)
+        source_shape, source_size = volume.shape, volume.voxel_size
+        resamples = not same_voxel_size(source_size, card.voxel_size)
+        if resamples:
+            require_rescale(source_size, card, options)
         median, deviation, padding = _examine(volume.data, path)
-    except (ValueError, OSError) as error:
-        raise TomogramError(str(error)) from error
     if options.contrast != card.contrast:
         report(f"contrast: input is {options.contrast}, {card.contrast} is expected: flipped")
     sign = 1.0 if options.contrast == card.contrast else -1.0
@@ -188,10 +192,18 @@ def open_tomogram(
         report(f"padding: {share:.1%} of the voxels are constant towards a face: left out")
     if not resamples:
         return WholeTomogram(
-            volume.data, source_size, median, deviation, sign, padding, source_shape, source_size
+            volume.data,
+            source_size,
+            median,
+            deviation,
+            sign,
+            padding,
+            source_shape,
+            source_size,
+            path,
         )
     filled = WholeTomogram(
-        volume.data, source_size, median, deviation, 1.0, padding, source_shape, source_size
+        volume.data, source_size, median, deviation, 1.0, padding, source_shape, source_size, path
     )
     shape = _resampled_shape(source_shape, source_size, card.voxel_size)
     report(
@@ -206,27 +218,48 @@ def open_tomogram(
         )
     resampled = resample(filled, shape, card.voxel_size, folder)
     padding = None if padding is None else padding.scaled(shape)
-    median, deviation, _ = _examine(resampled, path, padding)
+    with costs_itself(path):
+        median, deviation, _ = _examine(resampled, path, padding)
     return WholeTomogram(
-        resampled, card.voxel_size, median, deviation, sign, padding, source_shape, source_size
+        resampled,
+        card.voxel_size,
+        median,
+        deviation,
+        sign,
+        padding,
+        source_shape,
+        source_size,
+        path,
     )
 
 
-def read_fitting(path: Path, card: ModelCard, options: InputOptions) -> Volume:
-    """Volume of a tomogram whose header a card's network can use; no voxel is looked at.
+def check_tomogram(path: Path, card: ModelCard, options: InputOptions) -> tuple[int, int, int]:
+    """Shape ``(z, y, x)`` at which a card's network will see a tomogram, by its header alone.
 
     Raises
     ------
     TomogramError
         If it cannot be read, or the voxel size is not the card's and rescaling was not asked for.
     """
+    with costs_itself(path):
+        shape, voxel_size = read_header(path, voxel_size=options.voxel_size)
+        if same_voxel_size(voxel_size, card.voxel_size):
+            return shape
+        require_rescale(voxel_size, card, options)
+        return _resampled_shape(shape, voxel_size, card.voxel_size)
+
+
+@contextmanager
+def costs_itself(path: Path) -> Iterator[None]:
+    """Makes what is wrong with the file a fault of this tomogram."""
     try:
-        volume = read_volume(path, voxel_size=options.voxel_size)
-        if not same_voxel_size(volume.voxel_size, card.voxel_size):
-            require_rescale(volume.voxel_size, card, options)
-    except (ValueError, OSError) as error:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        msg = str(error) if str(path) in reason else f"{path} cannot be read: {reason}"
+        raise TomogramError(msg) from error
+    except ValueError as error:
         raise TomogramError(str(error)) from error
-    return volume
 
 
 def resample(
@@ -249,8 +282,8 @@ def resample(
 
     Raises
     ------
-    OSError
-        If the disk has no room.
+    TomogramError
+        If the disk has no room for it: a smaller one may fit.
     """
     ratio = voxel_size / tomogram.voxel_size
     depth = tomogram.shape[0]
@@ -261,14 +294,14 @@ def resample(
             f"resampled to {_times(shape)} voxels the tomogram takes {needed / 1e9:.1f} GB beside "
             f"the output, {free / 1e9:.1f} GB are free: give an --out elsewhere, or bin it first"
         )
-        raise OSError(msg)
+        raise TomogramError(msg)
     along_z, along_y, along_x = (
         _cosine_resampling(length, ratio, new)
         for length, new in zip(tomogram.shape, shape, strict=True)
     )
     across = (depth, *shape[1:])
-    between = np.memmap(folder / "between.raw", np.float32, mode="w+", shape=across)
-    result = np.memmap(folder / "resampled.raw", np.float32, mode="w+", shape=shape)
+    between = create_scratch(folder / "between.raw", across, np.float32)
+    result = create_scratch(folder / "resampled.raw", shape, np.float32)
     pieces = list(slabs(tomogram.shape))
     for region in track(pieces, total=len(pieces), title="resampling"):
         between[region[0]] = along_y @ (tomogram.read(region) @ along_x.T)

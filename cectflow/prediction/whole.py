@@ -14,17 +14,23 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from cectflow.files import replacing
+from cectflow.files import remove_leftovers_of, replacing
 from cectflow.model_card import Picking
 from cectflow.particles import CORNER, ParticleTable
 from cectflow.prediction.contract import InputOptions, LoadedNetwork
 from cectflow.prediction.picks import Bodies, PickRules, find_bodies, make_picks
-from cectflow.prediction.tomogram import WholeTomogram, open_tomogram, slabs
+from cectflow.prediction.tomogram import (
+    TomogramError,
+    WholeTomogram,
+    costs_itself,
+    open_tomogram,
+    slabs,
+)
 from cectflow.prediction.windows import WindowPlan, blend_windows, plan_windows, run_windows
 from cectflow.turns import allowed_turns
-from cectflow.volume import create_volume, read_volume
+from cectflow.volume import create_scratch, create_volume, read_volume
 
-__all__ = ["WholeOptions", "WholeOutputs", "WholeSegmentation", "segment_whole"]
+__all__ = ["WholeOptions", "WholeOutputs", "WholeSegmentation", "plan_whole", "segment_whole"]
 
 WINDOW_BYTES = {"cpu": 0.8e9, "cuda": 6.0e9}
 """That a window may take while it is computed; cores, maps and libraries come on top."""
@@ -133,6 +139,7 @@ def segment_whole(
     report: Callable[[str], None],
     *,
     name: str | None = None,
+    find_picks: bool = False,
     scratch: Path | None = None,
 ) -> WholeSegmentation:
     """Label map, probabilities, picks and figure of a whole tomogram, on the tomogram's own grid.
@@ -151,6 +158,8 @@ def segment_whole(
         Told what is done.
     name
         Of the tomogram in the table of picks; None: that of the file, up to its first dot.
+    find_picks
+        Find them though ``outputs`` has no file for them.
     scratch
         Folder for what lies between; None: that of the label map.
 
@@ -162,12 +171,17 @@ def segment_whole(
         If the window is too small.
     """
     names = network.card.labels or network.card.classes
+    for output in outputs.paths:
+        if output is not None:
+            remove_leftovers_of(output)
     with ExitStack() as stack:
         # Beside the output: a system's temporary folder may be in memory.
         folder = Path(
             stack.enter_context(
                 tempfile.TemporaryDirectory(
-                    dir=scratch or outputs.labels.parent, prefix=".cectflow-", suffix=".tmp"
+                    dir=scratch or outputs.labels.parent,
+                    prefix=f".{outputs.labels.name}.",
+                    suffix=".tmp",
                 )
             )
         )
@@ -178,12 +192,13 @@ def segment_whole(
             overwrite=options.overwrite,
         )  # fmt: skip
         picks = None
-        if outputs.picks is not None:
+        if outputs.picks is not None or find_picks:
             rules = _with_threshold(whole.rules, network.card.picking, report)
             bodies = find_bodies(foreground, best, len(names), tomogram.voxel_size, rules)
             picks = _pick(bodies, tomogram, names, name or path.name.partition(".")[0],
                           network.label)  # fmt: skip
-            picks.write(outputs.picks, overwrite=options.overwrite)
+            if outputs.picks is not None:
+                picks.write(outputs.picks, overwrite=options.overwrite)
     outcome = WholeSegmentation(shares, picks)
     if outputs.figure is not None:
         _draw(path, outputs, outputs.figure, outcome, options)
@@ -203,7 +218,8 @@ def _draw(
     with warnings.catch_warnings():
         # What there is to say of the file was said when it was segmented.
         warnings.simplefilter("ignore")
-        volume = read_volume(path, voxel_size=options.voxel_size)
+        with costs_itself(path):
+            volume = read_volume(path, voxel_size=options.voxel_size)
     positions = np.zeros((0, 3))
     classes = np.zeros(0, np.int64)
     if outcome.picks is not None:
@@ -226,7 +242,7 @@ def _run(
     report: Callable[[str], None],
 ) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
     """Foreground probability and most probable label of every voxel, memory-mapped."""
-    plan = _plan(network, tomogram.shape, whole)
+    plan = plan_whole(network, tomogram.shape, whole)
     turns = allowed_turns(network.card.tilt_range) if whole.average_turns else ("identity",)
     report(
         f"{len(plan)} window{'s' if len(plan) > 1 else ''} of "
@@ -238,8 +254,8 @@ def _run(
         )
         + (f", averaged over {len(turns)} turns" if len(turns) > 1 else "")
     )
-    foreground = np.memmap(folder / "foreground.raw", np.float32, "w+", shape=tomogram.shape)
-    best = np.memmap(folder / "best.raw", np.int16, "w+", shape=tomogram.shape)
+    foreground = create_scratch(folder / "foreground.raw", tomogram.shape, np.float32)
+    best = create_scratch(folder / "best.raw", tomogram.shape, np.int16)
     pieces = (
         blend_windows(network.infer, tomogram.read, plan, folder, turns)
         if whole.blend
@@ -247,6 +263,12 @@ def _run(
     )
     for region, found in pieces:
         probability = 1.0 - found[0]
+        if not np.isfinite(probability).all():
+            msg = (
+                f"{tomogram.path}: the network's answer is no number in the window at "
+                f"{tuple(part.start for part in region)} (z, y, x): are values beyond float32?"
+            )
+            raise TomogramError(msg)
         padded = tomogram.is_padding(region)
         if padded is not None:
             probability[padded] = 0.0
@@ -269,7 +291,16 @@ def _with_threshold(
     return rules.model_copy(update={"min_score": tuned.min_score})
 
 
-def _plan(network: LoadedNetwork, shape: tuple[int, int, int], whole: WholeOptions) -> WindowPlan:
+def plan_whole(
+    network: LoadedNetwork, shape: tuple[int, int, int], whole: WholeOptions
+) -> WindowPlan:
+    """Windows over a tomogram of a shape ``(z, y, x)`` at the card's voxel size.
+
+    Raises
+    ------
+    ValueError
+        If the network cannot run over tomograms, or the window is too small for it.
+    """
     # torch comes with the catalogue, 2 s: only whole tomograms need it.
     from cectflow.cost import widest_layer
     from cectflow.networks import network_info
@@ -291,7 +322,7 @@ def _plan(network: LoadedNetwork, shape: tuple[int, int, int], whole: WholeOptio
     numbers = LAYERS_ALIVE * widest_layer(info.name) + 2 * network.card.num_outputs + 2
     return plan_windows(
         shape, stride=info.stride, halo=info.reach, smallest=smallest, edge=whole.window,
-        voxels=int(WINDOW_BYTES[network.device] / (4 * numbers)),
+        voxels=int(WINDOW_BYTES[network.device.partition(":")[0]] / (4 * numbers)),
     )  # fmt: skip
 
 

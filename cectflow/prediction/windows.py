@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from cectflow.execution import track
 from cectflow.runtime import Infer
 from cectflow.turns import HALF_TURNS
+from cectflow.volume import create_scratch
 
 __all__ = ["Region", "Stretch", "WindowPlan", "blend_windows", "plan_windows", "run_windows"]
 
@@ -203,7 +204,7 @@ def blend_windows(
         found = _probabilities(infer, read(_whole(window)), everything, turns)
         if sums is None:
             shape = (len(found), *lengths)
-            sums = np.memmap(folder / "sums.raw", np.float32, mode="w+", shape=shape)
+            sums = create_scratch(folder / "sums.raw", shape, np.float32)
         sums[(slice(None), *_whole(window))] += found * weight
     assert sums is not None
     depth = max(1, SLAB_VOXELS // (lengths[1] * lengths[2]))

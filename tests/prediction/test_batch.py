@@ -422,6 +422,22 @@ def test_noise_alone_is_hardly_ever_called_inverted() -> None:
     assert told == []
 
 
+def test_a_cube_with_constant_faces_says_nothing_of_the_contrast() -> None:
+    from builders import make_card
+
+    from cectflow.prediction.contrast import ContrastWatch, measure_lightness
+
+    told: list[str] = []
+    cubes = np.random.default_rng(11).normal(size=(200, 1, 12, 12, 12)).astype(np.float32)
+    cubes[:, :, 4:8, 4:8, 4:8] += 2.0  # inverted
+    cubes[0, 0, 0] = cubes[0, 0, -1] = cubes[0].mean()  # as padding leaves it
+    lightness = measure_lightness(cubes)
+    assert np.isnan(lightness).tolist() == [True] + [False] * 199
+    ContrastWatch(make_card(), InputOptions(), told.append).see(lightness)
+    assert len(told) == 1
+    assert "in 199 cubes" in told[0]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [(None, "expected are data with ctf_correction none: say with"),

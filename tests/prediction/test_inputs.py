@@ -81,7 +81,7 @@ def test_a_list_holds_paths_from_here_or_from_its_folder(
         monkeypatch.chdir(here)
         assert found(folder / "list.txt", *NAMES)[:2] == ["TS_1.mrc", "TS_10.mrc"]
     (folder / "empty.txt").write_text("# none\n")
-    with pytest.raises(FileNotFoundError, match=r"no tomogram at .*empty.txt"):
+    with pytest.raises(ValueError, match=r"the list .*empty.txt names no tomogram"):
         found(folder / "empty.txt", "TS_1")
     with pytest.raises(FileNotFoundError, match=r"there is no list .*gone.txt"):
         found(folder / "gone.txt", "TS_1")

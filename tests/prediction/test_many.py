@@ -63,7 +63,7 @@ def segment(
 ) -> ManySegmentation:
     where = options.pop("where", Workplace())
     outcome = predict_segments(
-        str(model), InputFiles(tomogram=str(given)), outputs, InputOptions(**options),
+        str(model), InputFiles(tomogram=str(given)), outputs, InputOptions(device="cpu", **options),
         ([] if told is None else told).append, whole=whole, where=where,
     )  # fmt: skip
     assert isinstance(outcome, ManySegmentation)
@@ -161,15 +161,26 @@ def test_a_tomogram_that_cannot_be_segmented_costs_itself(
     assert "voxels are not finite" in reasons["TS_2"]
     assert "voxel size is 7 Å: expected 10 Å" in reasons["fine"]
     assert "there is no tomogram" in reasons["gone"]
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
         "TS_1_labels.mrc", "TS_10_labels.mrc", "picks.star", "labels_failures.csv",
     }  # fmt: skip
-    for path in listed[1:2]:
-        write_volume(Path(path), Volume(noise(1), VOXEL), overwrite=True)
+    finished = (out / "TS_1_labels.mrc").stat().st_mtime_ns
+    write_volume(series / "TS_2.mrc", Volume(noise(1), VOXEL), overwrite=True)
     with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--overwrite"])
+        main(arguments)
+    said = capsys.readouterr().out
     assert stop.value.code == 4
-    assert "2 of 5 tomograms" in capsys.readouterr().out
+    assert "going on: 2 of 3 tomograms are finished" in said
+    assert "2 of 5 tomograms could not be segmented" in said
+    assert (out / "TS_1_labels.mrc").stat().st_mtime_ns == finished
+    assert sorted(read_particles(out / "picks.star").tomograms) == sorted(NAMES)
+    (tmp_path / "list.txt").write_text("\n".join(map(str, listed[:3])), encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert not stop.value.code, capsys.readouterr()
+    assert {path.name for path in out.iterdir()} == {
+        "TS_1_labels.mrc", "TS_2_labels.mrc", "TS_10_labels.mrc", "picks.star",
+    }  # fmt: skip
 
 
 def test_where_none_can_be_segmented_nothing_is_written(
@@ -177,7 +188,11 @@ def test_where_none_can_be_segmented_nothing_is_written(
 ) -> None:
     with pytest.raises(ValueError, match=r"none of 3 tomograms .* TS_1: voxel size is 20 Å"):
         segment(semantic, f"{series}/*.mrc", outputs_in(out), voxel_size=20.0)
-    assert not [path for path in out.iterdir() if not path.name.startswith(".")]
+    for name in NAMES:
+        write_volume(series / f"{name}.mrc", Volume(0 * noise(0), VOXEL), overwrite=True)
+    with pytest.raises(ValueError, match=r"none of 3 tomograms .* TS_1: .* is constant"):
+        segment(semantic, f"{series}/*.mrc", outputs_in(out))
+    assert not contents(out)
 
 
 # What ends the work
@@ -189,7 +204,12 @@ def interrupted_after(count: int) -> Iterator[None]:
 
 
 def test_an_interrupted_run_goes_on_from_the_tomograms_that_are_finished(
-    semantic: Path, series: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    semantic: Path,
+    series: Path,
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from cectflow.prediction import many
 
@@ -208,14 +228,25 @@ def test_an_interrupted_run_goes_on_from_the_tomograms_that_are_finished(
             segment(semantic, series, outputs_in(out))
     journal = journal_folder(out / "{name}.mrc")
     assert journal.is_dir()
-    (journal / ".cectflow-killed.tmp").mkdir()
+    (journal / ".TS_10.mrc.killed.tmp").mkdir()
+    write_volume(series / "TS_11.mrc", Volume(noise(11), VOXEL))
     finished = {path: path.stat().st_mtime_ns for path in out.glob("*.mrc")}
     assert len(finished) == 4
-    with pytest.raises(ValueError, match="was begun with another rules"):
+    with pytest.raises(ValueError, match=r"was begun with another min_volume \(0.0, now 1.0\)"):
         segment(
             semantic, series, outputs_in(out), whole=WholeOptions(rules=PickRules(min_volume=1.0))
         )
     told: list[str] = []
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["predict", "segment", "--model", str(semantic), "--tomogram", str(series), "--out",
+             str(out / "{name}.mrc"), "--dry-run", "--device", "cpu", "--picks",
+             str(out / "picks.star"), "--min-volume", "0", "--nms-radius", "0"]
+        )  # fmt: skip
+    assert not stop.value.code
+    assert "would segment 4 of 4 tomograms" in (said := capsys.readouterr().out)
+    assert "2 of which are finished" in said
+    (series / "TS_11.mrc").unlink()
     segment(semantic, series, outputs_in(out), told)
     assert told[0] == "going on: 2 of 3 tomograms are finished"
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
@@ -250,7 +281,112 @@ def test_a_map_that_was_removed_meanwhile_is_made_again(
     assert (out / "TS_2.mrc").is_file()
 
 
+def test_interrupted_in_the_first_tomogram_the_same_command_goes_on(
+    semantic: Path, series: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cectflow.prediction import whole
+
+    def fill(*_: Any, **__: Any) -> None:
+        msg = "the disk is full"
+        raise OSError(msg)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "_draw", fill)
+        with pytest.raises(OSError, match="the disk is full"):
+            segment(semantic, series, outputs_in(out))
+    assert [path.name for path in out.glob("*.mrc")]
+    assert len(segment(semantic, series, outputs_in(out)).shares) == 3
+    assert not journal_folder(out / "{name}.mrc").exists()
+
+
+def test_a_tomogram_without_picks_changes_no_column(
+    semantic: Path, series: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cectflow.prediction import whole
+
+    work = whole.make_picks
+
+    def few(bodies: Any, positions: np.ndarray, *arguments: Any, **options: Any) -> Any:
+        if options["tomogram"] in empty:
+            bodies, none = bodies.select(np.zeros(len(bodies), bool)), np.zeros(0, bool)
+            positions, options["volumes"] = positions[:0], options["volumes"][:0]
+            assert not len(none)
+        return work(bodies, positions, *arguments, **options)
+
+    monkeypatch.setattr(whole, "make_picks", few)
+    kinds = []
+    for empty in ((), NAMES[:1], NAMES[1:2], NAMES):
+        outputs = WholeOutputs(out / "{name}.mrc", picks=out / "picks.csv")
+        segment(semantic, series, outputs, overwrite=True)
+        rows = pd.read_csv(out / "picks.csv")
+        assert {*rows["rlnTomoName"]} == {*NAMES} - {*empty}
+        kinds.append(rows.dtypes["rlnClassNumber"])
+    assert kinds[0] == kinds[1] == kinds[2] == np.int64
+
+
 # What is refused before work starts
+
+
+@pytest.mark.parametrize("name", ["data_1", "a#b", "_x", "o'neill"])
+def test_a_name_that_star_cannot_hold_is_a_fault_of_its_tomogram(
+    semantic: Path, series: Path, out: Path, name: str
+) -> None:
+    (series / "TS_2.mrc").rename(series / f"{name}.mrc")
+    outcome = segment(semantic, series, outputs_in(out))
+    assert outcome.faults.keys() == {name}
+    assert f"{name!r} cannot be written into" in outcome.faults[name]
+    alone = WholeOutputs(out / "l.mrc", picks=out / "p.star")
+    with pytest.raises(ValueError, match="cannot be written into"):
+        predict_segments(
+            str(semantic), InputFiles(tomogram=series / f"{name}.mrc"), alone, InputOptions(),
+            lambda _: None,
+        )  # fmt: skip
+    assert not (out / "l.mrc").exists()
+
+
+def test_a_value_beyond_float32_is_a_fault_and_no_background(
+    semantic: Path, series: Path, out: Path
+) -> None:
+    with mrcfile.open(series / "TS_1.mrc", mode="r+") as file:
+        file.data[...] *= 1e-3
+        file.data[8, 20, 16] = 3e38
+    outcome = segment(semantic, series, outputs_in(out))
+    assert outcome.faults.keys() == {"TS_1"}
+    assert "the network's answer is no number in the window at (0, 0, 0)" in outcome.faults["TS_1"]
+    assert not (out / "TS_1.mrc").exists()
+
+
+@pytest.mark.parametrize("given", ["list.txt", "tomograms.star"])
+def test_a_list_or_table_of_tomograms_is_never_replaced(
+    semantic: Path, series: Path, out: Path, given: str
+) -> None:
+    listing = series / given
+    rows = {"rlnTomoName": ["TS_1"], "rlnTomoReconstructedTomogram": ["TS_1.mrc"]}
+    table = format_star({"global": pd.DataFrame(rows)})
+    listing.write_text("TS_1.mrc\n" if given == "list.txt" else table, encoding="utf-8")
+    before = listing.read_bytes()
+    for labels in ("{name}.mrc", "l.mrc"):
+        outputs = WholeOutputs(out / labels, picks=listing)
+        with pytest.raises(ValueError, match="is the input"):
+            predict_segments(
+                str(semantic), InputFiles(tomogram=str(listing)), outputs,
+                InputOptions(overwrite=True), lambda _: None,
+            )  # fmt: skip
+    assert listing.read_bytes() == before
+
+
+def test_maps_beside_the_tomograms_are_left_out_the_second_time(
+    semantic: Path, series: Path
+) -> None:
+    outputs = WholeOutputs(series / "{name}_labels.mrc")
+    told: list[str] = []
+    for overwrite in (False, True):
+        outcome = segment(
+            semantic, f"{series}/{{name}}.mrc", outputs, told, whole=WholeOptions(),
+            overwrite=overwrite,
+        )  # fmt: skip
+        assert outcome.shares.keys() == {*NAMES}
+    assert told.count("3 of 6 files are outputs of this command: left out") == 1
 
 
 @pytest.mark.parametrize(
@@ -340,12 +476,36 @@ def test_tomograms_are_named_by_files_patterns_lists_and_tables(
     assert "there is no tomogram" in str(found["TS_5"])
 
 
+def test_lists_of_other_editors_repeats_and_hidden_files(series: Path, tmp_path: Path) -> None:
+    (series / "._TS_1.mrc").write_bytes(b"of macOS")
+    assert [*list_tomograms(str(series))] == sorted(NAMES)
+    listing = tmp_path / "list.txt"
+    path = series / "TS_1.mrc"
+    listing.write_text(f"{path}\n{path}\n", encoding="utf-8-sig")
+    assert list_tomograms(str(listing)) == {"TS_1": path}
+    listing.write_text("# none\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"list.txt names no tomogram: expected paths"):
+        list_tomograms(str(listing))
+    listing.write_text(f"{series}/._TS_1.mrc", encoding="utf-8")
+    with pytest.raises(ValueError, match="begins with a dot"):
+        list_tomograms(str(listing))
+    rows = {
+        "rlnTomoName": ["TS_1", "TS_1.tomostar"], "rlnTomoReconstructedTomogram": ["a.mrc", "b.mrc"]
+    }  # fmt: skip
+    table = tmp_path / "tomograms.star"
+    table.write_text(format_star({"global": pd.DataFrame(rows)}), encoding="utf-8")
+    with pytest.raises(ValueError, match="describes the tomogram 'TS_1' more than once"):
+        list_tomograms(str(table))
+
+
 def test_a_name_that_comes_twice_in_a_path_is_one_name(series: Path, tmp_path: Path) -> None:
     for folder, name in (("a", "a"), ("b", "b"), ("b", "a")):
         (tmp_path / folder).mkdir(exist_ok=True)
         write_volume(tmp_path / folder / f"{name}.mrc", Volume(noise(0), VOXEL))
     pattern = f"{tmp_path}/{{name}}/{{name}}.mrc"
     assert list_tomograms(pattern) == {name: tmp_path / name / f"{name}.mrc" for name in ("a", "b")}
+    (tmp_path / "b" / "b1.mrc").write_bytes((tmp_path / "b" / "b.mrc").read_bytes())
+    assert [*list_tomograms(f"{tmp_path}/{{name}}/{{name}}1.mrc")] == ["b"]
     with pytest.raises(ValueError, match=r"would both be called 'a': say .*\{name\}"):
         list_tomograms(f"{tmp_path}/*/a.mrc")
     with pytest.raises(FileNotFoundError, match="no file has a name so"):

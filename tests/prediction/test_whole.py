@@ -246,7 +246,7 @@ def test_resampling_is_exact_for_slow_waves_and_drops_what_a_coarse_grid_cannot_
     for voxel_size, new in ((16.0, (12, 15, 19)), (6.0, (33, 40, 50))):
         source = WholeTomogram(
             (slow + (fast if voxel_size > 10 else 0.0)).astype(np.float32), 10.0, 0.0, 1.0, 1.0,
-            None, shape, 10.0,
+            None, shape, 10.0, tmp_path / "t.mrc",
         )  # fmt: skip
         expected = np.multiply.outer(
             np.multiply.outer(wave(new[0], voxel_size, 200), wave(new[1], voxel_size, 160)),
