@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from cectflow.coordinates import coordinates_zyx
 from cectflow.dataset import Dataset, check_dataset, open_dataset, read_manifest
 from cectflow.exchange import describe_dataset, export_relion
 from cectflow.importing import ImportOptions, import_subtomograms
 from cectflow.particles import ParticleTable, make_particle_rows, particles_from, read_particles
+from cectflow.placement import coordinates_zyx
 from cectflow.volume import Volume, write_stack, write_volume
 
 BOX = 6
