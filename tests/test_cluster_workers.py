@@ -23,9 +23,9 @@ from cluster_jobs import die, fail, fail_beside_another, mark_and_stay, pid_of, 
 
 from cectflow import cluster
 from cectflow.cluster import ClusterConfig, job_script
-from cectflow.dataset import read_manifest
 from cectflow.execution import Workplace, run_all
 from cectflow.flows.prediction import predict_classes
+from cectflow.manifest import read_manifest
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
 from cectflow.simulation.delivery import simulate_dataset

@@ -10,8 +10,9 @@ import mlflow
 import pytest
 from matplotlib.image import imread
 
-from cectflow.dataset import check_dataset, open_dataset, read_manifest
+from cectflow.dataset import check_dataset, open_dataset
 from cectflow.flows.simulation import simulate, simulate_tomograms
+from cectflow.manifest import read_manifest
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.tracking.runs import connect
 

@@ -10,11 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cectflow.dataset import (
-    SPLITS,
     Dataset,
-    Manifest,
-    ShardRecord,
-    SplitName,
     Subtomograms,
     open_dataset,
     remove_partial_shards,
@@ -22,6 +18,7 @@ from cectflow.dataset import (
     write_shard,
 )
 from cectflow.execution import HERE, Workplace, run_all, single_thread
+from cectflow.manifest import SPLITS, Manifest, ShardRecord, SplitName
 from cectflow.simulation.extraction import simulate_subtomograms
 from cectflow.simulation.field import Specimen, leave_out, prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe

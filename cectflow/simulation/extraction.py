@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cectflow.dataset import FieldRecord, Subtomograms
+from cectflow.dataset import Subtomograms
+from cectflow.manifest import FieldRecord
 from cectflow.particles import make_particle_rows
 from cectflow.simulation.distractors import choose_junk
 from cectflow.simulation.field import (

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cectflow.dataset import JUNK_CLASS, FieldRecord
 from cectflow.execution import single_thread
+from cectflow.manifest import JUNK_CLASS, FieldRecord
 from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
 from cectflow.simulation.distractors import render_distractors
 from cectflow.simulation.imaging import (

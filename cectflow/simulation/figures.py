@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from cectflow.dataset import FieldRecord
 from cectflow.figures import draw_field
+from cectflow.manifest import FieldRecord
 from cectflow.simulation.field import SimulatedField, Specimen
 from cectflow.simulation.imaging import SNR_RESOLUTION, Optics
 from cectflow.simulation.microscope import (

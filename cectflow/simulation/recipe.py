@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from cectflow.config import Config
-from cectflow.dataset import SplitName
+from cectflow.manifest import SplitName
 from cectflow.model_card import CtfCorrection
 from cectflow.simulation.distractors import Distractors, Junk
 from cectflow.simulation.imaging import SnrStage

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cectflow.dataset import check_dataset, read_manifest
+from cectflow.dataset import check_dataset
 from cectflow.execution import Workplace
+from cectflow.manifest import read_manifest
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.distractors import Distractors, Junk
 from cectflow.simulation.microscope import Microscope, TiltScheme
