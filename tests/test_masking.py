@@ -13,7 +13,7 @@ from builders import BOX, make_card, write_dataset
 
 import cectflow.flows.masking as masking_module
 from cectflow.cli import main
-from cectflow.dataset import Dataset, Subtomograms, check_dataset, open_dataset
+from cectflow.dataset import Dataset, open_dataset
 from cectflow.export import export_network
 from cectflow.flows.masking import mask_cubes_of, mask_dataset
 from cectflow.flows.prediction import predict_classes
@@ -28,6 +28,7 @@ from cectflow.particles import read_particles
 from cectflow.prediction.contract import InputOptions, load_network
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.mask import mask_neighbours
+from cectflow.shards import Subtomograms, check_dataset
 
 
 @pytest.fixture(scope="module")

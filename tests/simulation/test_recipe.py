@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from cectflow.dataset import Subtomograms, check_dataset, open_dataset
+from cectflow.dataset import open_dataset
+from cectflow.shards import Subtomograms, check_dataset
 from cectflow.simulation.beads import label_threshold, render_field
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.distractors import GOLD, MEMBRANE, Distractors, Junk
