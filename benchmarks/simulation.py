@@ -33,9 +33,10 @@ from cectflow.simulation.field import (
     render_drawn,
     simulate_field,
 )
-from cectflow.simulation.imaging import image_field, optics_of
+from cectflow.simulation.imaging import image_field
 from cectflow.simulation.live import open_live
 from cectflow.simulation.microscope import Microscope, draw_optics
+from cectflow.simulation.optics import optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.tilt_series import back_project, record_tilt_series
 

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from cectflow.figures import draw_field
 from cectflow.manifest import FieldRecord
 from cectflow.simulation.field import SimulatedField, Specimen
-from cectflow.simulation.imaging import SNR_RESOLUTION, Optics
+from cectflow.simulation.imaging import SNR_RESOLUTION
 from cectflow.simulation.microscope import (
     OpticsDraw,
     contrast_transfer,
     contrast_zeros,
     single_number,
 )
+from cectflow.simulation.optics import Optics
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.spectra import field_spectra
 from cectflow.simulation.tomogram import Tomogram

@@ -30,8 +30,9 @@ from cectflow.simulation.field import (
     prepare_specimen,
     simulate_field,
 )
-from cectflow.simulation.imaging import image_field, noise_scale, optics_of
+from cectflow.simulation.imaging import image_field, noise_scale
 from cectflow.simulation.microscope import Microscope, TiltScheme
+from cectflow.simulation.optics import optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut, robust_statistics
