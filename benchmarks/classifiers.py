@@ -12,11 +12,12 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.segmentation import BUILTIN, DATA, REAL
-from cectflow.dataset import Dataset, Manifest
+from cectflow.dataset import Dataset
 from cectflow.execution import Workplace
 from cectflow.flows.simulation import load_structures
 from cectflow.learning.fit import Device, FitRecipe, Precision
 from cectflow.learning.losses import DistillationLoss
+from cectflow.manifest import Manifest
 from cectflow.model_card import ModelCard
 from cectflow.recipe import load_recipe
 from cectflow.simulation.delivery import simulate_dataset

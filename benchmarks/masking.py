@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.report import parse_options, write_report
 from benchmarks.segmenter_search import RECIPE
-from cectflow.dataset import BatchSource, Subtomograms, open_dataset
+from cectflow.dataset import BatchSource, open_dataset
 from cectflow.execution import single_thread
 from cectflow.flows.masking import mask_cubes_of
 from cectflow.flows.simulation import load_structures
@@ -23,6 +23,7 @@ from cectflow.learning.scores import evaluate
 from cectflow.model_card import Masking
 from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
+from cectflow.shards import Subtomograms
 from cectflow.simulation.delivery import simulate_dataset
 
 SEGMENTER, CLASSIFIER = "strided_ed_small", "strided_micro"

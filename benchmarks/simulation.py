@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.report import parse_options, write_report
-from cectflow.dataset import BatchSource, Dataset, write_shard
+from cectflow.dataset import BatchSource, Dataset
 from cectflow.execution import single_thread
 from cectflow.flows.simulation import load_structures
 from cectflow.learning.fit import FitRecipe, fit, open_fabric
 from cectflow.learning.objective import Classify
 from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
+from cectflow.shards import write_shard
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.extraction import choose_targets, cut_cubes, simulate_subtomograms
 from cectflow.simulation.field import (
@@ -32,9 +33,10 @@ from cectflow.simulation.field import (
     render_drawn,
     simulate_field,
 )
-from cectflow.simulation.imaging import image_field, optics_of
+from cectflow.simulation.imaging import image_field
 from cectflow.simulation.live import open_live
 from cectflow.simulation.microscope import Microscope, draw_optics
+from cectflow.simulation.optics import optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.tilt_series import back_project, record_tilt_series
 

@@ -22,12 +22,12 @@ from cectflow.coordinates import (
     columns_of,
     look_up,
     read_positions,
-    refuse_outside,
     stated_extents,
     stated_unit,
     write_positions,
 )
 from cectflow.particles import CENTRED, CORNER, M_SPECIES, PLAIN, TOMOGRAM_NAMES, ParticleTable
+from cectflow.placement import refuse_outside
 from cectflow.star import Blocks
 from cectflow.tomogram_table import WARP_SUFFIX, TomogramInfo, find_tomogram
 
@@ -182,7 +182,7 @@ def convert_particles(
     table
         Particles, of any number of tomograms.
     convention
-        To be written, as in :func:`cectflow.coordinates.coordinate_columns`.
+        To be written, as in :func:`cectflow.coordinates.write_positions`.
     frames
         Of each particle (:func:`find_frames`).
     tomograms

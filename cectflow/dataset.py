@@ -1,214 +1,44 @@
-"""The dataset folder: manifest, shards of subtomograms with voxel labels, and their batches.
+"""The dataset folder: shards of subtomograms with voxel labels, and their batches.
 
 One format holds simulated and imported data (design.md, section 5). A folder has a
-``manifest.json`` and, per split and shard, ``NNNNN.mrcs`` (subtomograms), ``NNNNN_labels.mrcs``
-(class of every voxel), ``NNNNN_instances.mrcs`` (0 background, 1 the target, 2… neighbours) and
-``NNNNN.star`` (one row per subtomogram). Stacks are read cube by cube, never whole.
+``manifest.json`` (:mod:`cectflow.manifest`) and, per split and shard, ``NNNNN.mrcs``
+(subtomograms), ``NNNNN_labels.mrcs`` (class of every voxel), ``NNNNN_instances.mrcs``
+(0 background, 1 the target, 2… neighbours) and ``NNNNN.star`` (one row per subtomogram). Stacks are
+read cube by cube, never whole.
 """
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
-from cectflow.config import Config
-from cectflow.files import (
-    refuse_existing_folder,
-    remove_leftovers,
-    replacing,
-    sha256_of,
-)
-from cectflow.model_card import Contrast, CtfCorrection, Masking
-from cectflow.particles import particles_from, read_particles
-from cectflow.volume import TRUTH_ENDINGS, create_volume, read_stack
+from cectflow.manifest import SPLITS, STACK_KINDS, FieldRecord, Manifest, SplitName, read_manifest
+from cectflow.particles import read_particles
+from cectflow.volume import read_stack
 
 __all__ = [
-    "JUNK_CLASS",
-    "MANIFEST_FILE",
-    "SPLITS",
     "VIEWS_PER_CUBE",
     "Batch",
     "BatchSource",
     "Dataset",
-    "FieldRecord",
-    "Manifest",
     "Selection",
-    "ShardRecord",
     "Split",
-    "SplitName",
-    "Subtomograms",
     "batch_indices",
-    "check_dataset",
-    "check_files",
     "field_statistics",
     "open_dataset",
-    "read_manifest",
-    "remove_partial_shards",
-    "start_dataset",
-    "write_shard",
 ]
 
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-JUNK_CLASS = "junk"
-"""Last class of a dataset that has it: cubes about no particle, which need no target."""
 VIEWS_PER_CUBE = 4
 """The identity and three half turns: more views of a cube augmentation does not make."""
-MANIFEST_FILE = "manifest.json"
-STACK_KINDS = ("", *TRUTH_ENDINGS)
-
-
-class FieldRecord(Config):
-    """What was measured of one field, or of one tomogram of imported data."""
-
-    field: str
-    """Identifies the field within the dataset: targets of one field share neighbours and noise."""
-    mean: float
-    std: float
-    median: float | None = None
-    robust_std: float | None = None
-    """1.4826 times the median absolute deviation; both None where they were not measured."""
-    defocus_um: float | None = None
-    drawn: dict[str, float] = Field(default_factory=dict)
-    """Name → value of what microscope and tilts may give as a range."""
-    requested_snr: float | None = None
-    snr: float | None = None
-    """Measured where ``snr_stage`` defines it, full band; None when noise-free or unknown."""
-    snr_reconstruction: float | None = None
-    """Measured in the reconstruction, full band."""
-    snr_60: float | None = None
-    """Measured in the reconstruction, low-passed to 60 Å."""
-    noise_std: float | None = None
-    """Measured standard deviation of the noise in the reconstruction; None as for ``snr``."""
-    occupancy: float | None = None
-    num_particles: int | None = None
-
-
-class ShardRecord(Config):
-    """One shard: how many subtomograms, of which fields, and the digests of its files."""
-
-    name: str
-    """``split/NNNNN``, a path without ending below the dataset folder."""
-    count: int = Field(ge=0)
-    fields: tuple[FieldRecord, ...]
-    sha256: dict[str, str]
-    """File name → digest."""
-
-
-class Manifest(Config):
-    """What a dataset folder holds and where it came from."""
-
-    schema_version: Literal[1] = 1
-    kind: Literal["simulated", "imported"]
-    recipe: dict[str, Any] = Field(default_factory=dict)
-    """The simulation's recipe, complete; of imported data the options of the import."""
-    recipe_digest: str
-    sources: dict[str, str] = Field(default_factory=dict)
-    """Structure or file name → sha256."""
-    commit: str = "unknown"
-    classes: tuple[str, ...]
-    """``class_id`` counts from 1 in this order."""
-    left_out: tuple[str, ...] = ()
-    """Classes of which the simulation placed no particle, though its recipe has them."""
-    box: int = Field(ge=1)
-    voxel_size: float = Field(gt=0)
-    contrast: Contrast = "dark"
-    ctf_correction: CtfCorrection = "none"
-    tilt_range: tuple[float, float] = (-60.0, 60.0)
-    snr_stage: str = "unknown"
-    snr: tuple[float, float] | None = None
-    noise_spectrum: str = "unknown"
-    occupancy: float | None = None
-    masses_kda: dict[str, float] = Field(default_factory=dict)
-    """Class name → mass of the structure, of simulated data."""
-    jitter: float = 0.0
-    masking: Masking | None = None
-    """Whose outlines took the neighbours out of the cubes; None: they are there."""
-    masked_from: str | None = None
-    """Content digest of the dataset whose cubes were masked."""
-    has_voxel_labels: bool
-    planned_shards: dict[str, int]
-    """Split → number of shards when complete."""
-    shards: dict[str, tuple[ShardRecord, ...]]
-    """Split → finished shards, in the order of their names."""
-    live_subtomograms: int | None = Field(None, ge=1)
-    """Of a training's every epoch, where they are simulated as it goes on and lie in no shard."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every planned shard is finished."""
-        return all(
-            len(self.shards.get(split, ())) == count for split, count in self.planned_shards.items()
-        )
-
-    def count(self, split: str) -> int:
-        """Number of subtomograms of a split."""
-        return sum(shard.count for shard in self.shards.get(split, ()))
-
-    def field_records(self, split: str) -> tuple[FieldRecord, ...]:
-        """Records of all fields of a split."""
-        return tuple(field for shard in self.shards.get(split, ()) for field in shard.fields)
-
-    def mean_snr_60(self, split: str = "train") -> float | None:
-        """Mean measured SNR after a low-pass to 60 Å; None if no field states one."""
-        measured = [f.snr_60 for f in self.field_records(split) if f.snr_60 is not None]
-        return float(np.mean(measured)) if measured else None
-
-    def content_digest(self) -> str:
-        """Name of the data: sha256 over the digests of all shards, or the recipe of live data."""
-        if self.live_subtomograms is not None:
-            content = f"live/{self.recipe_digest}/{self.live_subtomograms}"
-            return hashlib.sha256(content.encode()).hexdigest()
-        lines = [
-            f"{split}/{name} {digest}"
-            for split in sorted(self.shards)
-            for shard in self.shards[split]
-            for name, digest in sorted(shard.sha256.items())
-        ]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    def facts(self) -> dict[str, Any]:
-        """All but the shards, with the content digest and the number of subtomograms; for JSON."""
-        facts: dict[str, Any] = self.model_dump(mode="json", exclude={"shards"})
-        counts = {split: self.count(split) for split in self.shards}
-        return facts | {"content_digest": self.content_digest(), "subtomograms": counts}
-
-    def write(self, folder: Path) -> None:
-        """Write ``manifest.json`` atomically."""
-        with replacing(folder / MANIFEST_FILE, overwrite=True) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-
-
-@dataclass(frozen=True, eq=False)
-class Subtomograms:
-    """Content of a shard before it is written.
-
-    Attributes
-    ----------
-    cubes
-        Unnormalised, protein dark.
-    voxel_labels, instances
-        Class and particle of every voxel, or None where nobody knows them.
-    rows
-        One per cube: rlnTomoName (the field), rlnClassNumber, cectflowClassName, position, angles.
-    """
-
-    cubes: Float[NDArray[Any], "n z y x"]
-    voxel_labels: Int[NDArray[np.int8], "n z y x"] | None
-    instances: Int[NDArray[np.int16], "n z y x"] | None
-    rows: pd.DataFrame
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +50,7 @@ class Batch:
     subtomograms
         Unnormalised, protein dark.
     voxel_labels, instances
-        See :class:`Subtomograms`; None where the dataset has none.
+        As of :class:`cectflow.shards.Subtomograms`; None where the dataset has none.
     class_ids
         From 1.
     fields
@@ -445,67 +275,6 @@ def field_statistics(records: Sequence[FieldRecord]) -> Float[Tensor, "field 2"]
     return torch.tensor(pairs, dtype=torch.float32)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Manifest of a dataset folder, complete or not.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder has no manifest.
-    ValueError
-        If the manifest is not valid.
-    """
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        msg = (
-            f"{folder} is no dataset folder: it has no {MANIFEST_FILE}; "
-            f"make one with `cectflow simulate dataset` or `cectflow dataset import`"
-        )
-        raise FileNotFoundError(msg)
-    return Manifest.from_json(path.read_text(encoding="utf-8"), source=str(path))
-
-
-def start_dataset(folder: Path, manifest: Manifest) -> Manifest:
-    """Manifest to go on from: that of an earlier start of the same data, or the new one, written.
-
-    Data are the same whose recipe, planned shards and masking are; what a kill left behind is
-    removed.
-
-    Parameters
-    ----------
-    folder
-        Created when missing.
-    manifest
-        Of the data, without shards.
-
-    Raises
-    ------
-    FileExistsError
-        If the folder holds something else.
-    """
-    if (folder / MANIFEST_FILE).is_file():
-        earlier = read_manifest(folder)
-        same = ("recipe_digest", "planned_shards", "masking", "masked_from")
-        if all(getattr(earlier, name) == getattr(manifest, name) for name in same):
-            remove_partial_shards(folder)
-            return earlier
-        msg = f"{folder} holds another dataset: give another folder, or remove it first"
-        raise FileExistsError(msg)
-    refuse_existing_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest.write(folder)
-    return manifest
-
-
-def remove_partial_shards(folder: Path) -> None:
-    """Remove from a dataset folder what processes that died left there.
-
-    No other process may be writing into it.
-    """
-    for place in (folder, *(folder / split for split in SPLITS)):
-        remove_leftovers(place)
-
-
 def open_dataset(folder: Path) -> Dataset:
     """Dataset of a folder.
 
@@ -526,133 +295,3 @@ def open_dataset(folder: Path) -> Dataset:
         )
         raise ValueError(msg)
     return Dataset(folder, manifest)
-
-
-def write_shard(
-    folder: Path,
-    name: str,
-    content: Subtomograms,
-    fields: tuple[FieldRecord, ...],
-    voxel_size: float,
-) -> ShardRecord:
-    """Write one shard and return its record; a shard of that name is replaced.
-
-    All files are written in a temporary folder first and moved when complete. The statistics in
-    their headers are marked as undetermined: they would take as long as all the rest.
-
-    Raises
-    ------
-    ValueError
-        If there is no subtomogram, or a value is not finite.
-    """
-    for row, cube in enumerate(content.cubes):
-        # One sum tells of any value that is not finite; float64 holds that of any finite ones.
-        if not np.isfinite(float(torch.from_numpy(cube).double().sum())):
-            msg = f"shard {name}: subtomogram {row} has values that are not finite: remove it first"
-            raise ValueError(msg)
-    target = folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stacks: Mapping[str, NDArray[Any] | None] = dict(
-        zip(STACK_KINDS, (content.cubes, content.voxel_labels, content.instances), strict=True)
-    )
-    with tempfile.TemporaryDirectory(".tmp", f".{target.name}.", target.parent) as scratch:
-        temporary = Path(scratch)
-        for kind, stack in stacks.items():
-            if stack is not None:
-                path = temporary / f"{target.name}{kind}.mrcs"
-                with create_volume(path, stack.shape, voxel_size, stack.dtype) as written:
-                    written[...] = stack
-        particles_from(content.rows).write(temporary / f"{target.name}.star")
-        digests = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
-        for file_name in digests:
-            (temporary / file_name).replace(target.parent / file_name)
-    return ShardRecord(name=name, count=len(content.rows), fields=fields, sha256=digests)
-
-
-def check_dataset(folder: Path) -> tuple[str, ...]:
-    """Every fault found in a dataset folder; empty when it is sound.
-
-    Digests, shapes, finite values, label ranges, the target's presence, and that no field is in
-    two splits or twice in one.
-    """
-    dataset = open_dataset(folder)
-    faults: list[str] = []
-    seen: dict[str, str] = {}
-    for split in SPLITS:
-        for shard in dataset.manifest.shards.get(split, ()):
-            faults += _check_shard(dataset, shard)
-            for record in shard.fields:
-                if record.field in seen:
-                    faults.append(f"field {record.field} is in {seen[record.field]} and {split}")
-                seen.setdefault(record.field, split)
-    return tuple(faults)
-
-
-def check_files(dataset: Dataset, split: SplitName) -> tuple[str, ...]:
-    """Files of a split that are missing or not those of the manifest's digests."""
-    return tuple(
-        fault
-        for shard in dataset.manifest.shards.get(split, ())
-        for fault in _check_files(dataset, shard)
-    )
-
-
-def _check_shard(dataset: Dataset, shard: ShardRecord) -> list[str]:
-    manifest = dataset.manifest
-    faults = _check_files(dataset, shard)
-    if faults:
-        return faults
-    cubes, voxel_size = read_stack(dataset.folder / f"{shard.name}.mrcs")
-    rows = read_particles(dataset.folder / f"{shard.name}.star").rows
-    if cubes.shape != (shard.count, *(manifest.box,) * 3) or len(rows) != shard.count:
-        faults.append(f"{shard.name}: shape {cubes.shape}, {len(rows)} rows, count {shard.count}")
-        return faults
-    if abs(voxel_size - manifest.voxel_size) > 0.01 * manifest.voxel_size:
-        faults.append(f"{shard.name}: voxel size {voxel_size:g} Å, not {manifest.voxel_size:g} Å")
-    if not np.isfinite(cubes).all():
-        faults.append(f"{shard.name}: values that are not finite")
-    class_ids = rows["rlnClassNumber"].to_numpy()
-    if not np.isin(class_ids, np.arange(1, len(manifest.classes) + 1)).all():
-        faults.append(f"{shard.name}: class numbers outside 1..{len(manifest.classes)}")
-    if not set(rows["rlnTomoName"].astype(str)) <= {record.field for record in shard.fields}:
-        faults.append(f"{shard.name}: rows of fields that the manifest does not list")
-    if manifest.has_voxel_labels:
-        faults += _check_voxel_labels(dataset, shard, class_ids)
-    return faults
-
-
-def _check_files(dataset: Dataset, shard: ShardRecord) -> list[str]:
-    kinds = STACK_KINDS if dataset.manifest.has_voxel_labels else ("",)
-    stem = Path(shard.name).name
-    expected = {f"{stem}.star", *(f"{stem}{kind}.mrcs" for kind in kinds)}
-    unlisted = expected - set(shard.sha256)
-    if unlisted:
-        return [f"{shard.name}: the manifest lists no {', '.join(sorted(unlisted))}"]
-    for file_name, digest in shard.sha256.items():
-        path = (dataset.folder / shard.name).parent / file_name
-        if not path.is_file():
-            return [f"{path}: missing"]
-        if sha256_of(path) != digest:
-            return [f"{path}: digest differs from the manifest's"]
-    return []
-
-
-def _check_voxel_labels(dataset: Dataset, shard: ShardRecord, class_ids: NDArray[Any]) -> list[str]:
-    num_classes, box = len(dataset.manifest.classes), dataset.manifest.box
-    labels, _ = read_stack(dataset.folder / f"{shard.name}_labels.mrcs")
-    instances, _ = read_stack(dataset.folder / f"{shard.name}_instances.mrcs")
-    if not labels.shape == instances.shape == (shard.count, box, box, box):
-        shapes = f"{labels.shape} and {instances.shape}"
-        return [f"{shard.name}: voxel labels and instances have the shapes {shapes}"]
-    faults = []
-    has_junk = dataset.manifest.classes[-1] == JUNK_CLASS
-    if labels.min() < 0 or labels.max() > num_classes:
-        faults.append(f"{shard.name}: voxel labels outside 0..{num_classes}")
-    if ((labels == 0) != (instances == 0)).any():
-        faults.append(f"{shard.name}: voxel labels and instances disagree on background")
-    for index in range(shard.count):
-        target = labels[index][instances[index] == 1]
-        is_junk = has_junk and class_ids[index] == num_classes
-        if (target.size == 0 and not is_junk) or (target != class_ids[index]).any():
-            faults.append(f"{shard.name}: cube {index} has no target of its class")
-    return faults

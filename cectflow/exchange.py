@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from cectflow.coordinates import PIXEL_SIZES, PLACEMENT_COLUMNS
-from cectflow.dataset import SPLITS, Manifest, SplitName, open_dataset, read_manifest
+from cectflow.dataset import open_dataset
 from cectflow.execution import track
 from cectflow.files import appearing, refuse_existing_folder
+from cectflow.manifest import SPLITS, Manifest, SplitName, read_manifest
 from cectflow.particles import ParticleTable, read_particles
 from cectflow.subtomogram import flip_contrast
 from cectflow.volume import Volume, write_volume

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cectflow.cluster import ClusterWorkers
+    from cectflow.cluster_workers import ClusterWorkers
 
 __all__ = [
     "HERE",

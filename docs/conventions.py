@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
-from cectflow.coordinates import coordinate_columns
 from cectflow.figures import write_figure
+from cectflow.placement import coordinate_columns
 from cectflow.tomogram_table import TomogramInfo
 
 INFO = TomogramInfo((14, 10, 8), 5.0, 2.0)

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cectflow.coordinates import coordinate_columns
 from cectflow.flows.simulation import load_structures
 from cectflow.particles import particles_from, read_particles
+from cectflow.placement import coordinate_columns
 from cectflow.recipe import load_recipe
 from cectflow.simulation.tomogram_files import deliver_tomograms
 from cectflow.tomogram_table import TomogramInfo

@@ -12,18 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from cectflow.dataset import (
-    SPLITS,
-    Batch,
-    Dataset,
-    FieldRecord,
-    Manifest,
-    Subtomograms,
-    open_dataset,
-    write_shard,
-)
+from cectflow.dataset import Batch, Dataset, open_dataset
+from cectflow.manifest import SPLITS, FieldRecord, Manifest
 from cectflow.model_card import ModelCard, Score, Trust, TypicalLogits
 from cectflow.particles import make_particle_rows
+from cectflow.shards import Subtomograms, write_shard
 
 BOX = 12
 CLASSES = ("small", "large")

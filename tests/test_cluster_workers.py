@@ -21,11 +21,11 @@ import pytest
 from builders import Exported
 from cluster_jobs import die, fail, fail_beside_another, mark_and_stay, pid_of, wait_until
 
-from cectflow import cluster
+from cectflow import cluster, cluster_workers
 from cectflow.cluster import ClusterConfig, job_script
-from cectflow.dataset import read_manifest
 from cectflow.execution import Workplace, run_all
 from cectflow.flows.prediction import predict_classes
+from cectflow.manifest import read_manifest
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
 from cectflow.simulation.delivery import simulate_dataset
@@ -363,8 +363,8 @@ def test_what_the_queue_says_of_a_refused_job_is_told(
 def test_workers_of_other_code_are_refused(
     addresses: Addresses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = (("Python", "2.7"), *cluster._versions()[1:])
-    monkeypatch.setattr(cluster, "_versions", lambda: other)
+    other = (("Python", "2.7"), *cluster_workers._versions()[1:])
+    monkeypatch.setattr(cluster_workers, "_versions", lambda: other)
     refused = (
         r"worker tcp://127.0.0.1:\d+ is not fit .* Python 3.*, the command 2.7: .* virtual env"
     )
@@ -386,14 +386,14 @@ def test_workers_that_see_another_disk_are_refused(
     paths = [tmp_path / name]
     assert list(run_all(abs, [-1], where=addresses.workplace, title="one", paths=paths)) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["cube.mrc"]
-    plain = cluster._given_orders
+    plain = cluster_workers.given_orders
 
     @contextmanager
     def another(given: Sequence[Path]) -> Iterator[object]:
         with plain(given) as orders:
             yield replace(orders, sights=tuple(replace(s, **change) for s in orders.sights))
 
-    monkeypatch.setattr(cluster, "_given_orders", another)
+    monkeypatch.setattr(cluster, "given_orders", another)
     with pytest.raises(OSError, match=r"does not see the .* a file system that all machines"):
         list(run_all(abs, [1], where=addresses.workplace, title="one", paths=paths))
 

@@ -15,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 
 from cectflow.cli import main
 from cectflow.conversion import convert_particles, find_frames, name_tomogram
-from cectflow.coordinates import CoordinateConvention, coordinates_zyx, stated_unit
+from cectflow.coordinates import CoordinateConvention, stated_unit
 from cectflow.flows.conversion import ConversionOptions, convert_file
 from cectflow.particles import ParticleTable, make_particle_rows, particles_from, read_particles
+from cectflow.placement import coordinates_zyx
 from cectflow.tomogram_table import TomogramInfo
 from cectflow.volume import Volume, write_volume
 

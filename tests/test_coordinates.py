@@ -13,13 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cectflow.coordinates import (
-    CoordinateConvention,
-    coordinate_columns,
-    coordinates_zyx,
-    place_particles,
-)
+from cectflow.coordinates import CoordinateConvention
 from cectflow.particles import ParticleTable, read_particles
+from cectflow.placement import coordinate_columns, coordinates_zyx, place_particles
 from cectflow.subtomogram import cut
 from cectflow.tomogram_table import TomogramInfo, read_tomograms
 

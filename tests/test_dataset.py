@@ -15,18 +15,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cectflow.dataset import (
-    Batch,
-    FieldRecord,
-    Manifest,
-    Subtomograms,
-    check_dataset,
-    open_dataset,
-    read_manifest,
-    write_shard,
-)
+from cectflow.dataset import Batch, open_dataset
 from cectflow.execution import Workplace
 from cectflow.files import sha256_of
+from cectflow.manifest import FieldRecord, Manifest, read_manifest
+from cectflow.shards import Subtomograms, check_dataset, write_shard
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.microscope import TiltScheme
 from cectflow.simulation.recipe import SimulationRecipe

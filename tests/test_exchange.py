@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from cectflow.coordinates import coordinates_zyx
-from cectflow.dataset import Dataset, check_dataset, open_dataset, read_manifest
+from cectflow.dataset import Dataset, open_dataset
 from cectflow.exchange import describe_dataset, export_relion
 from cectflow.importing import ImportOptions, import_subtomograms
+from cectflow.manifest import read_manifest
 from cectflow.particles import ParticleTable, make_particle_rows, particles_from, read_particles
+from cectflow.placement import coordinates_zyx
+from cectflow.shards import check_dataset
 from cectflow.volume import Volume, write_stack, write_volume
 
 BOX = 6

@@ -22,8 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cectflow.conversion import convert_particles, find_frames
-from cectflow.coordinates import CoordinateConvention, coordinates_zyx
+from cectflow.coordinates import CoordinateConvention
 from cectflow.particles import ParticleTable, read_particles
+from cectflow.placement import coordinates_zyx
 from cectflow.star import refuse_unwritable
 from cectflow.tomogram_table import read_tomograms
 from cectflow.volume import Volume, read_stack, read_volume, write_volume

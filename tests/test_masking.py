@@ -13,13 +13,14 @@ from builders import BOX, make_card, write_dataset
 
 import cectflow.flows.masking as masking_module
 from cectflow.cli import main
-from cectflow.dataset import Dataset, ShardRecord, Subtomograms, check_dataset, open_dataset
+from cectflow.dataset import Dataset, open_dataset
 from cectflow.export import export_network
 from cectflow.flows.masking import mask_cubes_of, mask_dataset
 from cectflow.flows.prediction import predict_classes
 from cectflow.learning.fit import FitRecipe, open_fabric
 from cectflow.learning.objective import Classify, Segment
 from cectflow.learning.training import check_matches, train_network
+from cectflow.manifest import ShardRecord
 from cectflow.model_card import Masking, ModelCard
 from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
@@ -27,6 +28,7 @@ from cectflow.particles import read_particles
 from cectflow.prediction.contract import InputOptions, load_network
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.mask import mask_neighbours
+from cectflow.shards import Subtomograms, check_dataset
 
 
 @pytest.fixture(scope="module")

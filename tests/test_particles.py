@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cectflow.coordinates import coordinates_zyx
 from cectflow.particles import ParticleTable, make_particle_rows, particles_from, read_particles
+from cectflow.placement import coordinates_zyx
 
 SHAPE = (40, 100, 80)
 POSITIONS = np.array([[20.0, 50.0, 40.0], [3.25, 99.0, 0.5]])

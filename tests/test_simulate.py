@@ -10,9 +10,11 @@ import mlflow
 import pytest
 from matplotlib.image import imread
 
-from cectflow.dataset import check_dataset, open_dataset, read_manifest
+from cectflow.dataset import open_dataset
 from cectflow.flows.simulation import simulate, simulate_tomograms
+from cectflow.manifest import read_manifest
 from cectflow.recipe import Recipe, load_recipe
+from cectflow.shards import check_dataset
 from cectflow.tracking.runs import connect
 
 PICTURES = {"field.png", "power_spectra.png", "ctf.png", "snr.png", "subtomograms.png"}

@@ -12,11 +12,12 @@ from builders import make_card
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import Tensor, nn
 
-from cectflow.dataset import Dataset, Manifest
+from cectflow.dataset import Dataset
 from cectflow.export import export_network
 from cectflow.flows import tuning
 from cectflow.flows.simulation import load_structures
 from cectflow.flows.tuning import tune_picking
+from cectflow.manifest import Manifest
 from cectflow.model_card import CARD_FILE, ModelCard
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
 from cectflow.prediction.detection import near_faces

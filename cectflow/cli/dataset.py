@@ -39,7 +39,7 @@ def dataset_info(folder: Path, json: JsonOption = False) -> None:
 @app.command("check")
 def dataset_check(folder: Path) -> None:
     """Verify digests, shapes, labels, and that no field is in two splits; exit 3 on faults."""
-    from cectflow.dataset import check_dataset
+    from cectflow.shards import check_dataset
 
     faults = check_dataset(folder)
     for fault in faults:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cectflow.dataset import JUNK_CLASS, MANIFEST_FILE, BatchSource, Dataset, Selection
+from cectflow.dataset import BatchSource, Dataset, Selection
 from cectflow.figures import draw_generalisation, draw_learning_curves
 from cectflow.files import replacing
 from cectflow.flows.simulation import load_structures
@@ -21,6 +21,7 @@ from cectflow.learning.generalisation import Generalisation, compare_folds, make
 from cectflow.learning.objective import Segment
 from cectflow.learning.scores import Evaluation
 from cectflow.learning.training import fit_and_judge
+from cectflow.manifest import JUNK_CLASS, MANIFEST_FILE
 from cectflow.model_card import Score
 from cectflow.recipe import Recipe
 from cectflow.simulation.delivery import simulate_dataset

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Bool
 from numpy.typing import NDArray
 
-from cectflow.dataset import Manifest
 from cectflow.learning.scores import Evaluation, bootstrap_score
+from cectflow.manifest import Manifest
 from cectflow.model_card import ModelCard, Score
 from cectflow.tracking.policy_figures import CLASS_SCORES, ends
 

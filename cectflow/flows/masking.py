@@ -9,19 +9,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
-from cectflow.dataset import (
-    Dataset,
-    ShardRecord,
-    Subtomograms,
-    open_dataset,
-    start_dataset,
-    write_shard,
-)
+from cectflow.dataset import Dataset, open_dataset
 from cectflow.execution import track
 from cectflow.flows.prediction import load_model
+from cectflow.manifest import ShardRecord
 from cectflow.model_card import Masking
 from cectflow.particles import read_particles
 from cectflow.prediction.mask import mask_neighbours, refuse_other_cubes
+from cectflow.shards import Subtomograms, start_dataset, write_shard
 from cectflow.volume import read_stack
 
 __all__ = ["Outline", "mask_cubes_of", "mask_dataset"]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cectflow.coordinates import PIXEL_SIZES, coordinates_zyx
+from cectflow.coordinates import PIXEL_SIZES
 from cectflow.particles import ParticleTable, read_particles
+from cectflow.placement import coordinates_zyx
 from cectflow.prediction.detection import (
     Agreement,
     Found,

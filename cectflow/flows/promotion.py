@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cectflow.dataset import Dataset, SplitName, check_files, open_dataset
+from cectflow.dataset import Dataset, open_dataset
 from cectflow.flows.evaluation import log_evaluation
 from cectflow.flows.evidence import (
     Measured,
@@ -19,7 +19,9 @@ from cectflow.flows.judged import Judged
 from cectflow.flows.promotion_report import Outcome, Pictures, Promotion, write_report
 from cectflow.learning.breakdown import Group
 from cectflow.learning.training import check_matches, evaluate_folder
+from cectflow.manifest import SplitName
 from cectflow.model_card import ModelCard, Score
+from cectflow.shards import check_files
 from cectflow.tracking.lineage import DATASET_TAG
 from cectflow.tracking.policy import Evidence, Target, judge, load_policy
 from cectflow.tracking.promotion import find_withdrawal, record_refusal, set_stage

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from cectflow.dataset import SPLITS, Dataset, Manifest, SplitName
+from cectflow.dataset import Dataset
 from cectflow.execution import HERE, Workplace, single_thread
 from cectflow.figures import draw_slices, write_figure
+from cectflow.manifest import SPLITS, Manifest, SplitName
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.field import Specimen, field_optics, prepare_specimen, simulate_field

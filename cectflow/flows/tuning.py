@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cectflow.dataset import Manifest
 from cectflow.execution import single_thread
 from cectflow.flows.simulation import load_structures, recipe_of
+from cectflow.manifest import Manifest
 from cectflow.model_card import Picking
 from cectflow.prediction.contract import InputOptions, LoadedNetwork, load_network
 from cectflow.prediction.detection import Found, best_threshold, near_faces

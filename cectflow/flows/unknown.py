@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cectflow.dataset import JUNK_CLASS, Batch, BatchSource, Dataset, Manifest, open_dataset
+from cectflow.dataset import Batch, BatchSource, Dataset, open_dataset
 from cectflow.execution import Workplace
 from cectflow.flows.promotion import judged_dataset
 from cectflow.flows.simulation import load_structures, new_folder, recipe_of
@@ -24,6 +24,7 @@ from cectflow.learning.training import (
     logits_of,
 )
 from cectflow.learning.unknown import StrangerKind, UnknownReport, judge_kind, judge_known
+from cectflow.manifest import JUNK_CLASS, Manifest
 from cectflow.model_card import ModelCard, Score, Trust, UnknownScore
 from cectflow.prediction.mask import noise_like
 from cectflow.simulation.delivery import simulate_dataset

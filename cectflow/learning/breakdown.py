@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool
 from numpy.typing import NDArray
 
-from cectflow.dataset import Manifest, SplitName
 from cectflow.learning.scores import Evaluation, bootstrap_score
+from cectflow.manifest import Manifest, SplitName
 from cectflow.model_card import Score
 
 __all__ = ["Group", "break_down"]

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
 
-from cectflow.dataset import Batch, BatchSource, Manifest, batch_indices
+from cectflow.dataset import Batch, BatchSource, batch_indices
 from cectflow.learning.augmentation import augment
+from cectflow.manifest import Manifest
 
 __all__ = ["HandOut", "Part", "Share", "read_parts"]
 

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cectflow.dataset import JUNK_CLASS, Batch, Manifest
+from cectflow.dataset import Batch
+from cectflow.manifest import JUNK_CLASS, Manifest
 from cectflow.model_card import ModelCard, Task
 
 __all__ = [

@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from cectflow.cost import measure_cost
-from cectflow.dataset import BatchSource, Dataset, Manifest, Selection, SplitName
+from cectflow.dataset import BatchSource, Dataset, Selection
 from cectflow.export import export_network
 from cectflow.learning.calibration import measure_trust
 from cectflow.learning.fit import FitRecipe, FitResult, Log, fit
@@ -31,6 +31,7 @@ from cectflow.learning.scores import (
 )
 from cectflow.learning.task import SemanticLabels, check_statistics
 from cectflow.learning.unlabelled import UnlabelledCubes, WithUnlabelled
+from cectflow.manifest import Manifest, SplitName
 from cectflow.model_card import CARD_FILE, Masking, ModelCard, Role, Task, Variant
 from cectflow.networks import create_network, list_networks, network_info
 from cectflow.networks.normalisation import NormalisePerCube

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cectflow.dataset import SPLITS, VIEWS_PER_CUBE, Batch, BatchSource, Manifest
+from cectflow.dataset import VIEWS_PER_CUBE, Batch, BatchSource
+from cectflow.manifest import SPLITS, Manifest
 
 __all__ = ["UnlabelledCubes", "WithUnlabelled"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cectflow.manifest import SPLITS
 from cectflow.model_card import ModelCard
 from cectflow.particles import read_particles
 from cectflow.prediction.contract import InputOptions
@@ -268,7 +269,7 @@ def _stacks_of(given: str) -> tuple[Path, ...]:
     """Stacks of a file, folder, glob or dataset folder (all its splits, in order)."""
     folder = Path(given)
     if (folder / "manifest.json").is_file():
-        from cectflow.dataset import SPLITS, open_dataset  # which imports torch: 2 s
+        from cectflow.dataset import open_dataset  # which imports torch: 2 s
 
         shards = open_dataset(folder).manifest.shards
         return tuple(

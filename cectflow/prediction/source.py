@@ -21,9 +21,10 @@ import pandas as pd
 from jaxtyping import Float, Int, Num
 from numpy.typing import NDArray
 
-from cectflow.coordinates import look_up, place_particles
+from cectflow.coordinates import look_up
 from cectflow.model_card import ModelCard
 from cectflow.particles import ParticleTable, particles_from
+from cectflow.placement import place_particles
 from cectflow.prediction.contract import InputOptions, bring_to_card, report_changes, source_box
 from cectflow.subtomogram import are_finite, cut, inside, to_float32
 from cectflow.tomogram_table import TomogramInfo

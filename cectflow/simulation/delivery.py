@@ -9,19 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cectflow.dataset import (
-    SPLITS,
-    Dataset,
-    Manifest,
-    ShardRecord,
-    SplitName,
-    Subtomograms,
-    open_dataset,
-    remove_partial_shards,
-    start_dataset,
-    write_shard,
-)
+from cectflow.dataset import Dataset, open_dataset
 from cectflow.execution import HERE, Workplace, run_all, single_thread
+from cectflow.manifest import SPLITS, Manifest, ShardRecord, SplitName
+from cectflow.shards import Subtomograms, remove_partial_shards, start_dataset, write_shard
 from cectflow.simulation.extraction import simulate_subtomograms
 from cectflow.simulation.field import Specimen, leave_out, prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe

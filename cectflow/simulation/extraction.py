@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cectflow.dataset import FieldRecord, Subtomograms
+from cectflow.manifest import FieldRecord
 from cectflow.particles import make_particle_rows
+from cectflow.shards import Subtomograms
 from cectflow.simulation.distractors import choose_junk
 from cectflow.simulation.field import (
     RenderedField,
@@ -41,7 +42,7 @@ class Targets:
     centres
         Voxels (z, y, x) at which cubes are cut.
     voxel_labels, instances, rows
-        As of :class:`~cectflow.dataset.Subtomograms`.
+        As of :class:`~cectflow.shards.Subtomograms`.
     """
 
     centres: NDArray[np.float64]

@@ -16,19 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cectflow.dataset import JUNK_CLASS, FieldRecord
 from cectflow.execution import single_thread
+from cectflow.manifest import JUNK_CLASS, FieldRecord
 from cectflow.simulation.beads import Beads, coarse_grain, label_threshold, render_field
 from cectflow.simulation.distractors import render_distractors
-from cectflow.simulation.imaging import (
-    Optics,
-    image_spectrum,
-    noise_scale,
-    optics_of,
-    power_spectrum,
-    volume_of,
-)
+from cectflow.simulation.half_spectrum import power_spectrum, volume_of
+from cectflow.simulation.imaging import image_spectrum, noise_scale
 from cectflow.simulation.microscope import OpticsDraw, draw_optics
+from cectflow.simulation.optics import Optics, optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.scene import Scene, pack_scene
 from cectflow.simulation.structure import Structure

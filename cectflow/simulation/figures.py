@@ -17,16 +17,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from cectflow.dataset import FieldRecord
 from cectflow.figures import draw_field
+from cectflow.manifest import FieldRecord
 from cectflow.simulation.field import SimulatedField, Specimen
-from cectflow.simulation.imaging import SNR_RESOLUTION, Optics
+from cectflow.simulation.imaging import SNR_RESOLUTION
 from cectflow.simulation.microscope import (
     OpticsDraw,
     contrast_transfer,
     contrast_zeros,
     single_number,
 )
+from cectflow.simulation.optics import Optics
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.spectra import field_spectra
 from cectflow.simulation.tomogram import Tomogram

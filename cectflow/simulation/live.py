@@ -20,8 +20,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cectflow.dataset import Batch, Manifest
+from cectflow.dataset import Batch
 from cectflow.execution import WorkerProcesses, single_thread
+from cectflow.manifest import Manifest
 from cectflow.simulation.extraction import Targets, choose_targets, cut_cubes
 from cectflow.simulation.field import (
     RenderedField,

@@ -8,11 +8,11 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from cectflow.config import Config
-from cectflow.dataset import SplitName
+from cectflow.manifest import SplitName
 from cectflow.model_card import CtfCorrection
 from cectflow.simulation.distractors import Distractors, Junk
-from cectflow.simulation.imaging import SnrStage
 from cectflow.simulation.microscope import Microscope, TiltScheme
+from cectflow.simulation.optics import SnrStage
 
 __all__ = ["SimulationRecipe"]
 
@@ -68,7 +68,7 @@ class SimulationRecipe(Config):
     snr: tuple[float, float] | None
     """Lowest and highest SNR, drawn log-uniformly per field; null: noise-free."""
     snr_stage: SnrStage = "reconstruction"
-    """Where that SNR is defined: :func:`~cectflow.simulation.imaging.optics_of`."""
+    """Where that SNR is defined: :func:`~cectflow.simulation.optics.optics_of`."""
     ctf_correction: CtfCorrection = "none"
     microscope: Microscope = Microscope()
     tilts: TiltScheme = TiltScheme()

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cectflow.simulation.field import SimulatedField, Specimen, field_optics, render_foreign
-from cectflow.simulation.imaging import noise_scale, power_spectrum
+from cectflow.simulation.half_spectrum import power_spectrum
+from cectflow.simulation.imaging import noise_scale
 
 __all__ = ["FieldSpectra", "field_spectra", "shell_average"]
 
@@ -54,7 +55,7 @@ def shell_average(
     Parameters
     ----------
     power
-        As :func:`~cectflow.simulation.imaging.power_spectrum` gives it.
+        As :func:`~cectflow.simulation.half_spectrum.power_spectrum` gives it.
     width
         Voxels of the field along x.
     voxel_size

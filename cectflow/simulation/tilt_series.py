@@ -1,6 +1,6 @@
 """Tilt series: projections recorded one by one and reconstructed by weighted back-projection.
 
-The literal path, in real space, that the one filter of :mod:`cectflow.simulation.imaging` is held
+The literal path, in real space, that the one filter of :mod:`cectflow.simulation.optics` is held
 against; it also writes what a microscope would: aligned projections beside the reconstruction.
 
 Geometry: the beam runs along z, the tilt axis is y. At tilt t the point (z, x), counted from the
@@ -27,7 +27,6 @@ from scipy.signal import fftconvolve, resample
 from scipy.sparse import csr_array
 
 from cectflow.model_card import CtfCorrection
-from cectflow.simulation.imaging import INELASTIC_MEAN_FREE_PATH, WIENER_CONSTANT
 from cectflow.simulation.microscope import (
     OpticsDraw,
     astigmatic_defocus,
@@ -38,6 +37,7 @@ from cectflow.simulation.microscope import (
     signal_transfer,
     single_number,
 )
+from cectflow.simulation.optics import INELASTIC_MEAN_FREE_PATH, WIENER_CONSTANT
 
 __all__ = [
     "TiltSeries",

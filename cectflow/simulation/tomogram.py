@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from cectflow.dataset import FieldRecord
 from cectflow.execution import single_thread
+from cectflow.manifest import FieldRecord
 from cectflow.simulation.field import (
     Specimen,
     draw_field,

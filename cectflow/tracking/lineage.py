@@ -17,7 +17,7 @@ import mlflow
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 
-from cectflow.dataset import MANIFEST_FILE, Manifest, read_manifest
+from cectflow.manifest import MANIFEST_FILE, Manifest, read_manifest
 from cectflow.model_card import ModelCard
 from cectflow.recipe import Recipe
 from cectflow.simulation.phantoms import build_phantom, list_phantoms

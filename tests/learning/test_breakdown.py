@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from builders import CLASSES, make_manifest
 
-from cectflow.dataset import FieldRecord, Manifest, ShardRecord
 from cectflow.learning.breakdown import Group, break_down
 from cectflow.learning.scores import Evaluation
+from cectflow.manifest import FieldRecord, Manifest, ShardRecord
 
 NUM_FIELDS = 8
 

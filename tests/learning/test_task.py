@@ -8,7 +8,6 @@ import pytest
 import torch
 from builders import CLASSES, MemorySource, make_ball, make_card, make_manifest
 
-from cectflow.dataset import FieldRecord, ShardRecord
 from cectflow.learning.task import (
     SemanticLabels,
     check_statistics,
@@ -16,6 +15,7 @@ from cectflow.learning.task import (
     segmentation_truth,
     target_mask,
 )
+from cectflow.manifest import FieldRecord, ShardRecord
 
 
 def test_the_target_is_the_particle_at_the_centre_and_no_other(eight: MemorySource) -> None:

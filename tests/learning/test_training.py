@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from builders import BOX, CLASSES, make_card, write_dataset
 
-from cectflow.dataset import Dataset, check_dataset, open_dataset
+from cectflow.dataset import Dataset, open_dataset
 from cectflow.learning.calibration import measure_trust
 from cectflow.learning.fit import FitRecipe, open_fabric
 from cectflow.learning.objective import Classify, Objective, Segment
@@ -25,6 +25,7 @@ from cectflow.learning.training import (
 )
 from cectflow.model_card import ModelCard
 from cectflow.runtime import RUNTIMES, RuntimeName, load_runtime
+from cectflow.shards import check_dataset
 from cectflow.trust import find_unknown
 
 LABELS = SemanticLabels.choose(CLASSES, None, merged=False)

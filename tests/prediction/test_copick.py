@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from cectflow.cli import main
-from cectflow.coordinates import coordinates_zyx
 from cectflow.copick import open_project, read_picks, write_picks
 from cectflow.particles import particles_from, read_particles
+from cectflow.placement import coordinates_zyx
 from cectflow.volume import find_stacks, read_volume
 
 OBJECTS = [

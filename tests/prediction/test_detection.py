@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cectflow.cli import main
-from cectflow.coordinates import coordinate_columns
 from cectflow.flows.picks import evaluate_picks
 from cectflow.particles import make_particle_rows, particles_from
+from cectflow.placement import coordinate_columns
 from cectflow.prediction.detection import Found, agree, best_threshold, compare_picks, match
 from cectflow.volume import Volume, write_volume
 

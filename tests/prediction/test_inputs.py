@@ -12,9 +12,9 @@ import pytest
 from builders import make_card, write_dataset
 
 from cectflow.cli import main
-from cectflow.coordinates import coordinate_columns
 from cectflow.exit_codes import INCOMPLETE
 from cectflow.particles import make_particle_rows, particles_from, read_particles
+from cectflow.placement import coordinate_columns
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles, find_tomograms
 from cectflow.star import format_star

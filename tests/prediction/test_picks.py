@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
 
-from cectflow.coordinates import coordinates_zyx
 from cectflow.particles import read_particles
+from cectflow.placement import coordinates_zyx
 from cectflow.prediction.picks import Bodies, PickRules, find_bodies, make_picks, suppress
 
 VOXEL = 10.0

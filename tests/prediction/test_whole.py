@@ -15,10 +15,10 @@ from builders import make_card
 from torch import Tensor, nn
 
 from cectflow.cli import main
-from cectflow.coordinates import coordinates_zyx
 from cectflow.flows.segmentation import predict_segments
 from cectflow.model_card import ModelCard, Picking
 from cectflow.particles import read_particles
+from cectflow.placement import coordinates_zyx
 from cectflow.prediction.contract import InputOptions, LoadedNetwork
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.picks import PickRules

@@ -33,8 +33,8 @@ from cectflow.simulation.calibration.snr_bounds import SignalCubes, bound_snr, s
 from cectflow.simulation.calibration.tilt_range import measure_tilts
 from cectflow.simulation.distractors import Distractors
 from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
-from cectflow.simulation.imaging import optics_of
 from cectflow.simulation.microscope import Microscope, NoiseSpectrum, TiltScheme, noise_power
+from cectflow.simulation.optics import optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut

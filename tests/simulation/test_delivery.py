@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cectflow.dataset import check_dataset, read_manifest
 from cectflow.execution import Workplace
+from cectflow.manifest import read_manifest
+from cectflow.shards import check_dataset
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.distractors import Distractors, Junk
 from cectflow.simulation.microscope import Microscope, TiltScheme
@@ -53,13 +54,13 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 
-from cectflow import dataset
+from cectflow import shards
 from cectflow.execution import Workplace
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import StructureSource, load_structure
 
-plain = dataset.sha256_of
+plain = shards.sha256_of
 
 def standing_still(path):
     if path.name == "00003.star":
@@ -67,7 +68,7 @@ def standing_still(path):
         time.sleep(600)
     return plain(path)
 
-dataset.sha256_of = standing_still  # in worker processes too: they import this script
+shards.sha256_of = standing_still  # in worker processes too: they import this script
 
 if __name__ == "__main__":
     recipe = SimulationRecipe.from_json(Path("recipe.json").read_text())

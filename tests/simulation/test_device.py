@@ -18,8 +18,8 @@ from cectflow.simulation.field import (
     prepare_specimen,
     render_drawn,
 )
-from cectflow.simulation.imaging import SnrStage, optics_of
 from cectflow.simulation.microscope import Microscope, TiltScheme
+from cectflow.simulation.optics import SnrStage, optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut

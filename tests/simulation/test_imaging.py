@@ -11,16 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cectflow.model_card import CtfCorrection
-from cectflow.simulation.imaging import (
-    CACHED_BYTES,
-    Optics,
-    SnrStage,
-    image_and_measure,
-    image_field,
-    noise_scale,
-    optics_of,
-    power_spectrum,
-)
+from cectflow.simulation.half_spectrum import power_spectrum
+from cectflow.simulation.imaging import image_and_measure, image_field, noise_scale
 from cectflow.simulation.microscope import (
     Microscope,
     TiltScheme,
@@ -28,6 +20,7 @@ from cectflow.simulation.microscope import (
     electron_wavelength,
     signal_transfer,
 )
+from cectflow.simulation.optics import CACHED_BYTES, Optics, SnrStage, optics_of
 
 VOXEL_SIZE = 10.0
 DEFOCUS_UM = 4.0

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cectflow.dataset import JUNK_CLASS, SPLITS, Batch, BatchSource, Dataset, Manifest
+from cectflow.dataset import Batch, BatchSource, Dataset
 from cectflow.execution import single_thread
 from cectflow.learning.fit import FitRecipe, FitResult, fit, open_fabric
 from cectflow.learning.objective import Classify
+from cectflow.manifest import JUNK_CLASS, SPLITS, Manifest
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation import live

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from cectflow.dataset import Subtomograms, check_dataset, open_dataset
+from cectflow.dataset import open_dataset
+from cectflow.shards import Subtomograms, check_dataset
 from cectflow.simulation.beads import label_threshold, render_field
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.distractors import GOLD, MEMBRANE, Distractors, Junk
@@ -29,8 +30,9 @@ from cectflow.simulation.field import (
     prepare_specimen,
     simulate_field,
 )
-from cectflow.simulation.imaging import image_field, noise_scale, optics_of
+from cectflow.simulation.imaging import image_field, noise_scale
 from cectflow.simulation.microscope import Microscope, TiltScheme
+from cectflow.simulation.optics import optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut, robust_statistics

@@ -20,9 +20,9 @@ from cectflow.simulation.figures import (
     draw_spectra,
     draw_tomogram,
 )
-from cectflow.simulation.imaging import optics_of
 from cectflow.simulation.microscope import contrast_transfer
 from cectflow.simulation.microscope import draw_optics as draw_of
+from cectflow.simulation.optics import optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.simulation.tomogram import simulate_tomogram, surround

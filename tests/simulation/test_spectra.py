@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cectflow.simulation.field import Specimen, field_optics, prepare_specimen, simulate_field
-from cectflow.simulation.imaging import power_spectrum
+from cectflow.simulation.half_spectrum import power_spectrum
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.spectra import field_spectra, shell_average
 from cectflow.simulation.structure import Structure

@@ -15,7 +15,7 @@ from torch_fourier_slice import backproject_2d_to_3d, project_3d_to_2d
 
 from cectflow.model_card import CtfCorrection
 from cectflow.simulation.beads import coarse_grain, render_field
-from cectflow.simulation.imaging import image_field, optics_of
+from cectflow.simulation.imaging import image_field
 from cectflow.simulation.microscope import (
     Microscope,
     OpticsDraw,
@@ -23,6 +23,7 @@ from cectflow.simulation.microscope import (
     dose_filter,
     draw_optics,
 )
+from cectflow.simulation.optics import optics_of
 from cectflow.simulation.scene import pack_scene
 from cectflow.simulation.structure import StructureSource, load_structure
 from cectflow.simulation.tilt_series import (

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from cectflow.simulation.field import Specimen, simulate_field
-from cectflow.simulation.imaging import noise_scale, optics_of
+from cectflow.simulation.imaging import noise_scale
+from cectflow.simulation.optics import optics_of
 from cectflow.simulation.tomogram import (
     Tomogram,
     check_tomogram_shape,

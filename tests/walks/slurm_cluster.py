@@ -24,7 +24,7 @@ from conftest import make_road
 from road import ROOT, Road
 
 from cectflow.cluster import ClusterConfig
-from cectflow.dataset import read_manifest
+from cectflow.manifest import read_manifest
 
 CLUSTER = ROOT / "docs" / "cluster"
 FINISHED = {"CD", "F", "CA", "TO", "NF"}

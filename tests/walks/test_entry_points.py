@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from road import Road, find_runs
 
-from cectflow.dataset import check_dataset, open_dataset
+from cectflow.dataset import open_dataset
 from cectflow.model_card import ModelCard
 from cectflow.particles import read_particles
+from cectflow.shards import check_dataset
 from cectflow.volume import read_volume
 
 ROLES = ("segmenter", "tomogram-segmenter", "teacher", "student")

@@ -18,9 +18,9 @@ import pytest
 import zarr
 from road import ROOT, Road
 
-from cectflow.coordinates import coordinates_zyx
 from cectflow.flows.simulation import write_tomogram
 from cectflow.particles import read_particles
+from cectflow.placement import coordinates_zyx
 from cectflow.recipe import load_recipe
 from cectflow.volume import read_volume
 

@@ -14,8 +14,8 @@ from scipy import fft
 from scipy.stats import norm
 
 from cectflow.simulation.calibration.radial_power import TaperedCubes
-from cectflow.simulation.imaging import Optics, optics_of
 from cectflow.simulation.microscope import Microscope, TiltScheme, single_number
+from cectflow.simulation.optics import Optics, optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 
 __all__ = [

@@ -31,8 +31,8 @@ from cectflow.simulation.calibration.radial_power import (
     shell_numbers,
     summarise,
 )
-from cectflow.simulation.imaging import WIENER_CONSTANT
 from cectflow.simulation.microscope import NoiseSpectrum, contrast_transfer, single_number
+from cectflow.simulation.optics import WIENER_CONSTANT
 from cectflow.simulation.recipe import SimulationRecipe
 
 __all__ = [
