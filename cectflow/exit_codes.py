@@ -9,7 +9,8 @@ BAD_INPUT = 2
 REFUSED = 3
 """The work was done and its answer is no: a promotion refused, a dataset found faulty."""
 INCOMPLETE = 4
-"""The work was done but for some particles; a file beside the output lists them with the reason."""
+"""The work was done but for some particles or tomograms; a file beside the output lists them, with
+the reason."""
 INTERRUPTED = 130
 """Ctrl-C; what was finished is kept."""
 

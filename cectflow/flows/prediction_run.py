@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.many import ManyOutputs, ManySegmentation
 from cectflow.prediction.outputs import ClassOutputs, summarise
-from cectflow.prediction.source import CubeSource
 from cectflow.prediction.whole import WholeOutputs
 from cectflow.tracking.registry import find_version
 from cectflow.tracking.runs import Run
@@ -58,7 +57,10 @@ def log_classes(
 
     outcome = predict_classes(
         model, files, outputs, options, report, mask_with=mask_with, where=where,
-        block_size=block_size, opened=lambda source: _log_inputs(run, files, source),
+        block_size=block_size,
+        opened=lambda source: _log_inputs(
+            run, files, {block.path: len(block) for block in source.files}
+        ),
     )  # fmt: skip
     table = outcome.table
     figures: dict[str, float | int] = {
@@ -100,7 +102,7 @@ def log_segments(
     report: Callable[[str], None],
     where: Workplace = HERE,
 ) -> bool:
-    """Segmentation with its figures and files in a run; of many tomograms without the maps.
+    """Segmentation with its inputs, figures and files in a run; of many tomograms without the maps.
 
     Where some tomograms could not be segmented, they are counted as ``failed``, and the tag
     ``outcome`` is ``incomplete``.
@@ -119,6 +121,11 @@ def log_segments(
     """
     if not Path(model).is_dir():
         run.log_input_model(find_version(model))
+    volumes = files.volumes
+    if files.tomogram is not None and files.particles is None:
+        given = files.whole_tomograms().values()
+        volumes = tuple(path for path in given if isinstance(path, Path))
+    _log_inputs(run, files, dict.fromkeys(volumes))
     outcome = predict_segments(model, files, outputs, options, report, where=where)
     assert outcome is not None
     run.log(outcome.figures)
@@ -133,35 +140,41 @@ def log_segments(
     return complete
 
 
-def _log_inputs(run: Run, files: InputFiles, source: CubeSource) -> None:
-    """Names, sizes and digests of the particle file and the volumes."""
+def _log_inputs(run: Run, files: InputFiles, volumes: Mapping[Path, int | None]) -> None:
+    """Names, sizes and digests of the particle file and the volumes.
+
+    Parameters
+    ----------
+    run, files
+        As of :func:`log_classes`.
+    volumes
+        Volume → number of particles read from it, where they are known.
+    """
     if files.particles is not None:
         where = str(files.particles.resolve())
         run.log_dataset(files.particles.name, sha256_of(files.particles), where, "particles")
+    if not volumes:
+        return
     hashed = 0
-    volumes: list[dict[str, object]] = []
-    for block in source.files:
-        stat = block.path.stat()
+    described: list[dict[str, object]] = []
+    for path, particles in volumes.items():
+        stat = path.stat()
         hashed += stat.st_size
-        volumes.append(
+        described.append(
             {
-                "path": str(block.path.resolve()),
-                "particles": len(block),
+                "path": str(path.resolve()),
+                "particles": particles,
                 "bytes": stat.st_size,
                 "modified": datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(),
                 # Zarr is a folder: named by size and time, too.
-                "sha256": (
-                    sha256_of(block.path)
-                    if hashed <= HASHED_BYTES and block.path.is_file()
-                    else None
-                ),
+                "sha256": sha256_of(path) if hashed <= HASHED_BYTES and path.is_file() else None,
             }
         )
-    run.log_json(volumes, "volumes.json")
+    run.log_json(described, "volumes.json")
     together = hashlib.sha256(
-        repr([each["sha256"] or (each["bytes"], each["modified"]) for each in volumes]).encode()
+        repr([each["sha256"] or (each["bytes"], each["modified"]) for each in described]).encode()
     ).hexdigest()
-    first = source.files[0].path
+    first = next(iter(volumes))
     more = f" and {len(volumes) - 1} more" if len(volumes) > 1 else ""
     given = str(files.tomogram or files.subtomograms)
     run.log_dataset(f"{first.name}{more}", together, given, "volumes")
