@@ -449,8 +449,9 @@ def _draw_plane(axes: Axes, plane: NDArray[Any]) -> None:
         low, high = values.min(), values.max()
     margin = 0.0 if high > low else max(1.0, abs(high))
     low, high = low - margin, high + margin
-    # Clipped here: matplotlib computes with what is shown, and a hot pixel may be 1e38.
-    axes.imshow(np.clip(values, low, high), cmap="gray", vmin=low, vmax=high, origin="lower")
+    # A hot pixel may be 1e38, and matplotlib multiplies it.
+    shown = np.clip(values, -1e30, 1e30)
+    axes.imshow(shown, cmap="gray", vmin=low, vmax=high, origin="lower")
     axes.set_xticks([])
     axes.set_yticks([])
 

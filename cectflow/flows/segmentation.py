@@ -60,6 +60,11 @@ def predict_segments(
     ValueError
         If the network's task and the files do not fit; the message names the model that does.
     """
+    single = [path for path in outputs.paths if path and PLACEHOLDER not in path.name]
+    refuse_existing(
+        single, overwrite=options.overwrite, inputs=files.volumes,
+        begun=begun_outputs(outputs.labels),
+    )  # fmt: skip
     for path in (outputs.labels, outputs.probabilities):
         if path is not None and path.suffix not in STACK_SUFFIXES:
             msg = f"{path} would be an MRC file: expected a name in {', '.join(STACK_SUFFIXES)}"

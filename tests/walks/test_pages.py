@@ -50,8 +50,13 @@ if __name__ == "__main__":
         if code != expected:
             sys.exit(f"{line} ended with {code}, expected {expected}")
 """
-LONG = re.compile(r"cectflow (sweep|evaluate generalisation|train .* --devices 2)")
+LONG = re.compile(
+    r"cectflow (sweep|evaluate generalisation|train .* --devices 2|distill --teacher)"
+)
 """Commands that train what no later one needs: with one epoch instead of the recipe's."""
+TRAINED = re.compile(r"cectflow train (segmenter|tomogram-segmenter|teacher) [^#]* --dataset data$")
+"""Commands that repeat a training of the road, on a dataset of the same bytes: with its checkpoint,
+from the end of which they go on."""
 CLONE = "~/cectflow"
 """What the pages call the folder of the clone."""
 NAPARI = """
@@ -143,11 +148,16 @@ def test_every_command_of_a_page_runs(page: str, road: Road, archive: str) -> No
         folder = road.folder / page
         folder.mkdir()
     steps = []
-    assert {command.split()[0] for command in commands} <= {"cectflow", "mlflow", "python", "ls"}
+    programs = {command.split()[0] for command in commands}
+    assert programs <= {"cectflow", "mlflow", "python", "ls", "mkdir"}
     for command in commands:
         line = command.replace(CLONE, str(ROOT))
         if LONG.match(line):
             line = line.replace("--recipe tiny", f"--recipe {road.folder / 'short.yaml'}")
+        if trained := TRAINED.match(line):
+            there = f"{trained[1]}/checkpoints"
+            shutil.copytree(road.folder / "tour" / there, folder / "trained" / there)
+            line += " --out trained"
         arguments = shlex.split(line, comments=True)
         if arguments[1:3] == ["structures", "fetch"]:
             arguments += ["--base-url", archive]
