@@ -67,11 +67,14 @@ def short_recipe() -> str:
         return fit.model_copy(update={"epochs": 1})
 
     segmenter, student, whole = recipe.segmenter, recipe.student, recipe.tomogram_segmenter
+    compact = recipe.student_segmenter
     assert whole is not None
+    assert compact is not None
     return recipe.model_copy(
         update={
             "segmenter": segmenter.model_copy(update={"fit": shortened(segmenter.fit)}),
             "tomogram_segmenter": whole.model_copy(update={"fit": shortened(whole.fit)}),
+            "student_segmenter": compact.model_copy(update={"fit": shortened(compact.fit)}),
             "student": student.model_copy(
                 update={"fit": shortened(student.fit), "control": False, "variants": ("int8",)}
             ),

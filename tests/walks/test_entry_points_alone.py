@@ -39,6 +39,16 @@ def logged_epochs(road: Road, run_id: str) -> list[int]:
     return [entry.step for entry in history]
 
 
+def walk_here(monkeypatch: pytest.MonkeyPatch, entry_point: str, **parameters: str) -> int:
+    """Exit code of an entry point that this process runs: MLflow's command takes ten seconds."""
+    given = [word for name, value in parameters.items()
+             for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [entry_point, *given])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"entrypoints.{entry_point}", run_name="__main__")
+    return int(stop.value.code or 0)
+
+
 @pytest.mark.parametrize(
     ("entry_point", "recipe"),
     [("train_segmenter", "short.yaml"), ("train_teacher", "tiny"), ("distill", "short.yaml")],
@@ -89,8 +99,12 @@ def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) ->
         assert losses == {"mse": "0.0", "kl": "0.0", "dkd": "1.0", "hint": "3000.0"}
 
 
-def test_evaluate_promote_and_predict_alone(road: Road) -> None:
-    assert "accuracy" in road.mlflow_run("evaluate")
+@pytest.mark.usefixtures("by_hand")
+def test_evaluate_promote_and_predict_alone(
+    road: Road, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert walk_here(monkeypatch, "evaluate") == 0
+    assert "accuracy" in capsys.readouterr().out
     # A second version of the same recipe is as good as the first: a tie passes.
     output = road.mlflow_run("promote", role="teacher")
     assert "is in staging" in output
@@ -122,16 +136,20 @@ def test_evaluate_promote_and_predict_alone(road: Road) -> None:
     assert given.dataset.name == "00000.mrcs"
 
 
-def test_a_refused_promotion_fails_the_run_and_changes_nothing(road: Road) -> None:
+@pytest.mark.usefixtures("by_hand")
+def test_a_refused_promotion_ends_with_3_which_fails_the_run_and_changes_nothing(
+    road: Road, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy = road.folder / "strict.yaml"
     policy.write_text(
         "role: teacher\nscore: accuracy\nrules:\n"
         "  - {figure: accuracy, at_least: 1.1, why: nobody is that good}\n"
     )
-    output = road.mlflow_run(
-        "promote", code=1, model="cectflow-teacher/1", stage="production", policy=str(policy)
+    code = walk_here(
+        monkeypatch, "promote", model="cectflow-teacher/1", stage="production", policy=str(policy)
     )
-    assert "stays where it is: teacher refused: accuracy is" in output
+    assert code == 3
+    assert "stays where it is: teacher refused: accuracy is" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -151,12 +169,7 @@ def test_bad_parameters_end_with_a_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = [word for name, value in parameters.items()
-             for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [entry_point, *given])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module(f"entrypoints.{entry_point}", run_name="__main__")
-    assert stop.value.code == 2
+    assert walk_here(monkeypatch, entry_point, **parameters) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert message in said
