@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Index for torch, such as https://download.pytorch.org/whl/cpu or .../cu128; empty: pip's own.
 TORCH_INDEX ?=
-# Not compiled beforehand: half of what is installed is never imported, and the rest is then.
-PIP_OPTIONS := -q --no-compile --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_OPTIONS := -q --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-servers fuzz test-uv test-slurm lint style types bench clean
 
