@@ -123,8 +123,9 @@ def _ours(
 def _published(student: str, *, survives: bool = False) -> Arm:
     """One of the papers' students by their recipe, or by one in which its units survive.
 
-    Under the papers' SGD every unit of the last convolutions is dead within 10 k cubes: the
-    teacher's logits are large (4.5, root mean square), and so are the first steps.
+    Under the papers' SGD validation stands still from the first 10 k cubes on, and the units of the
+    last convolutions are dead: the teacher's logits are large (4.5, root mean square), and so are
+    the first steps.
     """
     fit = PUBLISHED_STUDENT.model_copy(update={"network": student})
     if not survives:
