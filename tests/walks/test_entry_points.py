@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from road import Road, find_runs
+from road import Road, find_runs, walk_here
 
 from cectflow.dataset import open_dataset
 from cectflow.model_card import ModelCard
@@ -52,11 +52,14 @@ def test_a_second_call_for_the_same_folder_takes_up_what_is_finished(road: Road)
         assert f"cectflow-{role} v2" not in output
 
 
-def test_a_folder_of_another_road_is_refused(road: Road) -> None:
-    output = road.mlflow_run(
-        "main", recipe="tiny", out=str(road.folder / "tour"), device="cpu", seed="7", code=1
-    )
-    assert "holds another dataset: give another folder, or remove it first" in output
+@pytest.mark.usefixtures("by_hand")
+def test_a_folder_of_another_road_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = walk_here(monkeypatch, "main", recipe="tiny", out="tour", device="cpu", seed="7")
+    assert code == 2
+    told = "holds another dataset: give another folder, or remove it first"
+    assert told in capsys.readouterr().err
 
 
 def test_the_run_holds_recipe_pictures_and_lineage(road: Road) -> None:

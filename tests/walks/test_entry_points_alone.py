@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from road import Road, find_runs
+from road import Road, find_runs, walk_here
 
 from cectflow.cli import main
 from cectflow.dataset import open_dataset
@@ -37,16 +36,6 @@ def logged_epochs(road: Road, run_id: str) -> list[int]:
     """Steps at which a run logged its training loss."""
     history = client_of(road).get_metric_history(run_id, "train_loss")
     return [entry.step for entry in history]
-
-
-def walk_here(monkeypatch: pytest.MonkeyPatch, entry_point: str, **parameters: str) -> int:
-    """Exit code of an entry point that this process runs: MLflow's command takes ten seconds."""
-    given = [word for name, value in parameters.items()
-             for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [entry_point, *given])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module(f"entrypoints.{entry_point}", run_name="__main__")
-    return int(stop.value.code or 0)
 
 
 @pytest.mark.parametrize(
@@ -207,9 +196,14 @@ def test_a_student_is_distilled_from_live_data(road: Road) -> None:
     assert not Path("other/student").exists()
 
 
-def test_structures_left_out_are_an_entry_point(road: Road) -> None:
-    out, recipe = road.folder / "unseen", str(road.folder / "short.yaml")
-    output = road.mlflow_run("generalisation", recipe=recipe, out=str(out), device="cpu")
+@pytest.mark.usefixtures("by_hand")
+def test_structures_left_out_are_an_entry_point(
+    road: Road, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = road.folder / "unseen"
+    code = walk_here(monkeypatch, "generalisation", recipe="short.yaml", out=str(out), device="cpu")
+    assert code == 0
+    output = capsys.readouterr().out
     assert "held out in turn: barrel + bowl; rod" in output
     assert "unseen / seen" in output
     assert (out / "generalisation.png").stat().st_size > 1000
