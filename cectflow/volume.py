@@ -144,9 +144,7 @@ def read_volume(path: Path, *, voxel_size: float | None = None, mmap: bool = Tru
         Once, if the file could be read although its header breaks the standard.
     """
     cubes, voxel_size = _read(path, voxel_size, mmap=mmap, guess_stack=False)
-    if len(cubes) != 1:
-        msg = f"{path} holds a stack of {len(cubes)} volumes: expected a single volume"
-        raise ValueError(msg)
+    _refuse_several(path, len(cubes))
     return Volume(cubes[0], voxel_size)
 
 
@@ -176,9 +174,7 @@ def read_header(
         if opener is None and path.stat().st_size < layout.end:
             _refuse_truncated(path, layout.end, str(path.stat().st_size))
         number, *rest = (layout.shape[axis] for axis in layout.axes)
-        if number != 1:
-            msg = f"{path} holds a stack of {number} volumes: expected a single volume"
-            raise ValueError(msg)
+        _refuse_several(path, number)
         depth, height, width = rest
         shape = depth, height, width
         size = judge_voxel_size(path, layout.sampling_xyz) if voxel_size is None else voxel_size
@@ -500,6 +496,12 @@ def _read_bytes(path: Path, opener: Callable[[Path], Any] | None, num_bytes: int
         msg = f"{path} cannot be read, it may be truncated: {error}"
         raise ValueError(msg) from None
     return b"".join(parts)
+
+
+def _refuse_several(path: Path, number: int) -> None:
+    if number != 1:
+        msg = f"{path} holds a stack of {number} volumes: expected a single volume"
+        raise ValueError(msg)
 
 
 def _refuse_truncated(path: Path, expected: int, given: str) -> NoReturn:

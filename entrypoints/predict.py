@@ -16,7 +16,6 @@ from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import PLACEHOLDER, InputFiles
 from cectflow.prediction.outputs import ClassOutputs
 from cectflow.prediction.source import Border
-from cectflow.prediction.whole import WholeOutputs
 from cectflow.tracking.runs import connect, start_run
 from entrypoints.door import Parameters, chosen, integer, number, tell, walk
 from entrypoints.input_options import INPUT_PARAMETERS, read_input_options
@@ -85,6 +84,8 @@ def _classify(
 
 def _segment(given: Parameters, files: InputFiles, options: InputOptions, where: Workplace) -> bool:
     """Whether all tomograms were segmented."""
+    from cectflow.prediction.whole import WholeOutputs
+
     for name in OF_CLASSES:
         if given[name] not in {None, "fill" if name == "border" else None}:
             msg = f"{name} is {given[name]!r}: it is for the task classify"

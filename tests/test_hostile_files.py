@@ -27,7 +27,7 @@ from cectflow.particles import ParticleTable, read_particles
 from cectflow.placement import coordinates_zyx
 from cectflow.star import refuse_unwritable
 from cectflow.tomogram_table import read_tomograms
-from cectflow.volume import Volume, read_stack, read_volume, write_volume
+from cectflow.volume import Volume, read_header, read_stack, read_volume, write_volume
 
 MOST_MEMORY = 60e6
 """Bytes, for files of a few kB."""
@@ -95,7 +95,9 @@ def check_volume(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     for options in ({}, {"voxel_size": 10.0}, {"voxel_size": 10.0, "mmap": False}):
         volume = attempt(read_volume, path, **options)
+        header = attempt(read_header, path, voxel_size=options.get("voxel_size"))
         if volume is not None:
+            assert header == (volume.shape, volume.voxel_size)
             assert volume.voxel_size > 0
             assert min(volume.shape) > 0
             assert volume.data.size == np.asarray(volume.data).reshape(-1).size

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
+import os
 import struct
 import tracemalloc
 import warnings
@@ -19,6 +21,7 @@ from hypothesis.extra import numpy as hnp
 from cectflow.files import replacing
 from cectflow.volume import (
     Volume,
+    create_scratch,
     create_volume,
     find_stacks,
     read_stack,
@@ -490,3 +493,19 @@ def test_bytes_after_packed_data_are_read_past_with_a_warning(mrc: Path) -> None
     packed.write_bytes(gzip.compress(mrc.read_bytes() + bytes(10)))
     with pytest.warns(UserWarning, match="bytes follow its data"):
         np.testing.assert_array_equal(read_volume(packed).data, counting((2, 3, 4)))
+
+
+def test_scratch_claims_its_space_or_says_how_much_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = create_scratch(tmp_path / "a.raw", (3, 4, 5), np.int16)
+    assert array.shape == (3, 4, 5)
+    assert not array.any()
+    assert (tmp_path / "a.raw").stat().st_blocks > 0  # not sparse
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"needs 4.000 MB in .* MB are free .No space left"):
+        create_scratch(tmp_path / "b.raw", (1000, 1000), np.float32)

@@ -6,19 +6,20 @@ import hashlib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cectflow.execution import HERE, Workplace
 from cectflow.files import sha256_of
 from cectflow.flows.prediction import predict_classes
-from cectflow.flows.segmentation import predict_segments
 from cectflow.prediction.classify import BLOCK_SIZE, Classification
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
-from cectflow.prediction.many import ManyOutputs, ManySegmentation
 from cectflow.prediction.outputs import ClassOutputs, summarise
-from cectflow.prediction.whole import WholeOutputs
 from cectflow.tracking.registry import find_version
 from cectflow.tracking.runs import Run
+
+if TYPE_CHECKING:  # numba and much of scipy come with it: classifying does without
+    from cectflow.prediction.whole import WholeOutputs
 
 __all__ = ["log_classes", "log_segments"]
 
@@ -119,6 +120,9 @@ def log_segments(
     bool
         Whether all tomograms were segmented.
     """
+    from cectflow.flows.segmentation import predict_segments
+    from cectflow.prediction.many import ManyOutputs, ManySegmentation
+
     if not Path(model).is_dir():
         run.log_input_model(find_version(model))
     volumes = files.volumes

@@ -60,7 +60,8 @@ def predict_segments(
     ValueError
         If the network's task and the files do not fit; the message names the model that does.
     """
-    single = [path for path in outputs.paths if path and PLACEHOLDER not in path.name]
+    given_paths = [path for path in outputs.paths if path is not None]
+    single = [path for path in given_paths if PLACEHOLDER not in path.name]
     refuse_existing(
         single, overwrite=options.overwrite, inputs=files.volumes,
         begun=begun_outputs(outputs.labels),
@@ -80,6 +81,7 @@ def predict_segments(
     of_whole = {
         "--picks": outputs.picks, "--figure": outputs.figure, "options of whole tomograms": whole,
         "--workers": where.workers > 1, "--cluster": where.cluster, "--dry-run": dry_run,
+        f"outputs with {PLACEHOLDER} in their names": len(single) < len(given_paths),
     }  # fmt: skip
     given = [name for name, value in of_whole.items() if value]
     if given:
@@ -99,7 +101,6 @@ def _outline(
     report: Report,
 ) -> Segmentation:
     """Particles at known positions, by a target segmenter."""
-    refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=files.volumes)
     loaded = open_once(network)
     source = files.open(loaded.card, options, report)
     segment = segment_stack if files.tomogram is None else segment_tomogram
@@ -158,9 +159,7 @@ class _Whole:
         if isinstance(path, str):
             raise FileNotFoundError(path)
         outputs, options = self.outputs, self.options
-        refuse_existing(
-            outputs.paths, overwrite=options.overwrite, inputs=(path, *self._listings())
-        )
+        refuse_existing(outputs.paths, overwrite=options.overwrite, inputs=(path,))
         check_pick_name(name, outputs.picks)
         network = open_once(self.network)
         outcome = segment_whole(network, path, outputs, options, self.whole, self.report, name=name)
@@ -181,7 +180,7 @@ class _Whole:
         volumes = [path for path in tomograms.values() if isinstance(path, Path)]
         refuse_existing(
             outputs.paths([*tomograms]), overwrite=options.overwrite,
-            inputs=(*volumes, *self._listings()), begun=begun_outputs(out),
+            inputs=(*volumes, *self.files.volumes), begun=begun_outputs(out),
         )  # fmt: skip
         network = share_threads(self.network, where)
         outcome = segment_many(
@@ -202,11 +201,6 @@ class _Whole:
                 f"why: {outputs.failures}; the same command does them when they are mended"
             )
         return outcome
-
-    def _listings(self) -> list[Path]:
-        """The list or table that names the tomograms, which no output may replace."""
-        given = Path(str(self.files.tomogram))
-        return [given] if given.is_file() else []
 
     def _without_outputs(
         self, tomograms: dict[str, Path | str], outputs: ManyOutputs

@@ -383,7 +383,7 @@ def _train_epoch(setup: _Setup, parts: Iterator[Part], epoch: int) -> dict[str, 
     torch.manual_seed(_epoch_seed(recipe, epoch) + (fabric.global_rank << 40))
     setup.network.train()
     totals: dict[str, Tensor] = {}
-    first = next(iter(setup.network.parameters()))
+    first = next(each for each in setup.network.parameters() if each.requires_grad)
     learns = torch.zeros((), dtype=torch.bool, device=fabric.device)
     seen = 0  # cubes without labels come on top of those that an epoch has
     for index, part in enumerate(parts):

@@ -124,10 +124,10 @@ class Answers:
 
 def split_blocks(source: CubeSource, size: int) -> tuple[Piece, ...]:
     """What is predicted and recorded together: at most so many particles, in the files' order."""
-    return tuple(gather_pieces(source.files, size))
+    return tuple(_pieces(source.files, size))
 
 
-def gather_pieces(files: Iterable[Block], size: int) -> Iterator[Piece]:
+def _pieces(files: Iterable[Block], size: int) -> Iterator[Piece]:
     gathered: list[Block] = []
     room = size
     for block in files:
@@ -209,7 +209,7 @@ def _ask_in_lanes(
     while a piece is recorded, they are at the next.
     """
 
-    def answer(task: tuple[Job, int, Piece]) -> _Found:
+    def ask(task: tuple[Job, int, Piece]) -> _Found:
         job, start, part = task
         (batch,) = read_blocks(part, network.card, job.options)
         return _ask(network, batch.moved(start))
@@ -218,7 +218,7 @@ def _ask_in_lanes(
     lanes = max(LANES, threads // CORES_PER_LANE)
     tasks = ((job, *part) for job in jobs for part in _batches(job))
     with ThreadPoolExecutor(lanes, "lane") as pool:
-        found = _map_ahead(pool, answer, tasks, 2 * lanes)
+        found = _map_ahead(pool, ask, tasks, 2 * lanes)
         for job in jobs:
             yield job, islice(found, sum(1 for _ in _batches(job)))
 
@@ -226,7 +226,7 @@ def _ask_in_lanes(
 def _batches(job: Job) -> Iterator[tuple[int, Piece]]:
     """Parts of a piece that are read as one batch, and the places at which they begin."""
     size, place = job.options.batch_size, 0
-    for part in gather_pieces(job.piece, size):
+    for part in _pieces(job.piece, size):
         yield place, part
         place += count_particles(part)
 

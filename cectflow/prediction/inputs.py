@@ -261,7 +261,7 @@ def _all_of_table(table: Path) -> dict[str, Path | str]:
         except ValueError as error:
             found[base] = str(error)
         else:
-            found[base] = _existing(file if is_volume(Path(file)) else str(table.parent / file))
+            found[base] = _beside(table, file)
     return found
 
 
@@ -371,7 +371,12 @@ def _described(name: str, files: Mapping[str, str], table: Path) -> Path | str:
     known = next((files[key] for key in (name, stem, stem + WARP_SUFFIX) if key in files), None)
     if known is None:
         return f"{table} does not describe the tomogram {name!r}"
-    return _existing(known if is_volume(Path(known)) else str(table.parent / known))
+    return _beside(table, known)
+
+
+def _beside(table: Path, file: str) -> Path | str:
+    """A file that a table names: from here, or else from the table's folder."""
+    return _existing(file if is_volume(Path(file)) else str(table.parent / file))
 
 
 def _existing(path: str) -> Path | str:

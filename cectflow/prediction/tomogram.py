@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,21 +190,11 @@ def open_tomogram(
     if padding is not None:
         share = _padded_share(padding)
         report(f"padding: {share:.1%} of the voxels are constant towards a face: left out")
-    if not resamples:
-        return WholeTomogram(
-            volume.data,
-            source_size,
-            median,
-            deviation,
-            sign,
-            padding,
-            source_shape,
-            source_size,
-            path,
-        )
     filled = WholeTomogram(
         volume.data, source_size, median, deviation, 1.0, padding, source_shape, source_size, path
     )
+    if not resamples:
+        return replace(filled, sign=sign)
     shape = _resampled_shape(source_shape, source_size, card.voxel_size)
     report(
         f"rescale: {_times(source_shape)} voxels (z, y, x) at {source_size:g} Å, "
@@ -220,17 +210,10 @@ def open_tomogram(
     padding = None if padding is None else padding.scaled(shape)
     with costs_itself(path):
         median, deviation, _ = _examine(resampled, path, padding)
-    return WholeTomogram(
-        resampled,
-        card.voxel_size,
-        median,
-        deviation,
-        sign,
-        padding,
-        source_shape,
-        source_size,
-        path,
-    )
+    return replace(
+        filled, data=resampled, voxel_size=card.voxel_size, median=median, deviation=deviation,
+        sign=sign, padding=padding,
+    )  # fmt: skip
 
 
 def check_tomogram(path: Path, card: ModelCard, options: InputOptions) -> tuple[int, int, int]:

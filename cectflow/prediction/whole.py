@@ -195,8 +195,8 @@ def segment_whole(
         if outputs.picks is not None or find_picks:
             rules = _with_threshold(whole.rules, network.card.picking, report)
             bodies = find_bodies(foreground, best, len(names), tomogram.voxel_size, rules)
-            picks = _pick(bodies, tomogram, names, name or path.name.partition(".")[0],
-                          network.label)  # fmt: skip
+            title = name or path.name.partition(".")[0]
+            picks = _pick(bodies, tomogram, names, title, network.label)
             if outputs.picks is not None:
                 picks.write(outputs.picks, overwrite=options.overwrite)
     outcome = WholeSegmentation(shares, picks)

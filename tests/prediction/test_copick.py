@@ -19,7 +19,7 @@ from cectflow.cli import main
 from cectflow.copick import open_project, read_picks, write_picks
 from cectflow.particles import particles_from, read_particles
 from cectflow.placement import coordinates_zyx
-from cectflow.volume import find_stacks, read_volume
+from cectflow.volume import find_stacks, read_header, read_volume
 
 OBJECTS = [
     {"name": "ribosome", "is_particle": True, "label": 1, "color": [0, 255, 0, 255]},
@@ -236,6 +236,7 @@ def test_the_finest_scale_is_read(tmp_path: Path, version: int) -> None:
     data = np.random.default_rng(0).normal(size=(9, 10, 11)).astype(np.float32)
     write_zarr(tmp_path / "wbp.zarr", data, 10.012, version=version)
     volume = read_volume(tmp_path / "wbp.zarr")
+    assert read_header(tmp_path / "wbp.zarr") == (volume.shape, volume.voxel_size)
     np.testing.assert_array_equal(volume.data, data)
     assert volume.voxel_size == 10.012
     assert find_stacks(f"{tmp_path}/wbp.zarr") == (tmp_path / "wbp.zarr",)

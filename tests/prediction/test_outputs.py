@@ -19,7 +19,12 @@ from cectflow.cli import main
 from cectflow.exit_codes import INCOMPLETE
 from cectflow.flows.prediction import predict_classes
 from cectflow.model_card import CARD_FILE, ModelCard, TypicalLogits
-from cectflow.particles import ParticleTable, make_particle_rows, read_particles
+from cectflow.particles import (
+    ParticleTable,
+    make_particle_rows,
+    particles_from,
+    read_particles,
+)
 from cectflow.prediction.classify import Classification
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.figures import Example, draw_classes
@@ -307,3 +312,19 @@ def test_unknown_particles_are_marked_in_every_output(
     assert outcome.num_unknown == 40
     assert read_particles(tmp_path / "o.star").rows["cectflowUnknown"].tolist() == [1] * 40
     assert pd.read_parquet(tmp_path / "t.parquet")["unknown"].all()
+
+
+def test_after_a_segmenters_picks_the_class_number_is_the_classifiers(
+    classifier: Path, tomogram: Path, positions_zyx: np.ndarray, tmp_path: Path
+) -> None:
+    rows = make_particle_rows(positions_zyx, tomogram="tomogram")
+    found = dict.fromkeys(("rlnClassNumber", "cectflowClassNumber"), np.full(len(rows), 99))
+    names = dict.fromkeys(("cectflowModel", "cectflowPickModel"), ["finder/1"] * len(rows))
+    particles_from(rows.assign(**found, **names)).write(tmp_path / "p.star")
+    predict(classifier, InputFiles(tomogram=tomogram, particles=tmp_path / "p.star"),
+            tmp_path / "o.star")  # fmt: skip
+    after = read_particles(tmp_path / "o.star").rows
+    assert after["cectflowClassNumber"].between(1, 3).all()
+    assert after["rlnClassNumber"].equals(after["cectflowClassNumber"])
+    assert {*after["cectflowPickModel"]} == {"finder/1"}
+    assert "finder/1" not in {*after["cectflowModel"]}
