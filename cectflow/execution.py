@@ -8,6 +8,7 @@ libraries to one thread, so that results do not depend on how many cores a worke
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -113,9 +114,9 @@ def count_cores() -> int:
 class WorkerProcesses(ProcessPoolExecutor):
     """Processes that work beside this one, even if it is only one.
 
-    They leave Ctrl-C to this process and end when it does, however that ends. As a context:
-    at its end the jobs in hand are waited for and others dropped; Ctrl-C and SIGTERM wait for
-    none.
+    Each has its share of the cores for threads. They leave Ctrl-C to this process and end when it
+    does, however that ends. As a context: at its end the jobs in hand are waited for and others
+    dropped; Ctrl-C and SIGTERM wait for none.
 
     Parameters
     ----------
@@ -136,8 +137,9 @@ class WorkerProcesses(ProcessPoolExecutor):
         # Spawned, not forked: a fork copies the locks of the parent's threads in whatever state.
         context = multiprocessing.get_context("spawn")
         given_up, self._lifeline = context.Pipe(duplex=False)
+        threads = max(1, count_cores() // workers)
         super().__init__(
-            workers, mp_context=context, initializer=_follow_parent, initargs=(given_up,)
+            workers, mp_context=context, initializer=_begin_worker, initargs=(threads, given_up)
         )
 
     def room(self) -> int:
@@ -153,6 +155,26 @@ class WorkerProcesses(ProcessPoolExecutor):
         if isinstance(error, KeyboardInterrupt | SystemExit):
             self._lifeline.close()  # ends the processes in the midst of what they do
         self.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker(threads: int, given_up: Connection) -> None:
+    """Give a process of a pool its share of the cores.
+
+    With more threads than cores each of many small sums waits for a thread that another process
+    keeps from its core: two processes of two threads each were slower on two cores than one.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    atexit.register(_leave)
+    _follow_parent(given_up)
+
+
+def _leave() -> None:
+    """End a process of a pool at once: Python takes torch down module by module, for a second."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _follow_parent(*given_up: Connection) -> None:

@@ -6,7 +6,8 @@ The format is that of :mod:`cectflow.dataset`, which reads it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = [
     "Subtomograms",
     "check_dataset",
     "check_files",
+    "collect_shards",
     "remove_partial_shards",
     "start_dataset",
     "write_shard",
@@ -92,6 +94,37 @@ def start_dataset(folder: Path, manifest: Manifest) -> Manifest:
     refuse_existing_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifest.write(folder)
+    return manifest
+
+
+def collect_shards(
+    folder: Path, manifest: Manifest, finished: Iterable[tuple[SplitName, ShardRecord]]
+) -> Manifest:
+    """Manifest with shards added as they are finished; written in between, and at the end.
+
+    The file names every shard, so that writing it takes ever longer: writing may take one part in
+    20 of the time. A failure loses no finished shard, a kill only those of the last moments.
+
+    Parameters
+    ----------
+    folder, manifest
+        As :func:`start_dataset` gave it.
+    finished
+        Splits and shards in any order; shards are sorted by name.
+    """
+    shards = dict(manifest.shards)
+    next_time = time.monotonic()
+    try:
+        for split, record in finished:
+            shards[split] = tuple(sorted((*shards[split], record), key=lambda shard: shard.name))
+            begun = time.monotonic()
+            if begun >= next_time:
+                manifest.model_copy(update={"shards": shards}).write(folder)
+                ended = time.monotonic()
+                next_time = ended + 19 * (ended - begun)
+    finally:
+        manifest = manifest.model_copy(update={"shards": shards})
+        manifest.write(folder)
     return manifest
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cectflow import shards
 from cectflow.dataset import Batch, open_dataset
 from cectflow.execution import Workplace
 from cectflow.files import sha256_of
-from cectflow.manifest import FieldRecord, Manifest, read_manifest
-from cectflow.shards import Subtomograms, check_dataset, write_shard
+from cectflow.manifest import FieldRecord, Manifest, ShardRecord, SplitName, read_manifest
+from cectflow.shards import Subtomograms, check_dataset, collect_shards, write_shard
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.microscope import TiltScheme
 from cectflow.simulation.recipe import SimulationRecipe
@@ -363,3 +366,25 @@ def test_a_failed_shard_leaves_nothing_and_keeps_the_earlier_one(tmp_path: Path)
     with pytest.raises(ValueError, match="subtomogram 0 has values that are not finite"):
         write_shard(tmp_path, "train/00000", Subtomograms(cubes, None, None, rows), (), 10.0)
     assert contents(tmp_path) == before
+
+
+def test_a_failure_loses_no_finished_shard_though_the_manifest_is_written_seldom(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_manifest(folder)
+    (record,) = whole.shards["test"]
+    monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    listed: list[int] = []
+
+    def finished() -> Iterator[tuple[SplitName, ShardRecord]]:
+        for number in (3, 1, 2):
+            yield "test", record.model_copy(update={"name": f"test/{number:05d}"})
+            listed.append(len(read_manifest(folder).shards["test"]))
+        msg = "the disk is full"
+        raise OSError(msg)
+
+    with pytest.raises(OSError, match="full"):
+        collect_shards(folder, whole, finished())
+    assert listed == [2, 2, 2]  # writing takes as long as the rest
+    names = [shard.name for shard in read_manifest(folder).shards["test"]]
+    assert names == ["test/00000", "test/00001", "test/00002", "test/00003"]

@@ -21,6 +21,7 @@ from cectflow.execution import (
     Parent,
     WorkerProcesses,
     Workplace,
+    count_cores,
     run_all,
     run_together,
     single_thread,
@@ -91,6 +92,22 @@ def test_processes_beside_this_one_leave_ctrl_c_to_it(tmp_path: Path) -> None:
         (tmp_path / "go").touch()
         assert busy.result() == "done"
         assert executor.submit(os.getpid).result() == worker
+
+
+@pytest.mark.parametrize(("workers", "cores", "share"), [(2, 6, "3"), (2, 3, "1"), (3, 2, "1")])
+def test_processes_share_the_cores_among_their_threads(
+    workers: int, cores: int, share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "count_cores", lambda: cores)
+    with WorkerProcesses(workers) as executor:
+        # Libraries read it when they are imported, which no process has done yet.
+        assert executor.submit(os.getenv, "OMP_NUM_THREADS").result() == share
+
+
+def test_torch_in_processes_of_a_pool_has_their_share() -> None:
+    with WorkerProcesses(2) as executor:
+        threads = executor.submit(torch.get_num_threads).result()
+    assert threads == max(1, count_cores() // 2)
 
 
 INTERRUPTED = """

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.execution import track
 from cectflow.flows.prediction import load_model
-from cectflow.manifest import ShardRecord
+from cectflow.manifest import SPLITS, ShardRecord, SplitName
 from cectflow.model_card import Masking
 from cectflow.particles import read_particles
 from cectflow.prediction.mask import mask_neighbours, refuse_other_cubes
-from cectflow.shards import Subtomograms, start_dataset, write_shard
+from cectflow.shards import Subtomograms, collect_shards, start_dataset, write_shard
 from cectflow.volume import read_stack
 
 __all__ = ["Outline", "mask_cubes_of", "mask_dataset"]
@@ -107,17 +107,17 @@ def mask_cubes_of(dataset: Dataset, out: Path, outline: Outline, masking: Maskin
     done = {shard.name for shards in manifest.shards.values() for shard in shards}
     jobs = [
         (split, shard)
-        for split, shards in dataset.manifest.shards.items()
-        for shard in shards
+        for split in SPLITS
+        for shard in dataset.manifest.shards.get(split, ())
         if shard.name not in done
     ]
-    for split, shard in track(jobs, total=len(jobs), title="masking"):
-        record = write_shard(
-            out, shard.name, _mask_shard(dataset, shard, outline), shard.fields, manifest.voxel_size
-        )
-        shards = dict(manifest.shards) | {split: (*manifest.shards[split], record)}
-        manifest = manifest.model_copy(update={"shards": shards})
-        manifest.write(out)
+
+    def mask(split: SplitName, shard: ShardRecord) -> tuple[SplitName, ShardRecord]:
+        content = _mask_shard(dataset, shard, outline)
+        return split, write_shard(out, shard.name, content, shard.fields, manifest.voxel_size)
+
+    finished = (mask(*job) for job in track(jobs, total=len(jobs), title="masking"))
+    collect_shards(out, manifest, finished)
     return open_dataset(out)
 
 

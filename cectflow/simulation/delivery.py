@@ -12,7 +12,13 @@ import pandas as pd
 from cectflow.dataset import Dataset, open_dataset
 from cectflow.execution import HERE, Workplace, run_all, single_thread
 from cectflow.manifest import SPLITS, Manifest, ShardRecord, SplitName
-from cectflow.shards import Subtomograms, remove_partial_shards, start_dataset, write_shard
+from cectflow.shards import (
+    Subtomograms,
+    collect_shards,
+    remove_partial_shards,
+    start_dataset,
+    write_shard,
+)
 from cectflow.simulation.extraction import simulate_subtomograms
 from cectflow.simulation.field import Specimen, leave_out, prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe
@@ -67,13 +73,8 @@ def simulate_dataset(
         for index in range(recipe.shards_of(split))
         if _shard_name(split, index) not in done
     ]
-    for split, record in run_all(
-        _simulate_shard, jobs, where=where, title="simulating", paths=[folder]
-    ):
-        shards = dict(manifest.shards)
-        shards[split] = tuple(sorted((*shards[split], record), key=lambda shard: shard.name))
-        manifest = manifest.model_copy(update={"shards": shards})
-        manifest.write(folder)
+    finished = run_all(_simulate_shard, jobs, where=where, title="simulating", paths=[folder])
+    collect_shards(folder, manifest, finished)
     remove_partial_shards(folder)
     return open_dataset(folder)
 
@@ -96,9 +97,9 @@ def _simulate_shard(job: _Job) -> tuple[SplitName, ShardRecord]:
             part, record_of_field = simulate_subtomograms(job.specimen, job.split, index)
             parts.append(part)
             records.append(record_of_field)
-    name = _shard_name(job.split, job.index)
-    content = _concatenate(parts)
-    record = write_shard(job.folder, name, content, tuple(records), recipe.voxel_size)
+        name = _shard_name(job.split, job.index)
+        content = _concatenate(parts)
+        record = write_shard(job.folder, name, content, tuple(records), recipe.voxel_size)
     return job.split, record
 
 
