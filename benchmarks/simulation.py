@@ -75,7 +75,7 @@ def main() -> None:
     - ``fast_over_literal``: time of record_tilt_series and back_project over that of optics_of
       and image_field, noise included, for one field of 64³ and optics not seen before;
       ``fast_over_literal_shared`` for the shared field, ``…_kept`` with filters at hand.
-    - ``two_workers``: wall time of a dataset of 600 fields by one process over that by two; the
+    - ``two_workers``: wall time of a dataset of 1,200 fields by one process over that by two; the
       start of the processes and the preparation of the specimen are included. ``two_copies``:
       what the machine allows, two such datasets at once by one process each.
     - ``gpu_per_s``, only where torch sees a CUDA device: 40³ cubes per second that it images,
@@ -100,7 +100,7 @@ def main() -> None:
         if torch.cuda.is_available():
             figures |= _measure_gpu(specimen.to("cuda"), fields=4 if options.quick else 20)
         figures |= _measure_live(fields=2 if options.quick else 8)
-    figures |= _measure_workers(fields=24 if options.quick else 600)
+    figures |= _measure_workers(fields=24 if options.quick else 1200)
     write_report(options.json, figures, quick=options.quick)
 
 
