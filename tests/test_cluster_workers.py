@@ -25,15 +25,18 @@ from cectflow import cluster, cluster_workers
 from cectflow.cluster import ClusterConfig, job_script
 from cectflow.execution import Workplace, run_all
 from cectflow.flows.prediction import predict_classes
+from cectflow.flows.segmentation import predict_segments
 from cectflow.manifest import read_manifest
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
+from cectflow.prediction.many import ManySegmentation
+from cectflow.prediction.whole import WholeOutputs
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, StructureSource, load_structure
 from cectflow.simulation.tomogram_files import _Job, _Setting, _simulate_one, deliver_tomograms
-from cectflow.volume import write_stack
+from cectflow.volume import Volume, write_stack, write_volume
 
 pytest_plugins = ("exported",)
 
@@ -257,6 +260,32 @@ def test_particles_have_the_same_classes(
             block_size=20,
         )  # fmt: skip
     assert Path("there.star").read_text() == Path("here.star").read_text()
+
+
+def test_tomograms_have_the_same_labels_and_picks_and_one_that_is_torn_costs_itself(
+    addresses: Addresses, semantic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the workers have another working folder
+    names = ("TS_1", "TS_2", "TS_10")
+    for seed, name in enumerate(names):
+        cells = np.random.default_rng(seed).normal(size=(16, 32, 24)).astype(np.float32)
+        write_volume(Path(f"{name}.mrc"), Volume(cells, 10.0))
+    Path("TS_3.mrc").write_text("half a copy")
+    for where, folder in ((Workplace(), Path("here")), (addresses.workplace, Path("there"))):
+        folder.mkdir()
+        outcome = predict_segments(
+            str(semantic), InputFiles(tomogram="{name}.mrc"),
+            WholeOutputs(folder / "{name}_labels.mrc", picks=folder / "picks.star"),
+            InputOptions(), str, where=where,
+        )  # fmt: skip
+        assert isinstance(outcome, ManySegmentation)
+        assert sorted(outcome.shares) == sorted(names)
+        assert set(outcome.faults) == {"TS_3"}
+    written = {path.name: path.read_bytes() for path in Path("here").glob("[!.]*")}
+    assert set(written) == {f"{name}_labels.mrc" for name in names} | {
+        "labels_failures.csv", "picks.star",
+    }  # fmt: skip
+    assert {path.name: path.read_bytes() for path in Path("there").glob("[!.]*")} == written
 
 
 # A cluster of one's own

@@ -194,7 +194,11 @@ class _Whole:
             named = ", ".join(f"{name} {count}" for name, count in outcome.num_picks.items())
             count = sum(outcome.num_picks.values())
             found = f": {count} particles{': ' if named else ''}{named}"
-        report(f"{len(outcome.shares)} tomograms by {network.label}{found}; written to {out}")
+        number = len(outcome.shares)
+        report(
+            f"{number} tomogram{'s' if number > 1 else ''} by {network.label}{found}; "
+            f"written to {out}"
+        )
         if outcome.faults:
             report(
                 f"{len(outcome.faults)} of {len(tomograms)} tomograms could not be segmented; "

@@ -13,7 +13,7 @@ from once import make_once
 
 from cectflow.export import export_network
 from cectflow.model_card import Role
-from cectflow.networks import create_network, network_info
+from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.volume import Volume, write_stack, write_volume
@@ -54,27 +54,6 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_model_folder(root / "segmenter", "strided_ed_small", "segmenter", "target")
 
     return make_once("prediction-segmenter", make, tmp_path_factory) / "segmenter"
-
-
-@pytest.fixture(scope="session")
-def semantic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A semantic segmenter of two classes at 10 Å, without a sense of the centre."""
-    names = CLASSES[:2]
-    card = make_card(
-        role="segmenter", task="semantic", network="strided_ed_small", num_outputs=3, classes=names,
-        labels=names, box=BOX, voxel_size=10.0, normalisation="tomogram",
-    )  # fmt: skip
-
-    def make(root: Path) -> None:
-        torch.manual_seed(0)
-        export_network(
-            create_network("strided_ed_small", num_outputs=3, box=BOX, centred=False),
-            card,
-            root / "semantic",
-            stride=network_info("strided_ed_small").stride,
-        )
-
-    return make_once("prediction-semantic", make, tmp_path_factory) / "semantic"
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ from cectflow.prediction.whole import WholeOptions, WholeOutputs
 from cectflow.star import format_star
 from cectflow.volume import Volume, read_volume, write_volume
 
+pytest_plugins = ("exported",)
+
 VOXEL = 10.0
 NAMES = ("TS_1", "TS_2", "TS_10")
 ALL = WholeOptions(rules=PickRules(min_volume=0.0, radius=0.0))

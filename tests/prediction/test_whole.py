@@ -26,6 +26,8 @@ from cectflow.prediction.tomogram import WholeTomogram, open_tomogram, resample
 from cectflow.prediction.whole import WholeOptions, WholeOutputs, WholeSegmentation, segment_whole
 from cectflow.volume import Volume, create_volume, read_volume, write_volume
 
+pytest_plugins = ("exported",)
+
 VOXEL = 10.0
 SHAPE = (24, 70, 46)
 NAMES = ("ribosome", "proteasome")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from road import Road, find_runs, walk_here
 
@@ -16,7 +17,10 @@ from cectflow.dataset import open_dataset
 from cectflow.model_card import ModelCard
 from cectflow.particles import read_particles
 from cectflow.recipe import LiveRecipe, load_recipe
+from cectflow.volume import Volume, write_volume
 
+pytest_plugins = ("exported",)
+pytest_plugins = ("exported",)
 pytestmark = pytest.mark.slow
 
 
@@ -123,6 +127,43 @@ def test_evaluate_promote_and_predict_alone(
     }  # fmt: skip
     (given,) = client_of(road).get_run(run.info.run_id).inputs.dataset_inputs
     assert given.dataset.name == "00000.mrcs"
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_night_of_tomograms_is_a_run_and_the_next_does_what_was_mended(
+    road: Road, semantic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night, labels = Path("night"), Path("night_labels")
+    for folder in (night, labels):
+        folder.mkdir()
+    cells = Volume(np.random.default_rng(7).normal(size=(16, 24, 24)).astype(np.float32), 10.0)
+    write_volume(night / "TS_1.mrc", cells)
+    (night / "TS_2.mrc").write_text("half a copy")
+
+    def predict() -> tuple[int, Any]:
+        code = walk_here(
+            monkeypatch, "predict", task="segment", model=str(semantic), device="cpu",
+            tomogram=f"{night}/{{name}}.mrc", out=f"{labels}/{{name}}.mrc",
+        )  # fmt: skip
+        return code, find_runs(road)[0]
+
+    code, run = predict()
+    assert code == 4
+    assert run.data.tags["outcome"] == "incomplete"
+    assert (run.data.metrics["tomograms"], run.data.metrics["failed"]) == (1, 1)
+    assert {"picks.star", "tomograms_failures.csv", "shares.json"} <= logged_files(road, run)
+    before = (labels / "TS_1.mrc").stat().st_mtime_ns
+    write_volume(night / "TS_2.mrc", cells, overwrite=True)
+    code, run = predict()
+    assert code == 0
+    assert run.data.tags["outcome"] == "complete"
+    assert (run.data.metrics["tomograms"], run.data.metrics["failed"]) == (2, 0)
+    picks = read_particles(labels / "picks.star")
+    assert sorted(picks.tomograms) == ["TS_1", "TS_2"]
+    assert run.data.metrics["particles"] == len(picks)
+    assert (labels / "TS_1.mrc").stat().st_mtime_ns == before
+    (given,) = client_of(road).get_run(run.info.run_id).inputs.dataset_inputs
+    assert given.dataset.name == "TS_1.mrc and 1 more"
 
 
 @pytest.mark.usefixtures("by_hand")
