@@ -42,10 +42,14 @@ def test_main_ends_with_a_table_and_promoted_versions(road: Road) -> None:
     assert card.picking.recall in recalls
 
 
-def test_a_second_call_for_the_same_folder_takes_up_what_is_finished(road: Road) -> None:
+@pytest.mark.usefixtures("by_hand")
+def test_a_second_call_for_the_same_folder_takes_up_what_is_finished(
+    road: Road, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     models = {role: road.folder / "tour" / role / "model/card.json" for role in ROLES}
     before = {role: path.stat().st_mtime_ns for role, path in models.items()}
-    output = road.mlflow_run("main", recipe="tiny", out=str(road.folder / "tour"), device="cpu")
+    assert walk_here(monkeypatch, "main", recipe="tiny", out="tour", device="cpu") == 0
+    output = capsys.readouterr().out
     assert {role: path.stat().st_mtime_ns for role, path in models.items()} == before
     for role in ROLES:
         assert f"cectflow-{role} v1 promoted to production" in output
@@ -125,8 +129,9 @@ def test_the_production_student_loads_without_cectflow_and_without_pickle(road: 
     np.testing.assert_allclose(np.load(road.folder / "logits.npy"), expected, atol=1e-4)
 
 
-def test_simulate_alone(road: Road) -> None:
-    road.mlflow_run("simulate", recipe="tiny", out=str(road.folder / "alone"))
+@pytest.mark.usefixtures("by_hand")
+def test_simulate_alone(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert walk_here(monkeypatch, "simulate", recipe="tiny", out="alone") == 0
     assert check_dataset(road.folder / "alone") == ()
     digests = [
         open_dataset(road.folder / name).manifest.content_digest()
