@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
@@ -32,7 +31,7 @@ from cectflow.manifest import (
     read_manifest,
 )
 from cectflow.particles import particles_from, read_particles
-from cectflow.volume import create_volume, read_stack
+from cectflow.volume import are_finite, read_stack, write_stack
 
 __all__ = [
     "Subtomograms",
@@ -146,8 +145,7 @@ def write_shard(
 ) -> ShardRecord:
     """Write one shard and return its record; a shard of that name is replaced.
 
-    All files are written in a temporary folder first and moved when complete. The statistics in
-    their headers are marked as undetermined: they would take as long as all the rest.
+    All files are written in a temporary folder first and moved when complete.
 
     Raises
     ------
@@ -155,8 +153,7 @@ def write_shard(
         If there is no subtomogram, or a value is not finite.
     """
     for row, cube in enumerate(content.cubes):
-        # One sum tells of any value that is not finite; float64 holds that of any finite ones.
-        if not np.isfinite(float(torch.from_numpy(cube).double().sum())):
+        if not are_finite(cube):
             msg = f"shard {name}: subtomogram {row} has values that are not finite: remove it first"
             raise ValueError(msg)
     target = folder / name
@@ -169,8 +166,7 @@ def write_shard(
         for kind, stack in stacks.items():
             if stack is not None:
                 path = temporary / f"{target.name}{kind}.mrcs"
-                with create_volume(path, stack.shape, voxel_size, stack.dtype) as written:
-                    written[...] = stack
+                write_stack(path, stack, voxel_size, statistics=False)
         particles_from(content.rows).write(temporary / f"{target.name}.star")
         digests = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
         for file_name in digests:

@@ -21,6 +21,7 @@ from hypothesis.extra import numpy as hnp
 from cectflow.files import replacing
 from cectflow.volume import (
     Volume,
+    are_finite,
     create_scratch,
     create_volume,
     find_stacks,
@@ -135,6 +136,31 @@ def test_types_that_mrc_lacks_are_refused(tmp_path: Path, dtype: str, remedy: st
     with pytest.raises(ValueError, match=f"cannot hold {dtype}.*{remedy}"):
         write_volume(tmp_path / "a.mrc", Volume(counting((2, 2, 2), dtype), 2.0))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@given(data=st.data())
+def test_what_is_finite_is_known_by_any_of_its_bits(dtype: type, data: st.DataObject) -> None:
+    values = data.draw(
+        hnp.arrays(dtype, (2, 3), elements=st.floats(width=np.finfo(dtype).bits))  # type: ignore
+    )
+    assert are_finite(values) == np.isfinite(values).all()
+    assert are_finite(values[:0])
+
+
+def test_a_stack_may_be_written_without_statistics(tmp_path: Path) -> None:
+    cubes = counting((3, 2, 2, 2), "float16")
+    for statistics in (True, False):
+        write_stack(tmp_path / f"{statistics}.mrcs", cubes, 10.0, statistics=statistics)
+    with mrcfile.open(tmp_path / "False.mrcs") as mrc:
+        assert (mrc.header.dmax < mrc.header.dmin, mrc.header.rms) == (True, -1)
+        assert mrc.is_volume_stack()
+        np.testing.assert_array_equal(mrc.data, cubes)
+    with_them, without = ((tmp_path / f"{name}.mrcs").read_bytes() for name in (True, False))
+    assert with_them[:DMIN] == without[:DMIN]
+    assert with_them[DMIN + 12 : 216] == without[DMIN + 12 : 216]
+    with pytest.raises(ValueError, match="not compressed"):
+        write_stack(tmp_path / "a.mrcs.gz", cubes, 10.0, statistics=False)
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
