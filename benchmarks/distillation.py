@@ -146,6 +146,8 @@ ARMS: dict[str, Arm] = {
     "micro_long_labels": _ours(MICRO, "10k", soft=False, budget="long"),
     "nano_long_ensemble": _ours(STUDENT, "10k", soft=True, budget="long", teachers=PAIR),
     "student_1": _published("student_1"),
+    "student_2": _published("student_2"),
+    "student_3": _published("student_3"),
     "student_3_adam": _published("student_3", survives=True),
     "student_1_adam": _published("student_1", survives=True),
     "small_long_distilled": _ours("strided_small", "10k", soft=True, budget="long"),

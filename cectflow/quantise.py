@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def quantise(folder: Path, cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> Pa
         with replacing(path) as temporary, tempfile.TemporaryDirectory() as scratch:
             prepared = Path(scratch) / ONNX_FILE
             shapes.quant_pre_process(folder / ONNX_FILE, prepared, skip_symbolic_shape=True)
+            _gather_phases(prepared)
             tools.quantize_static(
                 prepared,
                 temporary,
@@ -76,6 +78,98 @@ def quantise(folder: Path, cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> Pa
     finally:
         root.setLevel(level)
     return path
+
+
+def _gather_phases(path: Path) -> None:
+    """Make the phases of a stride channels, in a network's convolutions of one channel.
+
+    Of stride 2, each 2 × 2 voxels of a section become four channels of one, over which the kernel
+    goes with stride 1 there; zeros at its end make it whole. The sums are the same. Instructions
+    for int8 multiply four channels at a time, three of which one channel leaves idle: openvino
+    takes the first convolution of ``strided_nano`` 2.2 times as fast, onnxruntime the whole network
+    0.8 times, which gains nothing by int8 anyhow.
+
+    Parameters
+    ----------
+    path
+        An ONNX file whose shapes are known, but for the batch; it is replaced.
+    """
+    onnx: Any = import_module("onnx")  # its names are not typed
+    model = onnx.load(path)
+    graph = model.graph
+    weights = {each.name: each for each in graph.initializer}
+    shapes = {
+        each.name: [edge.dim_value for edge in each.type.tensor_type.shape.dim]
+        for each in (*graph.input, *graph.value_info)
+    }
+    nodes: list[Any] = []
+    for node in graph.node:
+        if node.op_type == "Conv" and node.input[1] in weights:
+            weight = weights[node.input[1]]
+            kernel = onnx.numpy_helper.to_array(weight)
+            told = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+            edges = shapes.get(node.input[0], ())[2:]
+            stride = _stride_of(kernel, told, edges)
+            if stride > 1:
+                nodes += _phases(onnx, graph, node, edges, stride)
+                gathered = _kernel_of_phases(kernel, stride)
+                weight.CopyFrom(onnx.numpy_helper.from_array(gathered, weight.name))
+                told |= {
+                    "kernel_shape": gathered.shape[2:], "strides": [stride, 1, 1],
+                    "pads": 2 * [stride, 1, 1],
+                }  # fmt: skip
+                del node.attribute[:]
+                node.attribute.extend(onnx.helper.make_attribute(*each) for each in told.items())
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    kept = [each for each in graph.value_info if each.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+    onnx.save(model, path)
+
+
+def _stride_of(kernel: NDArray[Any], told: Mapping[str, Any], edges: Sequence[int]) -> int:
+    """Stride of a convolution whose phases can be channels; otherwise 1."""
+    if kernel.ndim != 5 or kernel.shape[1] != 1:
+        return 1
+    stride = int(told["strides"][0])
+    fits = (
+        list(told["strides"]) == 3 * [stride]
+        and list(told["pads"]) == 6 * [stride]
+        and list(told["dilations"]) == [1, 1, 1]
+        and kernel.shape[2:] == 3 * (2 * stride + 1,)
+        and all(edge > 0 and edge % stride == 0 for edge in edges)
+    )
+    return stride if fits else 1
+
+
+def _phases(onnx: Any, graph: Any, node: Any, edges: Sequence[int], stride: int) -> list[Any]:
+    """Nodes that give a convolution its input's phases, ``(n, y_phase * x_phase, z, y, x)``."""
+    depth, height, width = edges[0], edges[1] // stride, edges[2] // stride
+    given, made = node.input[0], f"{node.output[0]}_phases"
+    for what, shape in (
+        ("apart", (0, depth, height, stride, width, stride)),
+        ("together", (0, stride**2, depth, height, width)),
+    ):
+        numbers = np.array(shape, np.int64)  # 0: as it is, the batch
+        graph.initializer.append(onnx.numpy_helper.from_array(numbers, f"{made}_{what}"))
+    make = onnx.helper.make_node
+    node.input[0] = made
+    return [
+        make("Reshape", [given, f"{made}_apart"], [f"{made}_1"]),
+        make("Transpose", [f"{made}_1"], [f"{made}_2"], perm=[0, 3, 5, 1, 2, 4]),
+        make("Reshape", [f"{made}_2", f"{made}_together"], [made]),
+    ]
+
+
+def _kernel_of_phases(kernel: NDArray[Any], stride: int) -> NDArray[Any]:
+    """Kernel ``(outputs, phases, z, 3, 3)`` of one over a single channel."""
+    outputs, _, depth, _, _ = kernel.shape
+    rest = (0, stride - 1)
+    whole = np.pad(kernel[:, 0], ((0, 0), (0, 0), rest, rest))
+    apart = whole.reshape(outputs, depth, 3, stride, 3, stride).transpose(0, 3, 5, 1, 2, 4)
+    return np.ascontiguousarray(apart.reshape(outputs, stride**2, depth, 3, 3))
 
 
 class _Batches:

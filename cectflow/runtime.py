@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
 
 from cectflow.execution import count_cores
-from cectflow.model_card import ModelCard, Variant
+from cectflow.model_card import Variant
+from cectflow.openvino_network import Infer, open_openvino
 from cectflow.program_file import check_program
 
 if TYPE_CHECKING:  # torch takes 2 s to import; prediction with onnxruntime does without
@@ -57,8 +57,6 @@ VARIANTS: dict[RuntimeName, tuple[Variant, ...]] = {
     "openvino": ("float32", "bfloat16", "int8"),
 }
 """What each runtime can compute in: onnxruntime has no convolution in bfloat16 on a CPU."""
-
-Infer = Callable[[Float[NDArray[np.float32], "n 1 z y x"]], Float[NDArray[np.float32], "n *logits"]]
 
 
 def choose_device(device: str) -> str:
@@ -207,7 +205,8 @@ def load_runtime(
         return _load_torch(folder, device, variant, compiled=name == "torch.compile")
     path = _existing(folder / (INT8_FILE if variant == "int8" else ONNX_FILE))
     if name == "openvino":
-        return _load_openvino(path, variant, threads, whole=gives_back)
+        infers = open_openvino(path, variant, threads, whole=gives_back, part_size=_part_size)
+        return infers[0] if gives_back else _in_parts(infers)
     return _load_onnx(path, device, threads, gives_back=gives_back)
 
 
@@ -340,41 +339,6 @@ def _load_onnx(path: Path, device: str, threads: int | None, *, gives_back: bool
     return infer if whole else _in_parts([infer] * number)
 
 
-def _load_openvino(path: Path, variant: Variant, threads: int | None, *, whole: bool) -> Infer:
-    openvino: Any = import_module("openvino")
-    core = openvino.Core()
-    stages = [(core.read_model(path), "f32")]
-    if variant == "bfloat16":
-        stages = _normalised_apart(openvino, core, path)
-    number = 1 if whole else threads or count_cores()
-    options: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY"}
-    if threads is not None:
-        options |= {"INFERENCE_NUM_THREADS": threads}
-    if not whole:
-        # Unpinned: two processes would pin their threads to the same cores.
-        options |= {
-            "NUM_STREAMS": number, "INFERENCE_NUM_THREADS": number, "ENABLE_CPU_PINNING": False,
-        }  # fmt: skip
-    compiled = [
-        core.compile_model(stage, "CPU", options | {"INFERENCE_PRECISION_HINT": precision})
-        for stage, precision in stages
-    ]
-
-    def make_infer() -> Infer:
-        requests = [stage.create_infer_request() for stage in compiled]
-
-        def infer(cubes: NDArray[np.float32]) -> NDArray[np.float32]:
-            values = np.ascontiguousarray(cubes)
-            for request in requests:
-                values = request.infer({0: values}, share_inputs=True)[0]
-            return values
-
-        return infer
-
-    infers = [make_infer() for _ in range(number)]
-    return infers[0] if whole else _in_parts(infers)
-
-
 def _in_parts(infers: Sequence[Infer]) -> Infer:
     """Batches of any size, a few cubes at a time by each of several threads; any may call it.
 
@@ -422,42 +386,3 @@ def _in_parts(infers: Sequence[Infer]) -> Infer:
 def _part_size(cube_bytes: int) -> int:
     """Cubes that one thread takes at a time."""
     return max(1, PART_BYTES // max(1, cube_bytes))
-
-
-def _normalised_apart(openvino: Any, core: Any, path: Path) -> list[tuple[Any, str]]:
-    """The normalisation of each cube in float32, and the network behind it in bfloat16.
-
-    As one model OpenVINO takes the cubes' means in bfloat16, too, of which only every eighth
-    number is left at 1000: a cube of mean 1003 and deviation 1 got logits as of another cube.
-    """
-    whole = core.read_model(path)
-    normalised = _find_normalised(whole)
-    if normalised is None:
-        if ModelCard.from_folder(path.parent).normalisation == "cube":
-            msg = (
-                f"{path} does not show where its normalisation ends, which bfloat16 must leave in "
-                "float32: use --variant float32 or int8"
-            )
-            raise ValueError(msg)
-        return [(whole, "bf16")]  # whoever runs it normalises the whole tomogram
-    head = openvino.Model([normalised], whole.get_parameters(), "normalisation")
-    rest = core.read_model(path)  # a node belongs to one model only
-    normalised = _find_normalised(rest)
-    entry = openvino.opset13.parameter(normalised.get_partial_shape(), np.float32)
-    for output in (normalised, rest.input(0)):  # the network may ask the input for its shape
-        for target in output.get_target_inputs():
-            target.replace_source_output(entry.output(0))
-    network = openvino.Model(rest.get_results(), [entry], "network")
-    return [(head, "f32"), (network, "bf16")]
-
-
-def _find_normalised(model: Any) -> Any:
-    """Output of :class:`~cectflow.networks.normalisation.NormalisePerCube`; None: not there."""
-    for target in model.input(0).get_target_inputs():
-        centred = target.get_node()
-        if centred.get_type_name() != "Subtract":
-            continue
-        for divided in centred.output(0).get_target_inputs():
-            if divided.get_node().get_type_name() == "Divide":
-                return divided.get_node().output(0)
-    return None

@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from builders import Exported, make_cubes
+import torch
+from builders import Exported, make_card, make_cubes
+from onnxruntime.quantization import shape_inference
 
-from cectflow.quantise import quantise
+from cectflow.export import export_network
+from cectflow.networks.normalisation import NormalisePerCube
+from cectflow.networks.ours import StridedClassifier
+from cectflow.quantise import _gather_phases, quantise
 from cectflow.runtime import RuntimeName, check_variant, load_runtime
 
 pytest_plugins = ("exported",)
@@ -82,3 +87,29 @@ def test_bfloat16_does_not_reach_the_normalisation(exported: Exported, mean: flo
     rough = load_runtime(exported.folder, "openvino", variant="bfloat16")(cubes + np.float32(mean))
     error = np.abs(rough - exact).max()
     assert 0 < error < 0.05 * exact.std()
+
+
+# Phases of a stride
+
+
+@pytest.mark.parametrize(("stem", "box", "is_gathered"), [(2, 12, True), (4, 16, True),
+                                                          (2, 13, False)])  # fmt: skip
+def test_phases_as_channels_give_the_same_logits(
+    stem: int, box: int, is_gathered: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = StridedClassifier(3, box, widths=(4, 8), stem=stem)
+    export_network(NormalisePerCube(network), make_card(box=box, num_outputs=3), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    path = tmp_path / "b" / "model.onnx"
+    shape_inference.quant_pre_process(path, path, skip_symbolic_shape=True)
+    _gather_phases(path)
+    onnx.checker.check_model(str(path), full_check=True)
+    graph = onnx.load(path).graph
+    kernels = {each.name: each.dims for each in graph.initializer}
+    first = next(node for node in graph.node if node.op_type == "Conv")
+    assert kernels[first.input[1]][1] == (stem**2 if is_gathered else 1)
+    cubes = np.random.default_rng(0).normal(size=(5, 1, box, box, box)).astype(np.float32)
+    for runtime in ("onnxruntime", "openvino"):
+        before, after = (load_runtime(tmp_path / name, runtime)(cubes) for name in "ab")
+        np.testing.assert_allclose(after, before, atol=1e-5)

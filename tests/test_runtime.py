@@ -93,6 +93,20 @@ def test_onnxruntime_gives_the_same_logits_on_any_number_of_threads(exported: Ex
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
+@pytest.mark.parametrize("part", [1, 3])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_cube_has_the_same_logits_in_batches_of_any_size(
+    exported: Exported, runtime: RuntimeName, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # openvino has the network compiled for a part and for a single cube.
+    monkeypatch.setattr("cectflow.runtime.PART_BYTES", part * 4 * BOX**3)
+    infer = load_runtime(exported.folder, runtime, threads=2)
+    cubes = np.random.default_rng(1).normal(size=(8, 1, BOX, BOX, BOX)).astype(np.float32)
+    expected = exported.network.eval()(torch.from_numpy(cubes)).detach().numpy()
+    for number in (8, 7, 3, 1):
+        np.testing.assert_allclose(infer(cubes[:number]), expected[:number], atol=1e-5)
+
+
 def test_onnxruntime_on_the_cpu_does_without_torch(exported: Exported) -> None:
     program = (
         "import sys, pathlib, numpy\n"
