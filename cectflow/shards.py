@@ -31,7 +31,8 @@ from cectflow.manifest import (
     read_manifest,
 )
 from cectflow.particles import particles_from, read_particles
-from cectflow.volume import are_finite, read_stack, write_stack
+from cectflow.subtomogram import are_finite
+from cectflow.volume import read_stack, write_stack
 
 __all__ = [
     "Subtomograms",
@@ -152,10 +153,9 @@ def write_shard(
     ValueError
         If there is no subtomogram, or a value is not finite.
     """
-    for row, cube in enumerate(content.cubes):
-        if not are_finite(cube):
-            msg = f"shard {name}: subtomogram {row} has values that are not finite: remove it first"
-            raise ValueError(msg)
+    for row in np.flatnonzero(~are_finite(content.cubes)):
+        msg = f"shard {name}: subtomogram {row} has values that are not finite: remove it first"
+        raise ValueError(msg)
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     stacks: Mapping[str, NDArray[Any] | None] = dict(

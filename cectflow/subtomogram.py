@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
 from numpy.typing import DTypeLike, NDArray
 
+from cectflow.volume import all_finite
+
 __all__ = [
     "DEVIATION_PER_MAD",
     "are_finite",
@@ -121,11 +123,13 @@ def are_finite(cubes: Num[NDArray[Any], "n z y x"]) -> Bool[NDArray[np.bool_], "
     """Whether all values of each cube are finite."""
     if cubes.dtype.kind != "f":
         return np.ones(len(cubes), np.bool_)
+    if cubes.dtype == np.float16:
+        return np.array([all_finite(cube) for cube in cubes], np.bool_)
     # A sum is finite only if all of its terms are, and takes a third of the time.
     with np.errstate(all="ignore"):
         sound = np.isfinite(np.einsum("nzyx->n", cubes))
     for place in np.flatnonzero(~sound):  # or the terms were too large to be added
-        sound[place] = np.isfinite(cubes[place]).all()
+        sound[place] = all_finite(cubes[place])
     return np.asarray(sound)
 
 

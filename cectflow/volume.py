@@ -42,7 +42,7 @@ __all__ = [
     "STACK_SUFFIXES",
     "TRUTH_ENDINGS",
     "Volume",
-    "are_finite",
+    "all_finite",
     "create_scratch",
     "create_volume",
     "find_stacks",
@@ -523,7 +523,7 @@ def _check_given_voxel_size(voxel_size: float) -> None:
         raise ValueError(msg)
 
 
-def are_finite(values: NDArray[Any]) -> bool:
+def all_finite(values: NDArray[Any]) -> bool:
     """Whether all of an array's values are finite."""
     if values.dtype == np.float16:
         # By the exponent, since numpy asks half precision value by value: eight times as fast.
@@ -602,7 +602,7 @@ def _write(
     if data.size == 0:
         msg = f"{path}: nothing to write, the array has shape {data.shape}"
         raise ValueError(msg)
-    if not all(map(are_finite, data)):
+    if not all(map(all_finite, data)):
         num_bad = sum(int(np.count_nonzero(~np.isfinite(part))) for part in data)
         msg = f"{path}: {num_bad} of {data.size} values are not finite: replace them before writing"
         raise ValueError(msg)

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 from cectflow.files import replacing
 from cectflow.volume import (
     Volume,
-    are_finite,
+    all_finite,
     create_scratch,
     create_volume,
     find_stacks,
@@ -144,8 +144,8 @@ def test_what_is_finite_is_known_by_any_of_its_bits(dtype: type, data: st.DataOb
     values = data.draw(
         hnp.arrays(dtype, (2, 3), elements=st.floats(width=np.finfo(dtype).bits))  # type: ignore
     )
-    assert are_finite(values) == np.isfinite(values).all()
-    assert are_finite(values[:0])
+    assert all_finite(values) == np.isfinite(values).all()
+    assert all_finite(values[:0])
 
 
 def test_a_stack_may_be_written_without_statistics(tmp_path: Path) -> None:
