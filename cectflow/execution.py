@@ -158,11 +158,14 @@ class WorkerProcesses(ProcessPoolExecutor):
 
 
 def _begin_worker(threads: int, given_up: Connection) -> None:
-    """Give a process of a pool its share of the cores.
+    """Give a process of a pool its share of the cores, unless it was told to take less.
 
     With more threads than cores each of many small sums waits for a thread that another process
     keeps from its core: two processes of two threads each were slower on two cores than one.
     """
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdecimal() and int(told):
+        threads = min(threads, int(told))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
@@ -172,8 +175,9 @@ def _begin_worker(threads: int, given_up: Connection) -> None:
 
 def _leave() -> None:
     """End a process of a pool at once: Python takes torch down module by module, for a second."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # nobody may be listening any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)
 
 

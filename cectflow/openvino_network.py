@@ -20,6 +20,9 @@ __all__ = ["Infer", "open_openvino"]
 
 Infer = Callable[[Float[NDArray[np.float32], "n 1 z y x"]], Float[NDArray[np.float32], "n *logits"]]
 
+SINGLES = 2
+"""So many cubes are faster one by one than in a batch of a number that was not known."""
+
 
 def open_openvino(
     path: Path,
@@ -104,7 +107,7 @@ class _Compiled:
 
 
 def _make_infer(compiled: _Compiled, size: int | None) -> Infer:
-    """Callable of one thread; of other than ``size`` cubes it takes one by one."""
+    """Callable of one thread, which mostly gets ``size`` cubes, and one or two at the end."""
     requests: dict[int | None, list[Any]] = {}
 
     def run(values: NDArray[np.float32], number: int | None) -> NDArray[np.float32]:
@@ -118,7 +121,9 @@ def _make_infer(compiled: _Compiled, size: int | None) -> Infer:
         values = np.ascontiguousarray(cubes)
         if size is None or len(values) == size:
             return run(values, size)
-        return np.concatenate([run(values[row : row + 1], 1) for row in range(len(values))])
+        if 0 < len(values) <= SINGLES:
+            return np.concatenate([run(values[row : row + 1], 1) for row in range(len(values))])
+        return run(values, None)
 
     return infer
 

@@ -105,15 +105,16 @@ def _gather_phases(path: Path) -> None:
     nodes: list[Any] = []
     for node in graph.node:
         if node.op_type == "Conv" and node.input[1] in weights:
-            weight = weights[node.input[1]]
-            kernel = onnx.numpy_helper.to_array(weight)
+            kernel = onnx.numpy_helper.to_array(weights[node.input[1]])
             told = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
             edges = shapes.get(node.input[0], ())[2:]
             stride = _stride_of(kernel, told, edges)
             if stride > 1:
                 nodes += _phases(onnx, graph, node, edges, stride)
                 gathered = _kernel_of_phases(kernel, stride)
-                weight.CopyFrom(onnx.numpy_helper.from_array(gathered, weight.name))
+                node.input[1] = f"{node.output[0]}_kernel"
+                weight = onnx.numpy_helper.from_array(gathered, node.input[1])
+                graph.initializer.append(weight)
                 told |= {
                     "kernel_shape": gathered.shape[2:], "strides": [stride, 1, 1],
                     "pads": 2 * [stride, 1, 1],
@@ -123,22 +124,19 @@ def _gather_phases(path: Path) -> None:
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    kept = [each for each in graph.value_info if each.name not in weights]
-    del graph.value_info[:]
-    graph.value_info.extend(kept)
     onnx.save(model, path)
 
 
 def _stride_of(kernel: NDArray[Any], told: Mapping[str, Any], edges: Sequence[int]) -> int:
     """Stride of a convolution whose phases can be channels; otherwise 1."""
-    if kernel.ndim != 5 or kernel.shape[1] != 1:
-        return 1
-    stride = int(told["strides"][0])
+    stride = int(told.get("strides", [1])[0])
     fits = (
-        list(told["strides"]) == 3 * [stride]
-        and list(told["pads"]) == 6 * [stride]
-        and list(told["dilations"]) == [1, 1, 1]
-        and kernel.shape[2:] == 3 * (2 * stride + 1,)
+        kernel.shape[1:] == (1, *3 * [2 * stride + 1])
+        and told.get("group", 1) == 1
+        and list(told.get("strides", [])) == 3 * [stride]
+        and list(told.get("pads", [])) == 6 * [stride]
+        and list(told.get("dilations", 3 * [1])) == 3 * [1]
+        and len(edges) == 3
         and all(edge > 0 and edge % stride == 0 for edge in edges)
     )
     return stride if fits else 1

@@ -118,7 +118,7 @@ def choose_runtime(name: str, variant: Variant, device: str) -> RuntimeName:
         raise ValueError(msg)
     chosen: RuntimeName = next((known_name for known_name in known if known_name == name), "torch")
     if name == "auto" and device == "cpu":
-        # onnxruntime takes five times as long in int8 as in float32.
+        # onnxruntime is slower in int8 than in float32.
         chosen = "openvino" if has_openvino() or variant != "float32" else "onnxruntime"
     if variant not in VARIANTS[chosen]:
         others = [other for other in known if variant in VARIANTS[other]]

@@ -531,11 +531,18 @@ def all_finite(values: NDArray[Any]) -> bool:
     return bool(np.isfinite(values).all())
 
 
-class _WithoutStatistics(_mrcfile.mrcfile.MrcFile):  # type: ignore[misc]
-    """MRC file whose statistics are marked as undetermined."""
+class _NewFile(_mrcfile.mrcfile.MrcFile):  # type: ignore[misc]
+    """MRC file to be written, on request with its statistics marked as undetermined."""
+
+    def __init__(self, path: Path, *, statistics: bool) -> None:
+        self._statistics = statistics
+        super().__init__(path, mode="w+")
 
     def update_header_stats(self) -> None:
-        self.reset_header_stats()
+        if self._statistics:
+            super().update_header_stats()
+        else:
+            self.reset_header_stats()
 
     def close(self) -> None:
         try:
@@ -612,9 +619,9 @@ def _write(
         raise ValueError(msg)
     with (
         replacing(path, overwrite=overwrite) as temporary,
-        _mrcfile.new(temporary, compression=compression)
-        if statistics
-        else _WithoutStatistics(temporary, mode="w+") as mrc,
+        _NewFile(temporary, statistics=statistics)
+        if compression is None
+        else _mrcfile.new(temporary, compression=compression) as mrc,
     ):
         mrc.set_data(np.asarray(data, dtype))
         if are_images:

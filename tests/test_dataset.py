@@ -388,3 +388,26 @@ def test_a_failure_loses_no_finished_shard_though_the_manifest_is_written_seldom
     assert listed == [2, 2, 2]  # writing takes as long as the rest
     names = [shard.name for shard in read_manifest(folder).shards["test"]]
     assert names == ["test/00000", "test/00001", "test/00002", "test/00003"]
+
+
+def test_shards_that_are_finished_together_are_listed_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_manifest(folder)
+    (record,) = whole.shards["test"]
+    hours = iter([0.0, 1.0, 1.001, 1.001, 1.002, 2.0, 2.001])
+    monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=hours.__next__))
+
+    def finished() -> Iterator[tuple[SplitName, ShardRecord]]:
+        for number in (1, 2):
+            yield "test", record.model_copy(update={"name": f"test/{number:05d}"})
+            assert len(read_manifest(folder).shards["test"]) == 1 + number
+
+    collect_shards(folder, whole, finished())
+
+
+def test_a_dataset_that_is_finished_is_left_as_it_is(folder: Path) -> None:
+    path = folder / "manifest.json"
+    before = path.stat().st_mtime_ns
+    assert collect_shards(folder, read_manifest(folder), ()) == read_manifest(folder)
+    assert path.stat().st_mtime_ns == before

@@ -94,20 +94,31 @@ def test_processes_beside_this_one_leave_ctrl_c_to_it(tmp_path: Path) -> None:
         assert executor.submit(os.getpid).result() == worker
 
 
-@pytest.mark.parametrize(("workers", "cores", "share"), [(2, 6, "3"), (2, 3, "1"), (3, 2, "1")])
-def test_processes_share_the_cores_among_their_threads(
-    workers: int, cores: int, share: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("workers", "cores", "told", "share"),
+    [(2, 6, "", "3"), (2, 3, "8", "1"), (3, 2, "0", "1"), (2, 6, "2", "2")],
+)
+def test_processes_share_the_cores_among_their_threads_or_take_what_they_are_told(
+    workers: int, cores: int, told: str, share: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "count_cores", lambda: cores)
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
     with WorkerProcesses(workers) as executor:
         # Libraries read it when they are imported, which no process has done yet.
         assert executor.submit(os.getenv, "OMP_NUM_THREADS").result() == share
 
 
-def test_torch_in_processes_of_a_pool_has_their_share() -> None:
+def test_torch_in_processes_of_a_pool_has_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with WorkerProcesses(2) as executor:
         threads = executor.submit(torch.get_num_threads).result()
     assert threads == max(1, count_cores() // 2)
+
+
+def test_processes_that_leave_at_once_have_said_all(capfd: pytest.CaptureFixture[str]) -> None:
+    with WorkerProcesses(1) as executor:
+        executor.submit(print, "the last word").result()
+    assert capfd.readouterr().out == "the last word\n"
 
 
 INTERRUPTED = """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from builders import Exported, make_card, make_cubes
@@ -113,3 +114,47 @@ def test_phases_as_channels_give_the_same_logits(
     for runtime in ("onnxruntime", "openvino"):
         before, after = (load_runtime(tmp_path / name, runtime)(cubes) for name in "ab")
         np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["group", "dilations", "unknown shape"])
+def test_convolutions_that_are_of_another_kind_are_left_alone(change: str, tmp_path: Path) -> None:
+    make, kinds = onnx.helper, onnx.TensorProto
+    channels = 4 if change == "group" else 1
+    edge = "e" if change == "unknown shape" else 8
+    kernel = np.random.default_rng(0).normal(size=(4, 1, 5, 5, 5)).astype(np.float32)
+    settings = {"strides": 3 * [2], "pads": 6 * [2], "group": channels}
+    if change == "dilations":
+        settings |= {"dilations": [1, 1, 2], "pads": [2, 2, 4, 2, 2, 4]}
+    graph = make.make_graph(
+        [make.make_node("Conv", ["x", "kernel"], ["y"], **settings)],
+        "one",
+        [make.make_tensor_value_info("x", kinds.FLOAT, ["n", channels, edge, edge, edge])],
+        [make.make_tensor_value_info("y", kinds.FLOAT, ["n", 4, None, None, None])],
+        [onnx.numpy_helper.from_array(kernel, "kernel")],
+    )
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 20)]), tmp_path / "m")
+    before = onnx.load(tmp_path / "m")
+    _gather_phases(tmp_path / "m")
+    assert onnx.load(tmp_path / "m") == before
+
+
+def test_convolutions_that_share_a_kernel_are_each_gathered(tmp_path: Path) -> None:
+    make, kinds = onnx.helper, onnx.TensorProto
+    kernel = np.random.default_rng(0).normal(size=(4, 1, 5, 5, 5)).astype(np.float32)
+    settings = {"strides": 3 * [2], "pads": 6 * [2]}  # no dilations: ONNX allows it
+    graph = make.make_graph(
+        [make.make_node("Conv", [name, "kernel"], [f"of_{name}"], **settings) for name in "ab"],
+        "two",
+        [make.make_tensor_value_info(name, kinds.FLOAT, ["n", 1, 8, 8, 8]) for name in "ab"],
+        [make.make_tensor_value_info(f"of_{name}", kinds.FLOAT, 5 * [None]) for name in "ab"],
+        [onnx.numpy_helper.from_array(kernel, "kernel")],
+    )  # fmt: skip
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "m")
+    cubes = np.random.default_rng(1).normal(size=(2, 1, 8, 8, 8)).astype(np.float32)
+    before = onnxruntime.InferenceSession(tmp_path / "m").run(None, {"a": cubes, "b": -cubes})
+    _gather_phases(tmp_path / "m")
+    nodes = onnx.load(tmp_path / "m").graph.node
+    assert [node.op_type for node in nodes] == 2 * ["Reshape", "Transpose", "Reshape", "Conv"]
+    after = onnxruntime.InferenceSession(tmp_path / "m").run(None, {"a": cubes, "b": -cubes})
+    np.testing.assert_allclose(after, before, atol=1e-4)

@@ -93,12 +93,12 @@ def test_onnxruntime_gives_the_same_logits_on_any_number_of_threads(exported: Ex
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", [1, 3])
+@pytest.mark.parametrize("part", [1, 3, 6])
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_cube_has_the_same_logits_in_batches_of_any_size(
     exported: Exported, runtime: RuntimeName, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # openvino has the network compiled for a part and for a single cube.
+    # openvino has the network compiled for a part, for a single cube and for any number.
     monkeypatch.setattr("cectflow.runtime.PART_BYTES", part * 4 * BOX**3)
     infer = load_runtime(exported.folder, runtime, threads=2)
     cubes = np.random.default_rng(1).normal(size=(8, 1, BOX, BOX, BOX)).astype(np.float32)

@@ -97,9 +97,9 @@ def _simulate_shard(job: _Job) -> tuple[SplitName, ShardRecord]:
             part, record_of_field = simulate_subtomograms(job.specimen, job.split, index)
             parts.append(part)
             records.append(record_of_field)
-        name = _shard_name(job.split, job.index)
-        content = _concatenate(parts)
-        record = write_shard(job.folder, name, content, tuple(records), recipe.voxel_size)
+    name = _shard_name(job.split, job.index)
+    content = _concatenate(parts)
+    record = write_shard(job.folder, name, content, tuple(records), recipe.voxel_size)
     return job.split, record
 
 

@@ -20,7 +20,6 @@ from cectflow.recipe import LiveRecipe, load_recipe
 from cectflow.volume import Volume, write_volume
 
 pytest_plugins = ("exported",)
-pytest_plugins = ("exported",)
 pytestmark = pytest.mark.slow
 
 
