@@ -122,8 +122,11 @@ def _gather_phases(path: Path) -> None:
                 del node.attribute[:]
                 node.attribute.extend(onnx.helper.make_attribute(*each) for each in told.items())
         nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    kept = [each for each in graph.initializer if each.name in read]
+    for values, new in ((graph.node, nodes), (graph.initializer, kept)):
+        del values[:]
+        values.extend(new)
     onnx.save(model, path)
 
 
