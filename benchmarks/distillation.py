@@ -42,7 +42,7 @@ from cectflow.flows.simulation import load_structures
 from cectflow.flows.teachers import EMBEDDED_CUBES
 from cectflow.learning.calibration import measure_trust
 from cectflow.learning.figures import draw_calibration, draw_confusion, draw_embeddings
-from cectflow.learning.fit import FitRecipe, open_fabric
+from cectflow.learning.fit import DivergedError, FitRecipe, open_fabric
 from cectflow.learning.losses import DistillationLoss
 from cectflow.learning.objective import Classify, Distill, Objective
 from cectflow.learning.scores import bootstrap_score
@@ -296,7 +296,7 @@ def main() -> None:
       test sets, the last imaged as the recipe ``real``, which no network was trained on.
       ``accuracy_teacher`` is the better of ``dsrf3d_v2`` and ``dsrf3d_v2_bn``,
       ``accuracy_student`` that of the student of :data:`SHIPPED`, ``accuracy_labels_only`` the same
-      without the teacher, ``accuracy_student_1`` the papers'.
+      without the teacher, ``accuracy_student_1`` the papers'; ``given_up_NAME``: its units died.
     - ``student_minus_teacher``: paired over fields.
     - ``distillation_gain`` (10 k labels), ``distillation_gain_1k``, ``distillation_gain_live``,
       ``distillation_gain_long`` (10 k labels, ``cubes_long``): distilled minus from labels alone,
@@ -374,7 +374,12 @@ def _accuracies(bench: Bench, arms: Sequence[str]) -> dict[str, float]:
     }
     for name in arms:
         arm = ARMS[name]
-        runs = [_train(bench, name, seed) for seed in plan.seeds[: arm.seeds]]
+        try:
+            runs = [_train(bench, name, seed) for seed in plan.seeds[: arm.seeds]]
+        except DivergedError as error:
+            print(f"{name} was given up: {error}", flush=True)
+            figures[f"given_up_{name}"] = 1.0
+            continue
         figures |= {f"seeds_{name}": float(len(runs)), f"seconds_{name}": runs[0].seconds}
         right[name] = {
             test: np.mean([np.array(r.predicted[test]) == split.class_ids for r in runs], axis=0)
