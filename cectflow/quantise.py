@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from cectflow.files import replacing
+from cectflow.phases import gather_phases
 from cectflow.runtime import INT8_FILE, ONNX_FILE
 
 __all__ = ["quantise"]
@@ -21,16 +22,32 @@ __all__ = ["quantise"]
 CALIBRATION_BATCH = 16
 LAYERS = ["Conv", "Gemm", "MatMul"]
 """ONNX operators that are computed in int8; the others, the normalisation among them, are not."""
+STEPS = 255
+"""Of a uint8."""
+BINS = 4096
+"""Of the histogram from which a range is chosen."""
 
 
 def quantise(folder: Path, cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> Path:
     """Write the int8 sibling of a model folder's ONNX network.
 
     Static quantisation after training: weights are int8 with a scale for each output channel
-    (symmetric), what goes into a layer is uint8 between its lowest and highest value on the cubes;
-    sums, biases and outputs stay float32. Quantised outputs, signed activations and percentiles in
-    place of extremes each came out farther from the float32 logits (root mean square 0.06 to 0.18
-    in place of 0.04, logits' deviation 5.7).
+    (symmetric), what goes into a layer is uint8; sums, biases and outputs stay float32. Three
+    things bring the logits nearer to those of float32, and cost no time:
+
+    - What is rectified keeps its range from lowest to highest value on the cubes: its extremes are
+      the signal. The normalised cubes are noise, and get the range of the least mean square error.
+    - The dense layer that gives the logits stays float32.
+    - What is left is not zero on average, since the weights are rounded once for all cubes: each
+      bias takes up the mean error of its channel, layer after layer (bias correction: Nagel et
+      al., *Data-free quantization through weight equalization and bias correction*, ICCV 2019,
+      section 4.2; by data).
+
+    Together they take a fifth to two fifths of the error away (root mean square over the logits'
+    deviation, four networks, 3,392 test cubes: 0.010 to 0.012 without, 0.007 to 0.010 with), and
+    with it a third of the answers that change (1.2 % without, 0.8 % with, on average). Quantised
+    outputs, signed activations, narrower ranges for what is rectified, and scales that even out the
+    channels (SmoothQuant) gained nothing or cost.
 
     Parameters
     ----------
@@ -51,6 +68,7 @@ def quantise(folder: Path, cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> Pa
     """
     tools: Any = import_module("onnxruntime.quantization")  # its names are not typed
     shapes: Any = import_module("onnxruntime.quantization.shape_inference")
+    onnx: Any = import_module("onnx")
     path = folder / INT8_FILE
     root = logging.getLogger()
     level = root.level
@@ -59,13 +77,17 @@ def quantise(folder: Path, cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> Pa
         with replacing(path) as temporary, tempfile.TemporaryDirectory() as scratch:
             prepared = Path(scratch) / ONNX_FILE
             shapes.quant_pre_process(folder / ONNX_FILE, prepared, skip_symbolic_shape=True)
-            _gather_phases(prepared)
+            gather_phases(prepared)
+            exact = onnx.load(prepared)
+            layers, left = _name_layers(onnx, exact.graph)
+            onnx.save(exact, prepared)
             tools.quantize_static(
                 prepared,
                 temporary,
                 _Batches(cubes),
                 quant_format=tools.QuantFormat.QDQ,
                 op_types_to_quantize=LAYERS,
+                nodes_to_exclude=left,
                 per_channel=True,
                 activation_type=tools.QuantType.QUInt8,
                 weight_type=tools.QuantType.QInt8,
@@ -73,104 +95,122 @@ def quantise(folder: Path, cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> Pa
                 extra_options={
                     "WeightSymmetric": True,
                     "OpTypesToExcludeOutputQuantization": LAYERS,
+                    "TensorQuantOverrides": _ranges(onnx, exact, layers, cubes),
                 },
             )
+            rough = onnx.load(temporary)
+            _correct_biases(onnx, exact, rough, (*layers, *left), cubes)
+            onnx.save(rough, temporary)
     finally:
         root.setLevel(level)
     return path
 
 
-def _gather_phases(path: Path) -> None:
-    """Make the phases of a stride channels, in a network's convolutions of one channel.
+def _name_layers(onnx: Any, graph: Any) -> tuple[list[str], list[str]]:
+    """Names, new ones, of the layers to quantise, and of the dense one that gives the logits.
 
-    Of stride 2, each 2 × 2 voxels of a section become four channels of one, over which the kernel
-    goes with stride 1 there; zeros at its end make it whole. The sums are the same. Instructions
-    for int8 multiply four channels at a time, three of which one channel leaves idle: openvino
-    takes the first convolution of ``strided_nano`` 2.2 times as fast, onnxruntime the whole network
-    0.8 times, which gains nothing by int8 anyhow.
+    A convolution without a bias gets one of zeros, which may be corrected.
+    """
+    layers: list[str] = []
+    left: list[str] = []
+    logits = {each.name for each in graph.output}
+    outputs = {each.name: each.dims[0] for each in graph.initializer if each.dims}
+    for number, node in enumerate(graph.node):
+        node.name = f"node_{number}"
+        if node.op_type in LAYERS:
+            is_last = node.op_type != "Conv" and node.output[0] in logits
+            (left if is_last else layers).append(node.name)
+        if node.op_type == "Conv" and len(node.input) == 2 and node.input[1] in outputs:
+            zeros = np.zeros(outputs[node.input[1]], np.float32)
+            node.input.append(f"{node.output[0]}_bias")
+            graph.initializer.append(onnx.numpy_helper.from_array(zeros, node.input[2]))
+    return layers, left
+
+
+def _ranges(
+    onnx: Any, exact: Any, layers: Sequence[str], cubes: NDArray[np.float32]
+) -> dict[str, Any]:
+    """What onnxruntime is told of the tensors that no layer has made: the normalised cubes."""
+    made, ranges = set[str](), dict[str, Any]()
+    for node in exact.graph.node:
+        name = node.input[0]
+        if node.name in layers and name not in made and name not in ranges:
+            values = [batch.ravel() for (batch,) in _run(onnx, exact, [name], cubes)]
+            low, high = _range_of(np.concatenate(values))
+            ranges[name] = [{"rmin": np.float32(low), "rmax": np.float32(high)}]
+        if node.name in layers or made.intersection(node.input):
+            made.update(node.output)
+    return ranges
+
+
+def _range_of(values: NDArray[np.float32]) -> tuple[float, float]:
+    """Range of the least mean square error: narrower makes finer steps, but cuts extremes off."""
+    ends = np.array([min(values.min(), 0.0), max(values.max(), 0.0)])
+    counts, edges = np.histogram(values, BINS)
+    centres = (edges[1:] + edges[:-1]) / 2
+
+    def error(part: float) -> float:
+        low, high = part * ends
+        step = (high - low) / STEPS
+        rounded = low + step * np.round((np.clip(centres, low, high) - low) / step)
+        return float((counts * (rounded - centres) ** 2).sum())
+
+    low, high = min(np.linspace(1.0, 0.3, 71), key=error) * ends
+    return float(low), float(high)
+
+
+def _correct_biases(
+    onnx: Any, exact: Any, rough: Any, layers: Sequence[str], cubes: NDArray[np.float32]
+) -> None:
+    """Add to each bias what its layer lacks on average, the layers before it corrected already.
 
     Parameters
     ----------
-    path
-        An ONNX file whose shapes are known, but for the batch; it is replaced.
+    exact, rough
+        ONNX models whose nodes have the same names; `rough` is changed.
     """
-    onnx: Any = import_module("onnx")  # its names are not typed
-    model = onnx.load(path)
-    graph = model.graph
-    weights = {each.name: each for each in graph.initializer}
-    shapes = {
-        each.name: [edge.dim_value for edge in each.type.tensor_type.shape.dim]
-        for each in (*graph.input, *graph.value_info)
-    }
-    nodes: list[Any] = []
-    for node in graph.node:
-        if node.op_type == "Conv" and node.input[1] in weights:
-            kernel = onnx.numpy_helper.to_array(weights[node.input[1]])
-            told = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-            edges = shapes.get(node.input[0], ())[2:]
-            stride = _stride_of(kernel, told, edges)
-            if stride > 1:
-                nodes += _phases(onnx, graph, node, edges, stride)
-                gathered = _kernel_of_phases(kernel, stride)
-                node.input[1] = f"{node.output[0]}_kernel"
-                weight = onnx.numpy_helper.from_array(gathered, node.input[1])
-                graph.initializer.append(weight)
-                told |= {
-                    "kernel_shape": gathered.shape[2:], "strides": [stride, 1, 1],
-                    "pads": 2 * [stride, 1, 1],
-                }  # fmt: skip
-                del node.attribute[:]
-                node.attribute.extend(onnx.helper.make_attribute(*each) for each in told.items())
-        nodes.append(node)
-    read = {name for node in nodes for name in node.input}
-    kept = [each for each in graph.initializer if each.name in read]
-    for values, new in ((graph.node, nodes), (graph.initializer, kept)):
-        del values[:]
-        values.extend(new)
-    onnx.save(model, path)
+    weights = {each.name: each for each in rough.graph.initializer}
+    made_by = {name: node for node in rough.graph.node for name in node.output}
+    nodes = [node for node in rough.graph.node if node.name in layers and len(node.input) > 2]
+    outputs = [node.output[0] for node in nodes]
+    for node, output, mean in zip(nodes, outputs, _means(onnx, exact, outputs, cubes), strict=True):
+        (found,) = _means(onnx, rough, [output], cubes)
+        correction, name = mean - found, node.input[2]
+        if name in made_by:  # in steps, as an int32
+            name, scale = made_by[name].input[:2]
+            correction = np.round(correction / onnx.numpy_helper.to_array(weights[scale]))
+        bias = onnx.numpy_helper.to_array(weights[name])
+        corrected = bias + correction.astype(bias.dtype)
+        weights[name].CopyFrom(onnx.numpy_helper.from_array(corrected, name))
 
 
-def _stride_of(kernel: NDArray[Any], told: Mapping[str, Any], edges: Sequence[int]) -> int:
-    """Stride of a convolution whose phases can be channels; otherwise 1."""
-    stride = int(told.get("strides", [1])[0])
-    fits = (
-        kernel.shape[1:] == (1, *3 * [2 * stride + 1])
-        and told.get("group", 1) == 1
-        and list(told.get("strides", [])) == 3 * [stride]
-        and list(told.get("pads", [])) == 6 * [stride]
-        and list(told.get("dilations", 3 * [1])) == 3 * [1]
-        and len(edges) == 3
-        and all(edge > 0 and edge % stride == 0 for edge in edges)
-    )
-    return stride if fits else 1
+def _means(
+    onnx: Any, model: Any, names: Sequence[str], cubes: NDArray[np.float32]
+) -> list[NDArray[np.float64]]:
+    """Mean of each channel of some tensors of a model, over all cubes."""
+    sums = [np.float64(0)] * len(names)
+    for batch in _run(onnx, model, names, cubes):
+        for number, values in enumerate(batch):
+            rest = tuple(axis for axis in range(values.ndim) if axis != 1)
+            sums[number] += len(values) * values.mean(rest, dtype=np.float64)
+    return [np.asarray(each / len(cubes)) for each in sums]
 
 
-def _phases(onnx: Any, graph: Any, node: Any, edges: Sequence[int], stride: int) -> list[Any]:
-    """Nodes that give a convolution its input's phases, ``(n, y_phase * x_phase, z, y, x)``."""
-    depth, height, width = edges[0], edges[1] // stride, edges[2] // stride
-    given, made = node.input[0], f"{node.output[0]}_phases"
-    for what, shape in (
-        ("apart", (0, depth, height, stride, width, stride)),
-        ("together", (0, stride**2, depth, height, width)),
-    ):
-        numbers = np.array(shape, np.int64)  # 0: as it is, the batch
-        graph.initializer.append(onnx.numpy_helper.from_array(numbers, f"{made}_{what}"))
-    make = onnx.helper.make_node
-    node.input[0] = made
-    return [
-        make("Reshape", [given, f"{made}_apart"], [f"{made}_1"]),
-        make("Transpose", [f"{made}_1"], [f"{made}_2"], perm=[0, 3, 5, 1, 2, 4]),
-        make("Reshape", [f"{made}_2", f"{made}_together"], [made]),
-    ]
-
-
-def _kernel_of_phases(kernel: NDArray[Any], stride: int) -> NDArray[Any]:
-    """Kernel ``(outputs, phases, z, 3, 3)`` of one over a single channel."""
-    outputs, _, depth, _, _ = kernel.shape
-    rest = (0, stride - 1)
-    whole = np.pad(kernel[:, 0], ((0, 0), (0, 0), rest, rest))
-    apart = whole.reshape(outputs, depth, 3, stride, 3, stride).transpose(0, 3, 5, 1, 2, 4)
-    return np.ascontiguousarray(apart.reshape(outputs, stride**2, depth, 3, 3))
+def _run(
+    onnx: Any, model: Any, names: Sequence[str], cubes: NDArray[np.float32]
+) -> Iterator[list[NDArray[np.float32]]]:
+    """Some tensors of a model, a batch at a time; what they do not need is not computed."""
+    runtime: Any = import_module("onnxruntime")
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    del part.graph.output[:]
+    part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # of weights that are left over it warns one by one
+    session = runtime.InferenceSession(part.SerializeToString(), options)
+    batches = _Batches(cubes)
+    while (batch := batches.get_next()) is not None:
+        yield session.run(None, batch)
 
 
 class _Batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from builders import Exported, make_card, make_cubes
+from builders import BOX, Exported, make_card, make_cubes
+from numpy.typing import NDArray
 from onnxruntime.quantization import shape_inference
 
 from cectflow.export import export_network
+from cectflow.networks.dsrf3d import DSRF3D
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.networks.ours import StridedClassifier
-from cectflow.quantise import _gather_phases, quantise
+from cectflow.phases import gather_phases
+from cectflow.quantise import _range_of, quantise
 from cectflow.runtime import RuntimeName, check_variant, load_runtime
 
 pytest_plugins = ("exported",)
@@ -62,6 +66,65 @@ def test_the_normalisation_is_not_quantised(quantised: Path) -> None:
     assert "QuantizeLinear" not in readers
 
 
+def test_the_layer_that_gives_the_logits_is_not_quantised(quantised: Path) -> None:
+    graph = onnx.load(str(quantised / "model.int8.onnx")).graph
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    assert [node.op_type for node in layers][-2:] == ["Conv", "Gemm"]
+    assert made_by[layers[-2].input[0]] == made_by[layers[-2].input[1]] == "DequantizeLinear"
+    assert "DequantizeLinear" not in {made_by.get(name) for name in layers[-1].input}
+
+
+def test_no_channel_of_int8_lacks_anything_on_average(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = NormalisePerCube(DSRF3D(3, BOX, widths=(4, 6), pool=2, dense=(8,), dropout=0.0))
+    for bias in (each for name, each in network.named_parameters() if name.endswith("bias")):
+        torch.nn.init.normal_(bias, std=0.1)
+    torch.nn.init.zeros_(network.network.features[0][0].bias)  # ONNX leaves such a one out
+    export_network(network, make_card(num_outputs=3), tmp_path / "model")
+    cubes = make_cubes(20).subtomograms.numpy()
+    quantise(tmp_path / "model", cubes)
+    int8 = onnx.load(tmp_path / "model" / "model.int8.onnx")
+    outputs = [node.output[0] for node in int8.graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(outputs) == 6
+    exact, rough = (
+        _all_outputs(model, outputs, cubes)
+        for model in (onnx.load(tmp_path / "model" / "model.onnx"), int8)
+    )
+    for first, second in zip(exact, rough, strict=True):
+        rest = tuple(axis for axis in range(first.ndim) if axis != 1)
+        error = (second - first).mean(rest)
+        assert np.abs(second - first).max() > 1e-4
+        np.testing.assert_allclose(error, 0, atol=3e-4 * first.std())
+
+
+def _all_outputs(
+    model: onnx.ModelProto, names: Sequence[str], cubes: NDArray[np.float32]
+) -> list[NDArray[np.float32]]:
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    outputs: list[NDArray[np.float32]] = session.run(list(names), {"subtomograms": cubes})
+    return outputs
+
+
+def test_a_range_is_cut_where_that_makes_the_error_smaller() -> None:
+    generator = np.random.default_rng(0)
+    noise = generator.normal(size=200_000).astype(np.float32)
+    low, high = _range_of(noise)
+    assert 0.7 * noise.min() > low > noise.min()
+    assert 0.7 * noise.max() < high < noise.max()
+    for narrower in (0.9, 1.1):  # the error by the values themselves
+        assert _error(noise, low, high) <= _error(noise, narrower * low, narrower * high)
+    even = generator.uniform(2, 3, 10_000).astype(np.float32)
+    assert _range_of(even) == (0.0, even.max())  # zero, the padding, must have its number
+
+
+def _error(values: NDArray[np.float32], low: float, high: float) -> float:
+    step = (high - low) / 255
+    rounded = low + step * np.round((values.clip(low, high) - low) / step)
+    return float(((rounded - values) ** 2).mean())
+
+
 def test_float32_is_left_as_it_was_and_int8_is_not_replaced(
     exported: Exported, quantised: Path
 ) -> None:
@@ -104,7 +167,7 @@ def test_phases_as_channels_give_the_same_logits(
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     path = tmp_path / "b" / "model.onnx"
     shape_inference.quant_pre_process(path, path, skip_symbolic_shape=True)
-    _gather_phases(path)
+    gather_phases(path)
     onnx.checker.check_model(str(path), full_check=True)
     graph = onnx.load(path).graph
     kernels = {each.name: each.dims for each in graph.initializer}
@@ -134,7 +197,7 @@ def test_convolutions_that_are_of_another_kind_are_left_alone(change: str, tmp_p
     )
     onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 20)]), tmp_path / "m")
     before = onnx.load(tmp_path / "m")
-    _gather_phases(tmp_path / "m")
+    gather_phases(tmp_path / "m")
     assert onnx.load(tmp_path / "m") == before
 
 
@@ -153,7 +216,7 @@ def test_convolutions_that_share_a_kernel_are_each_gathered(tmp_path: Path) -> N
     onnx.save(model, tmp_path / "m")
     cubes = np.random.default_rng(1).normal(size=(2, 1, 8, 8, 8)).astype(np.float32)
     before = onnxruntime.InferenceSession(tmp_path / "m").run(None, {"a": cubes, "b": -cubes})
-    _gather_phases(tmp_path / "m")
+    gather_phases(tmp_path / "m")
     nodes = onnx.load(tmp_path / "m").graph.node
     assert [node.op_type for node in nodes] == 2 * ["Reshape", "Transpose", "Reshape", "Conv"]
     after = onnxruntime.InferenceSession(tmp_path / "m").run(None, {"a": cubes, "b": -cubes})
