@@ -26,8 +26,8 @@ from cectflow.simulation.microscope import OpticsDraw, draw_optics
 from cectflow.simulation.optics import Optics, optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.scene import Scene, pack_scene
+from cectflow.simulation.statistics import measure_statistics
 from cectflow.simulation.structure import Structure
-from cectflow.subtomogram import DEVIATION_PER_MAD
 
 __all__ = [
     "DrawnField",
@@ -48,8 +48,6 @@ __all__ = [
     "simulate_field",
 ]
 
-ROBUST_SAMPLE = 2**18
-"""Voxels of which the median and the median absolute deviation of a field are taken."""
 REFERENCE_VOXELS = 2**22
 """Voxels of the fields over which the expected power spectrum is averaged, 2 to 32 fields: the
 power of a field of 32³ varies by 4 %, of larger ones by less."""
@@ -304,14 +302,13 @@ def image_drawn(
         spectrum += foreign.mul_(optics.signal)
     del optics  # of a whole tomogram they take as much as it does
     tomogram, numbers = volume_of(spectrum, shape), draw.numbers()
-    std, mean = torch.std_mean(tomogram, correction=0)
-    median, robust_std = _robust_statistics(tomogram)
+    values = measure_statistics(tomogram)
     record = FieldRecord(
         field=drawn.name,
-        mean=float(mean),
-        std=float(std),
-        median=median,
-        robust_std=robust_std,
+        mean=values.mean,
+        std=values.std,
+        median=values.median,
+        robust_std=values.robust_std,
         defocus_um=numbers["defocus_um"],
         drawn=numbers,
         requested_snr=drawn.snr,
@@ -323,18 +320,6 @@ def image_drawn(
         num_particles=len(drawn.scene),
     )
     return tomogram, record
-
-
-def _robust_statistics(tomogram: Tensor) -> tuple[float, float]:
-    """:func:`cectflow.subtomogram.robust_statistics` of some voxels, computed where they lie.
-
-    The voxels are spread over the tomogram, and enough for a thousandth of the deviation.
-    """
-    # An odd step, so that it runs through all columns of a field whose width is a power of two.
-    sample = tomogram.flatten()[:: max(1, tomogram.numel() // ROBUST_SAMPLE) | 1]
-    sample = sample[: (len(sample) - 1) // 2 * 2 + 1]  # odd: the median is one of the values
-    median = sample.median()
-    return float(median), DEVIATION_PER_MAD * float((sample - median).abs().median())
 
 
 def render_particles(
