@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,13 +148,17 @@ def _read(cluster: str) -> ClusterConfig | None:
 
 
 @contextmanager
-def open_cluster(cluster: str, *, paths: Sequence[Path], title: str) -> Iterator[ClusterWorkers]:
+def open_cluster(
+    cluster: str, function: Callable[..., Any], *, paths: Sequence[Path], title: str
+) -> Iterator[ClusterWorkers]:
     """Context with the workers of a cluster, which have been found fit for the work.
 
     Parameters
     ----------
     cluster
         See :func:`check_cluster`.
+    function
+        Brought to each worker once.
     paths
         Files and folders that workers must see as this machine does. Into folders a hidden file is
         put for the time of the work.
@@ -175,7 +179,7 @@ def open_cluster(cluster: str, *, paths: Sequence[Path], title: str) -> Iterator
         else:
             client, patience = stack.enter_context(_started(config)), config.wait
         orders = stack.enter_context(given_orders(paths))
-        yield stack.enter_context(ClusterWorkers(client, orders, title, patience))
+        yield stack.enter_context(ClusterWorkers(client, function, orders, title, patience))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ a cluster is found or started says :mod:`cectflow.cluster`.
 from __future__ import annotations
 
 import hashlib
+import pickle
 import platform
 import socket
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from cectflow.execution import portable
+from cectflow.execution import bring, portable
 
 if TYPE_CHECKING:
     from distributed import Client, Worker
@@ -47,6 +48,9 @@ class ClusterWorkers(Executor):
     ----------
     client
         Of the cluster.
+    function
+        Brought to each worker once, with all that it holds: for
+        :func:`~cectflow.execution.call_brought`.
     orders
         What its workers must agree with.
     title
@@ -62,8 +66,17 @@ class ClusterWorkers(Executor):
         If no worker comes.
     """
 
-    def __init__(self, client: Client, orders: Orders, title: str, patience: float) -> None:
-        self._client, self._orders = client, orders
+    def __init__(
+        self,
+        client: Client,
+        function: Callable[..., Any],
+        orders: Orders,
+        title: str,
+        patience: float,
+    ) -> None:
+        from cectflow.cluster_plugin import Handing
+
+        self._client = client
         self._title, self._patience = title, patience
         self._in_hand: dict[RemoteFuture[Any], Future[Any]] = {}
         self._submitted = 0
@@ -77,13 +90,15 @@ class ClusterWorkers(Executor):
                 answer = f"it cannot do cectflow's work ({type(answer).__name__}: {answer})"
             if answer is not None:
                 raise OSError(_refusal(address, answer))
+        self._name = f"cectflow-{orders.run}"
+        client.register_plugin(Handing(self._name, _Brought(orders, pickle.dumps(function))))
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """The result, some time, of a function called on a worker."""
         self._submitted += 1
-        number, task = self._submitted, _Task(self._orders, function, args, kwargs)
-        key = f"cectflow-{self._orders.run}-{number}"
-        remote = self._client.submit(_do, task, key=key, pure=False)
+        number, task = self._submitted, _Task(function, args, kwargs)
+        key = f"{self._name}-{number}"
+        remote = self._client.submit(_do, self._name, task, key=key, pure=False)
         future: Future[Any] = Future()
         self._in_hand[remote] = future
 
@@ -166,6 +181,7 @@ class ClusterWorkers(Executor):
             while wait and (waiting := list(self._in_hand.values())):
                 wait_for_futures(waiting, timeout=SECONDS_BETWEEN_LOOKS)
                 self._look()
+            self._client.unregister_worker_plugin(self._name)
 
     def __exit__(
         self,
@@ -199,10 +215,17 @@ class _Sight:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class _Brought:
+    """What every job needs: the pickled function is read after the worker was found fit."""
+
+    orders: Orders
+    function: bytes
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class _Task:
     """Of a kind that Dask does not look into for tasks and futures."""
 
-    orders: Orders
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -286,16 +309,19 @@ def _refusal(worker: str, objection: str) -> str:
     return f"the worker {worker} is not fit for the work: {objection}"
 
 
-def _do(task: _Task) -> Any:
+def _do(name: str, task: _Task) -> Any:
     """Do a job in a worker, which may have come when the work had begun."""
     from distributed import get_worker
 
-    worker = get_worker()
-    objection = _object(task.orders, worker)
+    from cectflow.cluster_plugin import handed
+
+    worker, brought = get_worker(), handed(name)
+    objection = _object(brought.orders, worker)
     if objection is not None:
         raise OSError(_refusal(worker.address, objection))
     if "torch" in sys.modules:  # if it is imported later, OMP_NUM_THREADS of Dask's nanny holds
         sys.modules["torch"].set_num_threads(1)
+    bring(brought.function)
     try:
         return task.function(*task.args, **task.kwargs)
     except Exception as error:

@@ -42,6 +42,8 @@ __all__ = [
     "Parent",
     "WorkerProcesses",
     "Workplace",
+    "bring",
+    "call_brought",
     "count_cores",
     "portable",
     "prefetch",
@@ -116,12 +118,14 @@ class WorkerProcesses(ProcessPoolExecutor):
 
     Each has its share of the cores for threads. They leave Ctrl-C to this process and end when it
     does, however that ends. As a context: at its end the jobs in hand are waited for and others
-    dropped; Ctrl-C and SIGTERM wait for none.
+    dropped; Ctrl-C and SIGTERM wait for none, nor does a consumer that has stopped.
 
     Parameters
     ----------
     workers
         How many.
+    function
+        Brought to each process once, with all that it holds: for :func:`call_brought`.
 
     Raises
     ------
@@ -129,7 +133,7 @@ class WorkerProcesses(ProcessPoolExecutor):
         If ``workers`` is below 1.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, function: Callable[..., Any] | None = None) -> None:
         if workers < 1:
             msg = f"workers is {workers}: expected 1 or more"
             raise ValueError(msg)
@@ -138,9 +142,13 @@ class WorkerProcesses(ProcessPoolExecutor):
         context = multiprocessing.get_context("spawn")
         given_up, self._lifeline = context.Pipe(duplex=False)
         threads = max(1, count_cores() // workers)
+        # As bytes, which are read after the process has its share of the cores: libraries look
+        # for it when they are imported.
+        brought = pickle.dumps(function)
         super().__init__(
-            workers, mp_context=context, initializer=_begin_worker, initargs=(threads, given_up)
-        )
+            workers, mp_context=context, initializer=_begin_worker,
+            initargs=(threads, given_up, brought),
+        )  # fmt: skip
 
     def room(self) -> int:
         """How many jobs should be in hand: all processes' and one that follows for each."""
@@ -152,12 +160,12 @@ class WorkerProcesses(ProcessPoolExecutor):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             self._lifeline.close()  # ends the processes in the midst of what they do
         self.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker(threads: int, given_up: Connection) -> None:
+def _begin_worker(threads: int, given_up: Connection, brought: bytes) -> None:
     """Give a process of a pool its share of the cores, unless it was told to take less.
 
     With more threads than cores each of many small sums waits for a thread that another process
@@ -170,7 +178,27 @@ def _begin_worker(threads: int, given_up: Connection) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     atexit.register(_leave)
+    bring(brought)
     _follow_parent(given_up)
+
+
+_brought: dict[str, bytes] = {}
+
+
+def bring(function: bytes) -> None:
+    """Give this process the pickled function that :func:`call_brought` calls from now on."""
+    _brought["function"] = function
+
+
+def call_brought(*args: Any) -> Any:
+    """Result of the function that was brought to this process: what it holds came once."""
+    return _unpickled(_brought["function"])(*args)
+
+
+@lru_cache(maxsize=1)
+def _unpickled(function: bytes) -> Callable[..., Any]:
+    unpickled: Callable[..., Any] = pickle.loads(function)
+    return unpickled
 
 
 def _leave() -> None:
@@ -214,9 +242,10 @@ def run_all(
     Parameters
     ----------
     function, jobs
-        Both are pickled, unless one process does all. On a cluster paths in a job are absolute,
-        and one may be done twice, since the worker that had it may die or be taken for dead: what
-        it writes it writes atomically.
+        Both are pickled, unless one process does all: the function once for each process, so what
+        all jobs need it holds (:func:`functools.partial`). On a cluster paths in a job are
+        absolute, and one may be done twice, since the worker that had it may die or be taken for
+        dead: what it writes it writes atomically.
     where
         Which processes do the work.
     title
@@ -240,8 +269,8 @@ def run_all(
         if jobs:
             from cectflow.cluster import open_cluster
 
-            with open_cluster(where.cluster, paths=paths, title=title) as elsewhere:
-                results = _work_through(elsewhere, function, jobs)
+            with open_cluster(where.cluster, function, paths=paths, title=title) as elsewhere:
+                results: Iterator[Result] = _work_through(elsewhere, jobs)
                 yield from track(results, total=len(jobs), title=title, status=status)
         return
     workers = where.workers
@@ -250,9 +279,9 @@ def run_all(
         results = one_by_one if alone is None else alone(jobs)
         yield from track(results, total=len(jobs), title=title, status=status)
         return
-    with WorkerProcesses(workers) as executor:
+    with WorkerProcesses(workers, function) as executor:
         try:
-            results = _work_through(executor, function, jobs)
+            results = _work_through(executor, jobs)
             yield from track(results, total=len(jobs), title=title, status=status)
         except BrokenProcessPool:
             msg = (
@@ -303,16 +332,12 @@ def prefetch(items: Iterable[Item], *, depth: int = 2) -> Iterator[Item]:
         thread.join()
 
 
-def _work_through(
-    executor: WorkerProcesses | ClusterWorkers,
-    function: Callable[[Job], Result],
-    jobs: Iterable[Job],
-) -> Iterator[Result]:
+def _work_through(executor: WorkerProcesses | ClusterWorkers, jobs: Iterable[Any]) -> Iterator[Any]:
     """Results as they are finished; only as many jobs are in hand as the executor has room for."""
-    waiting, in_hand = iter(jobs), set[Future[Result]]()
+    waiting, in_hand = iter(jobs), set[Future[Any]]()
     while True:
         room = max(0, executor.room() - len(in_hand))
-        in_hand.update(executor.submit(function, job) for job in islice(waiting, room))
+        in_hand.update(executor.submit(call_brought, job) for job in islice(waiting, room))
         if not in_hand:
             return
         done, in_hand = wait_for_futures(in_hand, SECONDS_TO_WAIT, FIRST_COMPLETED)

@@ -52,6 +52,30 @@ def fail_beside_another(job: tuple[int, Path]) -> None:
     (folder / f"{number}.done").touch()
 
 
+def names_of_what_was_handed() -> tuple[str, ...]:
+    from cectflow.cluster_plugin import _handed
+
+    return tuple(_handed)
+
+
+class Heavy:
+    """Tells in a file each time when it arrives in a process."""
+
+    def __init__(self, arrivals: Path) -> None:
+        self.arrivals = arrivals
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.__dict__ = state
+        with self.arrivals.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def work_with(heavy: Heavy, number: int) -> tuple[int, int]:
+    time.sleep(0.05)  # so that no worker does all
+    assert heavy.arrivals.is_file()
+    return os.getpid(), 10 * number
+
+
 def die(_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

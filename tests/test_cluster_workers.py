@@ -13,13 +13,25 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from builders import Exported
-from cluster_jobs import die, fail, fail_beside_another, mark_and_stay, pid_of, wait_until
+from cluster_jobs import (
+    Heavy,
+    die,
+    fail,
+    fail_beside_another,
+    mark_and_stay,
+    names_of_what_was_handed,
+    pid_of,
+    wait_until,
+    work_with,
+)
+from distributed import Client
 
 from cectflow import cluster, cluster_workers
 from cectflow.cluster import ClusterConfig, job_script
@@ -125,6 +137,19 @@ def test_after_a_failure_jobs_in_hand_end_and_others_do_not_begin(
     begun = {path.stem for path in tmp_path.glob("*.begun")}
     assert {path.stem for path in tmp_path.glob("*.done")} == begun - {"0"} >= {"1"}
     assert len(begun) <= 5  # four were in hand, and one took the place of that which failed
+
+
+def test_what_the_function_holds_travels_once_to_each_worker_and_is_forgotten(
+    addresses: Addresses, tmp_path: Path
+) -> None:
+    function = partial(work_with, Heavy(tmp_path / "arrivals"))
+    done = list(run_all(function, range(20), where=addresses.workplace, title="working"))
+    assert sorted(result for _, result in done) == list(range(0, 200, 10))
+    arrivals = (tmp_path / "arrivals").read_text().split()
+    assert sorted(arrivals) == sorted({str(process) for process, _ in done})
+    assert len(arrivals) == 2
+    with Client(addresses.full) as client:
+        assert set(client.run(names_of_what_was_handed).values()) == {()}
 
 
 @dataclass
@@ -241,8 +266,8 @@ def test_tomograms_have_the_same_bytes(
     deliver_tomograms(recipe, structures, there, count=3, shape=shape, where=addresses.workplace)
     assert contents(there) == contents(here)
     # One whose worker is taken for dead is made twice, and stays as it is.
-    setting = _Setting("", shape, prepare_specimen(recipe, structures))
-    _simulate_one(_Job(setting, there / "tomo_000", 0, tilt_series=False))
+    setting = _Setting(shape, prepare_specimen(recipe, structures), tilt_series=False)
+    _simulate_one(setting, _Job(there / "tomo_000", 0))
     assert contents(there) == contents(here)
 
 

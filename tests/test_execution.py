@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 import torch
+from cluster_jobs import Heavy, work_with
 
 from cectflow import execution
 from cectflow.execution import (
@@ -119,6 +121,15 @@ def test_processes_that_leave_at_once_have_said_all(capfd: pytest.CaptureFixture
     with WorkerProcesses(1) as executor:
         executor.submit(print, "the last word").result()
     assert capfd.readouterr().out == "the last word\n"
+
+
+def test_what_the_function_holds_travels_once_to_each_process(tmp_path: Path) -> None:
+    function = partial(work_with, Heavy(tmp_path / "arrivals"))
+    done = list(run_all(function, range(20), where=Workplace(2), title="working"))
+    assert sorted(result for _, result in done) == list(range(0, 200, 10))
+    arrivals = (tmp_path / "arrivals").read_text().split()
+    assert sorted(arrivals) == sorted({str(process) for process, _ in done})
+    assert str(os.getpid()) not in arrivals
 
 
 INTERRUPTED = """

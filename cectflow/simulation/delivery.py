@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,13 @@ def simulate_dataset(
     manifest = _start_manifest(specimen, structures, folder, commit, splits)
     done = {shard.name for shards in manifest.shards.values() for shard in shards}
     jobs = [
-        _Job(specimen, folder.absolute(), split, index)
+        _Job(folder.absolute(), split, index)
         for split in splits
         for index in range(recipe.shards_of(split))
         if _shard_name(split, index) not in done
     ]
-    finished = run_all(_simulate_shard, jobs, where=where, title="simulating", paths=[folder])
+    simulate = partial(_simulate_shard, specimen)
+    finished = run_all(simulate, jobs, where=where, title="simulating", paths=[folder])
     collect_shards(folder, manifest, finished)
     remove_partial_shards(folder)
     return open_dataset(folder)
@@ -81,7 +83,6 @@ def simulate_dataset(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    specimen: Specimen
     folder: Path
     split: SplitName
     index: int
@@ -90,11 +91,11 @@ class _Job:
         return f"shard {_shard_name(self.split, self.index)}"
 
 
-def _simulate_shard(job: _Job) -> tuple[SplitName, ShardRecord]:
-    recipe, parts, records = job.specimen.recipe, [], []
+def _simulate_shard(specimen: Specimen, job: _Job) -> tuple[SplitName, ShardRecord]:
+    recipe, parts, records = specimen.recipe, [], []
     with single_thread():
         for index in recipe.fields_of(job.split, job.index):
-            part, record_of_field = simulate_subtomograms(job.specimen, job.split, index)
+            part, record_of_field = simulate_subtomograms(specimen, job.split, index)
             parts.append(part)
             records.append(record_of_field)
     name = _shard_name(job.split, job.index)

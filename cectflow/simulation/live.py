@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cectflow.dataset import Batch
-from cectflow.execution import WorkerProcesses, single_thread
+from cectflow.execution import WorkerProcesses, call_brought, single_thread
 from cectflow.manifest import Manifest
 from cectflow.simulation.extraction import Targets, choose_targets, cut_cubes
 from cectflow.simulation.field import (
@@ -33,7 +34,7 @@ from cectflow.simulation.field import (
     seed_of,
 )
 
-__all__ = ["FIELDS_PER_BLOCK", "LiveSource", "open_live"]
+__all__ = ["FIELDS_PER_BLOCK", "LiveSource", "field_maker", "open_live"]
 
 FIELDS_PER_BLOCK = 4
 """Fields whose cubes are shuffled together, so that a batch holds more than neighbours."""
@@ -47,8 +48,8 @@ class LiveSource:
     The seeds of its fields come from the recipe's digest, the name and the generator given to
     :meth:`batches`, in a namespace that no split of a dataset folder shares. A training that
     seeds a generator for each epoch, as :func:`~cectflow.learning.fit.fit` does, therefore sees
-    no field twice, and sees the same ones again when it is resumed. Batches do not depend on the
-    executor.
+    no field twice, and sees the same ones again when it is resumed. Batches do not depend on where
+    fields are simulated.
 
     Parameters
     ----------
@@ -58,11 +59,12 @@ class LiveSource:
         Of the dataset folder that validates and judges; of the same recipe.
     subtomograms_per_epoch
         Exact length of a pass.
-    executor
-        Where fields are simulated.
+    submit
+        Begins :func:`field_maker` of the specimen somewhere: stream and number of a field → what
+        it will give.
     ahead
-        At most this many fields are in the executor's hands, begun, waiting or finished. In
-        memory are besides them the fields of one block and of the batch before it.
+        At most this many fields are begun, waiting or finished. In memory are besides them the
+        fields of one block and of the batch before it.
     name
         Sources of other names have other fields: a student does not meet those on which its
         teacher was trained.
@@ -78,7 +80,7 @@ class LiveSource:
         specimen: Specimen,
         manifest: Manifest,
         subtomograms_per_epoch: int,
-        executor: Executor,
+        submit: Callable[[str, int], Future[Any]],
         *,
         ahead: int,
         name: str = "training",
@@ -103,7 +105,7 @@ class LiveSource:
         self._specimen = specimen
         self._images_here = specimen.device.type != "cpu"
         self._length = subtomograms_per_epoch
-        self._executor = executor
+        self._submit = submit
         self._ahead = ahead
         self._name = name
         self._manifest = manifest.model_copy(
@@ -172,10 +174,6 @@ class LiveSource:
     def _fields(self, stream: str) -> Iterator[_Cubes]:
         """Cubes of field after field, until there are enough; others are simulated meanwhile."""
         pending: deque[Future[Any]] = deque()
-        work: Callable[..., Any] = _simulate
-        specimen = self._specimen
-        if self._images_here:
-            work, specimen = _render, specimen.to("cpu")
         finished, received, gap = 0, 0, 0
         try:
             while received < self._length:
@@ -184,8 +182,7 @@ class LiveSource:
                 while len(pending) < self._ahead and (
                     not pending or received + len(pending) * per_field < self._length
                 ):
-                    index = finished + len(pending)
-                    pending.append(self._executor.submit(work, specimen, stream, index))
+                    pending.append(self._submit(stream, finished + len(pending)))
                 result = pending.popleft().result()
                 cubes = _image(self._specimen, result, finished) if self._images_here else result
                 finished += 1
@@ -208,6 +205,16 @@ class LiveSource:
         finally:
             for future in pending:
                 future.cancel()
+
+
+def field_maker(specimen: Specimen) -> Callable[[str, int], Any]:
+    """What other processes make of a field, by its stream and number, for a :class:`LiveSource`.
+
+    All of it, where the specimen is on the CPU; on another device, what is to be imaged there.
+    """
+    if specimen.device.type == "cpu":
+        return partial(_simulate, specimen)
+    return partial(_render, specimen.to("cpu"))
 
 
 @contextmanager
@@ -233,12 +240,11 @@ def open_live(
     ValueError
         As :class:`LiveSource`, or if ``workers`` is below 1.
     """
-    with WorkerProcesses(workers) as executor:
+    with WorkerProcesses(workers, field_maker(specimen)) as executor:
         # While one block is learned the next is made, and no process waits for work.
         ahead = FIELDS_PER_BLOCK + workers
-        yield LiveSource(
-            specimen, manifest, subtomograms_per_epoch, executor, ahead=ahead, name=name
-        )
+        submit = partial(executor.submit, call_brought)
+        yield LiveSource(specimen, manifest, subtomograms_per_epoch, submit, ahead=ahead, name=name)
 
 
 @dataclass(frozen=True, eq=False)

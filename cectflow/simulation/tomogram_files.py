@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,38 +101,31 @@ def deliver_tomograms(
         tilt_series=tilt_series,
     )
     _start_folder(folder, description)
-    setting = _Setting(specimen.recipe_digest, shape, specimen)
-    jobs = [
-        _Job(setting, folder.absolute() / f"tomo_{index:03d}", index, tilt_series)
-        for index in range(count)
-    ]
+    jobs = [_Job(folder.absolute() / f"tomo_{index:03d}", index) for index in range(count)]
     missing = [job for job in jobs if not job.folder.exists()]
     for job in jobs:
         if job.folder.exists() and not (job.folder / "tomogram.mrc").is_file():
             msg = f"{job.folder} holds no tomogram.mrc: remove the folder, and it is made again"
             raise FileExistsError(msg)
     title = "simulating tomograms"
-    for _ in run_all(_simulate_one, missing, where=where, title=title, paths=[folder]):
+    simulate = partial(_simulate_one, _Setting(shape, specimen, tilt_series))
+    for _ in run_all(simulate, missing, where=where, title=title, paths=[folder]):
         pass
     remove_leftovers(folder)
     return tuple(folder / job.folder.name for job in jobs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Setting:
-    """Specimen and shape of tomograms; equal to that of the next job, also in another process."""
-
-    recipe_digest: str
     shape: tuple[int, int, int]
-    specimen: Specimen = field(compare=False)
+    specimen: Specimen
+    tilt_series: bool
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    setting: _Setting
     folder: Path
     index: int
-    tilt_series: bool
 
     def __str__(self) -> str:
         return f"tomogram {self.folder.name}"
@@ -143,10 +136,9 @@ def _surround_once(setting: _Setting) -> Specimen:
     return surround(setting.specimen, setting.shape)
 
 
-def _simulate_one(job: _Job) -> None:
-    setting = job.setting
+def _simulate_one(setting: _Setting, job: _Job) -> None:
     tomogram = simulate_tomogram(
-        _surround_once(setting), setting.shape, job.index, tilt_series=job.tilt_series
+        _surround_once(setting), setting.shape, job.index, tilt_series=setting.tilt_series
     )
     try:
         with appearing(job.folder) as folder:

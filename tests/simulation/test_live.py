@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from cectflow.recipe import Recipe, load_recipe
 from cectflow.simulation import live
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.field import Specimen, prepare_specimen, simulate_field
-from cectflow.simulation.live import FIELDS_PER_BLOCK, LiveSource, open_live
+from cectflow.simulation.live import FIELDS_PER_BLOCK, LiveSource, field_maker, open_live
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 
@@ -85,7 +86,7 @@ class CountingExecutor(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         counter = self
-        self.streams.append((args[1], args[2]))
+        self.streams.append((args[-2], args[-1]))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
 
@@ -106,9 +107,14 @@ def make_source(
     specimen: Specimen, dataset: Dataset, number: int, executor: Executor | None = None,
     name: str = "training",
 ) -> LiveSource:  # fmt: skip
-    return LiveSource(
-        specimen, dataset.manifest, number, executor or InProcessExecutor(), ahead=AHEAD, name=name
-    )
+    submit = submitting(specimen, executor)
+    return LiveSource(specimen, dataset.manifest, number, submit, ahead=AHEAD, name=name)
+
+
+def submitting(
+    specimen: Specimen, executor: Executor | None = None
+) -> Callable[[str, int], Future[Any]]:
+    return partial((executor or InProcessExecutor()).submit, field_maker(specimen))
 
 
 def pass_over(source: LiveSource) -> Generator[Batch, None, None]:
@@ -147,9 +153,10 @@ def test_fields_that_are_imaged_beside_the_training_are_the_same(
     specimen: Specimen, dataset: Dataset
 ) -> None:
     """As on a GPU: processes render, the training's own process images and cuts."""
-    executor = CountingExecutor()
-    here, there = (make_source(specimen, dataset, 12, executor) for _ in range(2))
+    render = partial(CountingExecutor().submit, live._render, specimen)
+    here = LiveSource(specimen, dataset.manifest, 12, render, ahead=AHEAD)
     here._images_here = True
+    there = make_source(specimen, dataset, 12)
     for one, other in zip(pass_over(here), pass_over(there), strict=True):
         for name in ("subtomograms", "voxel_labels", "instances", "class_ids", "fields"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
@@ -323,7 +330,7 @@ def test_a_recipe_that_gives_nothing_ends_with_an_error(
 def test_what_does_not_fit_is_refused(specimen: Specimen, dataset: Dataset) -> None:
     other = dataset.manifest.model_copy(update={"recipe_digest": "f" * 64})
     with pytest.raises(ValueError, match=r"dataset is of the recipe ffffffffffff….*this very"):
-        LiveSource(specimen, other, 10, InProcessExecutor(), ahead=1)
+        LiveSource(specimen, other, 10, submitting(specimen), ahead=1)
     with pytest.raises(ValueError, match="subtomograms_per_epoch is 0"):
         make_source(specimen, dataset, 0)
     with (
@@ -427,7 +434,7 @@ def test_junk_comes_live_too(
     )
     specimen = prepare_specimen(recipe, structures)
     manifest = dataset.manifest.model_copy(update={"recipe_digest": specimen.recipe_digest})
-    source = LiveSource(specimen, manifest, 40, InProcessExecutor(), ahead=2)
+    source = LiveSource(specimen, manifest, 40, submitting(specimen), ahead=2)
     assert specimen.classes[-1] == JUNK_CLASS
     seen = torch.cat([batch.class_ids for batch in source.batches(BATCH, seeded(0))])
     assert 0 < int((seen == len(specimen.classes)).sum()) < 20
