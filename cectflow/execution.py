@@ -33,6 +33,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+
     from rich.console import Console
 
     from cectflow.cluster_workers import ClusterWorkers
@@ -142,12 +144,15 @@ class WorkerProcesses(ProcessPoolExecutor):
         context = multiprocessing.get_context("spawn")
         given_up, self._lifeline = context.Pipe(duplex=False)
         threads = max(1, count_cores() // workers)
-        # As bytes, which are read after the process has its share of the cores: libraries look
-        # for it when they are imported.
-        brought = pickle.dumps(function)
+        # Not among the arguments of the processes: this one would wait with each until that has
+        # imported all it needs, and then reads them. As bytes, which are read when the process has
+        # its share of the cores: libraries look for it when they are imported.
+        self._brought = context.Queue()
+        for _ in range(workers):
+            self._brought.put(pickle.dumps(function))
         super().__init__(
             workers, mp_context=context, initializer=_begin_worker,
-            initargs=(threads, given_up, brought),
+            initargs=(threads, given_up, self._brought),
         )  # fmt: skip
 
     def room(self) -> int:
@@ -162,10 +167,11 @@ class WorkerProcesses(ProcessPoolExecutor):
     ) -> None:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             self._lifeline.close()  # ends the processes in the midst of what they do
+        self._brought.cancel_join_thread()  # a process that has died takes nothing any more
         self.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker(threads: int, given_up: Connection, brought: bytes) -> None:
+def _begin_worker(threads: int, given_up: Connection, brought: Queue[bytes]) -> None:
     """Give a process of a pool its share of the cores, unless it was told to take less.
 
     With more threads than cores each of many small sums waits for a thread that another process
@@ -178,8 +184,8 @@ def _begin_worker(threads: int, given_up: Connection, brought: bytes) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     atexit.register(_leave)
-    bring(brought)
     _follow_parent(given_up)
+    bring(brought.get())
 
 
 _brought: dict[str, bytes] = {}
