@@ -123,9 +123,15 @@ def collect_shards(
                 manifest.write(folder)
                 are_written = True
                 spent += time.monotonic() - begun
-    finally:
+    except BaseException as error:
         if not are_written:
-            manifest.write(folder)
+            try:
+                manifest.write(folder)
+            except OSError as other:  # what failed first is what the user is to mend
+                error.add_note(f"{folder / MANIFEST_FILE} could not be written either: {other}")
+        raise
+    if not are_written:
+        manifest.write(folder)
     return manifest
 
 

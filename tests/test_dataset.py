@@ -390,6 +390,30 @@ def test_a_failure_loses_no_finished_shard_though_the_manifest_is_written_seldom
     assert names == ["test/00000", "test/00001", "test/00002", "test/00003"]
 
 
+def test_a_manifest_that_cannot_be_written_does_not_hide_what_failed_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_manifest(folder)
+    (record,) = whole.shards["test"]
+    ticks = iter([0.0, 0.0, 10.0, 10.0])  # the second shard is not listed at once
+    monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=ticks.__next__))
+
+    def finished() -> Iterator[tuple[SplitName, ShardRecord]]:
+        yield "test", record.model_copy(update={"name": "test/00001"})
+        yield "test", record.model_copy(update={"name": "test/00002"})
+        monkeypatch.setattr(Manifest, "write", refuse)
+        msg = "a worker has died"
+        raise ChildProcessError(msg)
+
+    def refuse(manifest: Manifest, folder: Path) -> None:
+        msg = f"no space is left in {folder}"
+        raise OSError(msg)
+
+    with pytest.raises(ChildProcessError, match="died") as failure:
+        collect_shards(folder, whole, finished())
+    assert "manifest.json could not be written either: no space" in failure.value.__notes__[0]
+
+
 def test_shards_that_are_finished_together_are_listed_together(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

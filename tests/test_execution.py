@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -121,6 +122,23 @@ def test_processes_that_leave_at_once_have_said_all(capfd: pytest.CaptureFixture
     with WorkerProcesses(1) as executor:
         executor.submit(print, "the last word").result()
     assert capfd.readouterr().out == "the last word\n"
+
+
+def return_or_wait(signs: Path, number: int) -> int:
+    if number:
+        say_and_wait(signs)
+        (signs / "done").touch()
+    return number
+
+
+def test_a_consumer_that_stops_does_not_wait_for_jobs_in_hand(tmp_path: Path) -> None:
+    function = partial(return_or_wait, tmp_path)
+    with closing(run_all(function, range(2), where=Workplace(2), title="working")) as results:
+        assert next(results) == 0
+        wait_for(tmp_path / "begun")
+    (tmp_path / "go").touch()
+    assert not active_children()
+    assert not (tmp_path / "done").exists()
 
 
 def test_what_the_function_holds_travels_once_to_each_process(tmp_path: Path) -> None:
