@@ -41,7 +41,7 @@ from cectflow.prediction.journal import Journal, journal_folder
 from cectflow.quantise import quantise
 from cectflow.runtime import RUNTIMES, load_runtime
 from cectflow.timing import Candidate, list_candidates, make_cubes
-from cectflow.volume import create_volume
+from cectflow.volume_writer import create_volume
 
 STUDENT, TEACHER = "strided_nano", "dsrf3d_v2"
 CLASSES = tuple(f"class_{number}" for number in range(22))

@@ -17,7 +17,8 @@ from cectflow.files import appearing, refuse_existing_folder
 from cectflow.manifest import SPLITS, Manifest, SplitName, read_manifest
 from cectflow.particles import ParticleTable, read_particles
 from cectflow.subtomogram import flip_contrast
-from cectflow.volume import Volume, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_volume
 
 __all__ = ["describe_dataset", "export_relion"]
 

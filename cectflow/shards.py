@@ -32,7 +32,8 @@ from cectflow.manifest import (
 )
 from cectflow.particles import particles_from, read_particles
 from cectflow.subtomogram import are_finite
-from cectflow.volume import read_stack, write_stack
+from cectflow.volume import read_stack
+from cectflow.volume_writer import write_stack
 
 __all__ = [
     "Subtomograms",

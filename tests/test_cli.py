@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from cectflow.cli import main
-from cectflow.volume import Volume, write_stack, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_stack, write_volume
 
 COMMANDS = (
     (), ("structures", "list"), ("structures", "fetch"), ("simulate", "dataset"),

@@ -48,7 +48,8 @@ from cectflow.simulation.field import prepare_specimen
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, StructureSource, load_structure
 from cectflow.simulation.tomogram_files import _Job, _Setting, _simulate_one, deliver_tomograms
-from cectflow.volume import Volume, write_stack, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_stack, write_volume
 
 pytest_plugins = ("exported",)
 

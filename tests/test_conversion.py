@@ -20,7 +20,8 @@ from cectflow.flows.conversion import ConversionOptions, convert_file
 from cectflow.particles import ParticleTable, make_particle_rows, particles_from, read_particles
 from cectflow.placement import coordinates_zyx
 from cectflow.tomogram_table import TomogramInfo
-from cectflow.volume import Volume, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_volume
 
 CONVENTIONS: tuple[CoordinateConvention, ...] = get_args(CoordinateConvention)
 TOMOGRAMS = {

@@ -27,7 +27,8 @@ from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.microscope import TiltScheme
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure, find_structures, load_structure
-from cectflow.volume import read_stack, write_stack
+from cectflow.volume import read_stack
+from cectflow.volume_writer import write_stack
 
 RECIPE = SimulationRecipe(
     seed=3,

@@ -15,7 +15,7 @@ from cectflow.flows.unlabelled import find_unlabelled
 from cectflow.model_card import CARD_FILE, Masking
 from cectflow.prediction.contract import InputOptions
 from cectflow.recipe import load_recipe
-from cectflow.volume import write_stack
+from cectflow.volume_writer import write_stack
 
 
 def make_teacher(folder: Path, **changes: object) -> str:

@@ -19,7 +19,8 @@ from cectflow.manifest import read_manifest
 from cectflow.particles import ParticleTable, make_particle_rows, particles_from, read_particles
 from cectflow.placement import coordinates_zyx
 from cectflow.shards import check_dataset
-from cectflow.volume import Volume, write_stack, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_stack, write_volume
 
 BOX = 6
 VOXEL_SIZE = 13.5

@@ -27,7 +27,8 @@ from cectflow.particles import ParticleTable, read_particles
 from cectflow.placement import coordinates_zyx
 from cectflow.star import refuse_unwritable
 from cectflow.tomogram_table import read_tomograms
-from cectflow.volume import Volume, read_header, read_stack, read_volume, write_volume
+from cectflow.volume import Volume, read_header, read_stack, read_volume
+from cectflow.volume_writer import write_volume
 
 MOST_MEMORY = 60e6
 """Bytes, for files of a few kB."""

@@ -26,7 +26,8 @@ from cectflow.prediction.whole import WholeOptions, WholeOutputs, segment_whole
 from cectflow.simulation.delivery import simulate_dataset
 from cectflow.simulation.field import prepare_specimen, simulate_field
 from cectflow.simulation.recipe import SimulationRecipe
-from cectflow.volume import Volume, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_volume
 
 RECIPE = SimulationRecipe(
     structures=("builtin",), include=("barrel", "shell"), box=24, voxel_size=15.0,

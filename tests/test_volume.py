@@ -19,14 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cectflow.files import replacing
-from cectflow.volume import (
-    Volume,
-    all_finite,
+from cectflow.volume import Volume, all_finite, find_stacks, read_stack, read_volume
+from cectflow.volume_writer import (
     create_scratch,
     create_volume,
-    find_stacks,
-    read_stack,
-    read_volume,
     write_images,
     write_stack,
     write_volume,

@@ -18,7 +18,8 @@ from cectflow.prediction.detection import Found, best_threshold, near_faces
 from cectflow.prediction.picks import PickRules
 from cectflow.prediction.whole import WholeOptions, WholeOutputs, segment_whole
 from cectflow.simulation.field import Specimen, leave_out, prepare_specimen, simulate_field
-from cectflow.volume import Volume, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_volume
 
 __all__ = ["tune_picking"]
 

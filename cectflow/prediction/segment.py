@@ -16,7 +16,8 @@ from cectflow.execution import track
 from cectflow.prediction.contract import LoadedNetwork
 from cectflow.prediction.source import CubeSource
 from cectflow.subtomogram import rescale
-from cectflow.volume import create_volume, read_volume, write_stack
+from cectflow.volume import read_volume
+from cectflow.volume_writer import create_volume, write_stack
 
 __all__ = ["Segmentation", "segment_stack", "segment_tomogram"]
 

@@ -23,7 +23,8 @@ from cectflow.model_card import ModelCard
 from cectflow.prediction.contract import InputOptions, require_rescale, same_voxel_size
 from cectflow.prediction.windows import Region
 from cectflow.subtomogram import robust_statistics
-from cectflow.volume import create_scratch, read_header, read_volume
+from cectflow.volume import read_header, read_volume
+from cectflow.volume_writer import create_scratch
 
 __all__ = [
     "Padding",

@@ -28,7 +28,8 @@ from cectflow.prediction.tomogram import (
 )
 from cectflow.prediction.windows import WindowPlan, blend_windows, plan_windows, run_windows
 from cectflow.turns import allowed_turns
-from cectflow.volume import create_scratch, create_volume, read_volume
+from cectflow.volume import read_volume
+from cectflow.volume_writer import create_scratch, create_volume
 
 __all__ = ["WholeOptions", "WholeOutputs", "WholeSegmentation", "plan_whole", "segment_whole"]
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cectflow.execution import track
 from cectflow.runtime import Infer
 from cectflow.turns import HALF_TURNS
-from cectflow.volume import create_scratch
+from cectflow.volume_writer import create_scratch
 
 __all__ = ["Region", "Stretch", "WindowPlan", "blend_windows", "plan_windows", "run_windows"]
 

@@ -25,7 +25,8 @@ from cectflow.simulation.tomogram import (
     simulate_tomogram,
     surround,
 )
-from cectflow.volume import Volume, write_images, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_images, write_volume
 
 __all__ = ["TomogramSet", "deliver_tomograms", "write_tomogram_files"]
 

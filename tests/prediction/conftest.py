@@ -16,7 +16,8 @@ from cectflow.model_card import Role
 from cectflow.networks import create_network
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.particles import make_particle_rows, particles_from
-from cectflow.volume import Volume, write_stack, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_stack, write_volume
 
 BOX = 16
 VOXEL_SIZE = 12.0

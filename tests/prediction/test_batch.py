@@ -30,7 +30,8 @@ from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.journal import journal_folder
 from cectflow.prediction.outputs import ClassOutputs
 from cectflow.runtime import has_openvino
-from cectflow.volume import Volume, read_volume, write_stack, write_volume
+from cectflow.volume import Volume, read_volume
+from cectflow.volume_writer import write_stack, write_volume
 
 BOX = 16
 VOXEL_SIZE = 12.0

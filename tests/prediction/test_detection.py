@@ -16,7 +16,8 @@ from cectflow.flows.picks import evaluate_picks
 from cectflow.particles import make_particle_rows, particles_from
 from cectflow.placement import coordinate_columns
 from cectflow.prediction.detection import Found, agree, best_threshold, compare_picks, match
-from cectflow.volume import Volume, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_volume
 
 RADIUS = 100.0
 

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from cectflow.cli import app, main
 from cectflow.particles import read_particles
-from cectflow.volume import Volume, write_stack, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_stack, write_volume
 
 VOXEL_SIZE = 12.0
 CODES = {0, 2, 4}

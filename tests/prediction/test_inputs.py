@@ -18,7 +18,8 @@ from cectflow.placement import coordinate_columns
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles, find_tomograms
 from cectflow.star import format_star
-from cectflow.volume import Volume, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_volume
 
 VOXEL_SIZE = 12.0
 SHAPE = (24, 40, 48)

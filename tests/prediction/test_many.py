@@ -23,7 +23,8 @@ from cectflow.prediction.many import ManySegmentation
 from cectflow.prediction.picks import PickRules
 from cectflow.prediction.whole import WholeOptions, WholeOutputs
 from cectflow.star import format_star
-from cectflow.volume import Volume, read_volume, write_volume
+from cectflow.volume import Volume, read_volume
+from cectflow.volume_writer import write_volume
 
 pytest_plugins = ("exported",)
 

@@ -19,7 +19,8 @@ from cectflow.prediction.on_device import cut_on_device, read_block_on_device
 from cectflow.prediction.source import open_tomograms, read_block
 from cectflow.runtime import load_torch
 from cectflow.subtomogram import cut
-from cectflow.volume import Volume, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_volume
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -30,7 +30,8 @@ from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.figures import Example, draw_classes
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.outputs import ClassOutputs, plain_name
-from cectflow.volume import Volume, write_stack, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_stack, write_volume
 
 VOXEL_SIZE = 12.0
 CLASSES = ("ribosome", "proteasome", "apoferritin")

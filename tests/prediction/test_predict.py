@@ -29,7 +29,8 @@ from cectflow.prediction.segment import Segmentation, _paste
 from cectflow.prediction.whole import WholeOutputs
 from cectflow.quantise import quantise
 from cectflow.runtime import load_runtime
-from cectflow.volume import read_stack, read_volume, write_stack
+from cectflow.volume import read_stack, read_volume
+from cectflow.volume_writer import write_stack
 
 VOXEL_SIZE = 12.0
 OPTIONS = InputOptions(batch_size=2)

@@ -25,7 +25,8 @@ from cectflow.prediction.source import (
     open_tomograms,
     read_blocks,
 )
-from cectflow.volume import Volume, write_images, write_stack, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_images, write_stack, write_volume
 
 BOX = 12
 CARD = make_card(box=BOX, voxel_size=10.0)

@@ -24,7 +24,8 @@ from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.picks import PickRules
 from cectflow.prediction.tomogram import WholeTomogram, open_tomogram, resample
 from cectflow.prediction.whole import WholeOptions, WholeOutputs, WholeSegmentation, segment_whole
-from cectflow.volume import Volume, create_volume, read_volume, write_volume
+from cectflow.volume import Volume, read_volume
+from cectflow.volume_writer import create_volume, write_volume
 
 pytest_plugins = ("exported",)
 

@@ -38,7 +38,8 @@ from cectflow.simulation.optics import optics_of
 from cectflow.simulation.recipe import SimulationRecipe
 from cectflow.simulation.structure import Structure
 from cectflow.subtomogram import cut
-from cectflow.volume import read_stack, write_stack
+from cectflow.volume import read_stack
+from cectflow.volume_writer import write_stack
 
 Phantom = Callable[[str], Structure]
 MakeRecipe = Callable[..., SimulationRecipe]

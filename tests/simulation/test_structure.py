@@ -21,7 +21,8 @@ from cectflow.simulation.structure import (
     load_structure,
     summarise_structure,
 )
-from cectflow.volume import Volume, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_volume
 
 # kDa of the assembly as shared/data/README.md counts them: heavy atoms only. Hydrogens are 7.6 % of
 # the mean residue's heavy mass.

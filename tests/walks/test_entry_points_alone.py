@@ -17,7 +17,8 @@ from cectflow.dataset import open_dataset
 from cectflow.model_card import ModelCard
 from cectflow.particles import read_particles
 from cectflow.recipe import LiveRecipe, load_recipe
-from cectflow.volume import Volume, write_volume
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_volume
 
 pytest_plugins = ("exported",)
 pytestmark = pytest.mark.slow
