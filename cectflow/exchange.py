@@ -12,10 +12,10 @@ import pandas as pd
 
 from cectflow.coordinates import PIXEL_SIZES, PLACEMENT_COLUMNS
 from cectflow.dataset import open_dataset
-from cectflow.execution import track
 from cectflow.files import appearing, refuse_existing_folder
 from cectflow.manifest import SPLITS, Manifest, SplitName, read_manifest
 from cectflow.particles import ParticleTable, read_particles
+from cectflow.progress import track
 from cectflow.subtomogram import flip_contrast
 from cectflow.volume import Volume
 from cectflow.volume_writer import write_volume

@@ -1,9 +1,9 @@
 """Where work runs: this process or worker processes, behind one ``concurrent.futures`` interface.
 
 ``Workplace`` says where, ``run_all`` maps a function over jobs there with progress,
-``WorkerProcesses`` is an executor of this machine,
-``run_together`` runs processes that need one another, and ``single_thread`` holds the numerical
+``WorkerProcesses`` is an executor of this machine, and ``single_thread`` holds the numerical
 libraries to one thread, so that results do not depend on how many cores a worker happens to see.
+Processes that need one another run :mod:`cectflow.together`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
@@ -27,39 +26,35 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cectflow.progress import track
+
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
-
-    from rich.console import Console
 
     from cectflow.cluster_workers import ClusterWorkers
 
 __all__ = [
     "HERE",
-    "Parent",
     "WorkerProcesses",
     "Workplace",
     "bring",
     "call_brought",
     "count_cores",
+    "follow_parent",
     "portable",
     "prefetch",
     "run_all",
-    "run_together",
     "single_thread",
-    "track",
 ]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
-SECONDS_BETWEEN_LINES = 15.0
 SECONDS_TO_WAIT = 1.0
 """Until the executor is asked again how many jobs should be in hand."""
 
@@ -184,7 +179,7 @@ def _begin_worker(threads: int, given_up: Connection, brought: Queue[bytes]) -> 
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     atexit.register(_leave)
-    _follow_parent(given_up)
+    follow_parent(given_up)
     bring(brought.get())
 
 
@@ -215,7 +210,7 @@ def _leave() -> None:
     os._exit(0)
 
 
-def _follow_parent(*given_up: Connection) -> None:
+def follow_parent(*given_up: Connection) -> None:
     """Make a worker process end when its parent does or gives it up, and not before."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -352,120 +347,6 @@ def _work_through(executor: WorkerProcesses | ClusterWorkers, jobs: Iterable[Any
             yield future.result()
 
 
-class Parent:
-    """The process that started this one with :func:`run_together`, as this one sees it."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def tell(self, news: Any) -> None:
-        """Let ``run_together`` yield something."""
-        self._say("news", news)
-
-    def ask(self, question: Any) -> Any:
-        """What the parent's ``answer`` says."""
-        self._say("question", question)
-        return pickle.loads(self._connection.recv_bytes())
-
-    def _say(self, kind: str, content: Any) -> None:
-        # Pickled by hand: a connection's own pickler would move tensors into shared memory. Only
-        # this process and those that it started ever read what passes here.
-        self._connection.send_bytes(pickle.dumps((kind, content)))
-
-
-def run_together(
-    function: Callable[[Job, Parent], None],
-    jobs: Sequence[Job],
-    *,
-    answer: Callable[[int, Any], Any],
-    title: str,
-) -> Iterator[Any]:
-    """What processes tell that run at the same time, one for each job, and may need one another.
-
-    They leave Ctrl-C to this process. When one fails, or this iterator is closed, or this process
-    ends, however that happens, all of them end in the midst of what they do.
-
-    Parameters
-    ----------
-    function
-        Called in a new process with a job and its parent; jobs are copied, tensors too.
-    answer
-        Called here with a job's number and what its process asks.
-    title
-        What the work is, a few words.
-
-    Raises
-    ------
-    ChildProcessError
-        If a process died. What one of them raised is raised here.
-    """
-    context = multiprocessing.get_context("spawn")
-    processes: dict[Connection, SpawnProcess] = {}
-    try:
-        for job in jobs:
-            here, there = context.Pipe()
-            process = context.Process(
-                target=_work_together, args=(function, pickle.dumps(job), there), daemon=True
-            )
-            process.start()
-            there.close()
-            processes[here] = process
-        yield from _hear(processes, answer, title)
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.join()
-
-
-def _hear(
-    processes: dict[Connection, SpawnProcess],
-    answer: Callable[[int, Any], Any],
-    title: str,
-) -> Iterator[Any]:
-    """News of all processes until the last has finished; their questions are answered."""
-    numbers = {connection: number for number, connection in enumerate(processes)}
-    died = (
-        f"{title}: one of {len(processes)} processes that work together has died, perhaps for "
-        f"want of memory; the same command goes on from what is finished"
-    )
-    working = set(processes)
-    while working:
-        for connection in wait(list(working)):
-            assert isinstance(connection, Connection)
-            try:
-                kind, content = pickle.loads(connection.recv_bytes())
-            except (EOFError, ConnectionError):
-                raise ChildProcessError(died) from None
-            if kind == "news":
-                yield content
-            elif kind == "question":
-                reply = pickle.dumps(answer(numbers[connection], content))
-                with suppress(ConnectionError):  # one that has died is heard of next
-                    connection.send_bytes(reply)
-            elif kind == "end":
-                working.remove(connection)
-            elif kind == "failure":
-                # Where one has died the others fail for its sake, and may be heard before.
-                if wait([processes[each].sentinel for each in working], timeout=1.0):
-                    raise ChildProcessError(died)
-                raise content
-
-
-def _work_together(
-    function: Callable[[Job, Parent], None], job: bytes, connection: Connection
-) -> None:
-    """Do a job of :func:`run_together` in its process."""
-    _follow_parent()
-    parent = Parent(connection)
-    try:
-        function(pickle.loads(job), parent)
-    except Exception as error:
-        parent._say("failure", portable(error))
-        # It stays until the parent ends all: the others would fail for want of it.
-        threading.Event().wait()
-    parent._say("end", None)
-
-
 def portable(error: Exception) -> Exception:
     """The error with its traceback as a note, or one that can be pickled in its place."""
     try:
@@ -491,51 +372,3 @@ def single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@lru_cache(maxsize=1)
-def _console() -> Console:
-    """The one console: bars within bars share its screen."""
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def track(
-    items: Iterable[Item],
-    *,
-    total: int,
-    title: str,
-    status: Callable[[], str] | None = None,
-) -> Iterator[Item]:
-    """The items, with a progress bar on a terminal and plain lines elsewhere (on stderr).
-
-    Parameters
-    ----------
-    items
-        What is worked through.
-    total
-        How many there will be.
-    title
-        What the work is, a few words.
-    status
-        Gives a few words on how it stands, shown beside the title.
-    """
-    told = status or str
-    if sys.stderr.isatty():
-        from rich.progress import Progress
-
-        with Progress(console=_console(), transient=True) as progress:
-            task = progress.add_task(title, total=total)
-            for item in items:
-                yield item
-                progress.update(task, advance=1, description=f"{title} {told()}".strip())
-        return
-    start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - last > SECONDS_BETWEEN_LINES and done < total:
-            last, remaining = now, (now - start) / done * (total - done)
-            line = f"{title}: {done} of {total}, {remaining:.0f} s left {told()}".strip()
-            print(line, file=sys.stderr, flush=True)

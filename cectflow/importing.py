@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from cectflow.coordinates import PIXEL_SIZES, PLACEMENT_COLUMNS
 from cectflow.dataset import Dataset, open_dataset
-from cectflow.execution import track
 from cectflow.files import appearing, refuse_existing_folder, sha256_of
 from cectflow.manifest import SPLITS, FieldRecord, Manifest, ShardRecord, SplitName
 from cectflow.model_card import Contrast, CtfCorrection
 from cectflow.particles import ParticleTable, particles_from, read_particles
+from cectflow.progress import track
 from cectflow.shards import Subtomograms, write_shard
 from cectflow.subtomogram import flip_contrast
 from cectflow.volume import find_stacks, read_stack

@@ -19,17 +19,10 @@ import pytest
 import torch
 from cluster_jobs import Heavy, work_with
 
-from cectflow import execution
-from cectflow.execution import (
-    Parent,
-    WorkerProcesses,
-    Workplace,
-    count_cores,
-    run_all,
-    run_together,
-    single_thread,
-    track,
-)
+from cectflow import execution, progress
+from cectflow.execution import WorkerProcesses, Workplace, count_cores, run_all, single_thread
+from cectflow.progress import track
+from cectflow.together import Parent, run_together
 
 
 def test_results_do_not_depend_on_the_number_of_workers() -> None:
@@ -154,7 +147,8 @@ INTERRUPTED = """
 import signal, time
 from multiprocessing import active_children
 from pathlib import Path
-from cectflow.execution import Workplace, run_all, run_together
+from cectflow.execution import Workplace, run_all
+from cectflow.together import run_together
 
 def wait(_, parent=None):
     Path("begun").touch()
@@ -200,7 +194,8 @@ def test_a_process_that_dies_is_told_with_the_remedy() -> None:
 
 SCRIPT = """
 import os, time
-from cectflow.execution import Workplace, run_all, run_together
+from cectflow.execution import Workplace, run_all
+from cectflow.together import run_together
 
 def say(_, parent=None):
     print(os.getpid(), flush=True)
@@ -314,7 +309,7 @@ def test_tracked_items_pass_unchanged_and_quietly() -> None:
 def test_progress_goes_to_stderr_in_plain_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(execution, "SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
     for _ in track(range(3), total=3, title="letters", status=lambda: "well"):
         pass
     captured = capsys.readouterr()

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cectflow.execution import track
 from cectflow.figures import draw_radial_power
 from cectflow.files import replacing
 from cectflow.flows.simulation import load_structures
 from cectflow.model_card import Contrast
 from cectflow.particles import read_particles
+from cectflow.progress import track
 from cectflow.recipe import Recipe
 from cectflow.simulation.calibration.calibrate import Calibration, calibrate
 from cectflow.simulation.calibration.noise_fit import estimate_defocus, noise_shows_defocus

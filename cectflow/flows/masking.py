@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from cectflow.dataset import Dataset, open_dataset
-from cectflow.execution import track
 from cectflow.flows.prediction import load_model
 from cectflow.manifest import SPLITS, ShardRecord, SplitName
 from cectflow.model_card import Masking
 from cectflow.particles import read_particles
 from cectflow.prediction.mask import mask_neighbours, refuse_other_cubes
+from cectflow.progress import track
 from cectflow.shards import Subtomograms, collect_shards, start_dataset, write_shard
 from cectflow.volume import read_stack
 

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from cectflow.config import Config
 from cectflow.dataset import BatchSource
-from cectflow.execution import Parent, count_cores, run_together, track
+from cectflow.execution import count_cores
 from cectflow.learning.objective import Objective
 from cectflow.learning.precision import MixedInside, refuse_small_grids
 from cectflow.learning.shares import HandOut, Part, Share, read_parts
+from cectflow.progress import track
+from cectflow.together import Parent, run_together
 from cectflow.turns import allowed_turns
 
 __all__ = [

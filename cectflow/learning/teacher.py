@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cectflow.dataset import Batch, BatchSource
-from cectflow.execution import track
 from cectflow.files import replacing
 from cectflow.learning.augmentation import turned_batch
 from cectflow.networks.embedding import embed
+from cectflow.progress import track
 from cectflow.runtime import Program
 
 __all__ = ["KnownLogits", "LogitTable", "Teacher"]

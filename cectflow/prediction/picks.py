@@ -26,8 +26,8 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from cectflow.config import Config
-from cectflow.execution import track
 from cectflow.particles import ParticleTable, make_particle_rows, particles_from
+from cectflow.progress import track
 from cectflow.star import refuse_unwritable
 
 __all__ = ["Bodies", "PickRules", "check_pick_name", "find_bodies", "make_picks", "suppress"]

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from cectflow.execution import track
 from cectflow.prediction.contract import LoadedNetwork
 from cectflow.prediction.source import CubeSource
+from cectflow.progress import track
 from cectflow.subtomogram import rescale
 from cectflow.volume import read_volume
 from cectflow.volume_writer import create_volume, write_stack

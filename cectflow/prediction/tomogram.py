@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import NDArray
 
-from cectflow.execution import track
 from cectflow.model_card import ModelCard
 from cectflow.prediction.contract import InputOptions, require_rescale, same_voxel_size
 from cectflow.prediction.windows import Region
+from cectflow.progress import track
 from cectflow.subtomogram import robust_statistics
 from cectflow.volume import read_header, read_volume
 from cectflow.volume_writer import create_scratch

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from cectflow.execution import track
+from cectflow.progress import track
 from cectflow.runtime import Infer
 from cectflow.turns import HALF_TURNS
 from cectflow.volume_writer import create_scratch

@@ -426,7 +426,7 @@ def test_progress_says_how_the_training_stands(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("cectflow.execution.SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr("cectflow.progress.SECONDS_BETWEEN_LINES", -1.0)
     run(eight, tmp_path, epochs=3, objective=ScriptedObjective([0.25, 0.5, 0.1]))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("fitting tiny: 1 of 3, ")

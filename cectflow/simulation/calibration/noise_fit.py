@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import fft
 from scipy.optimize import nnls
 
-from cectflow.execution import track
+from cectflow.progress import track
 from cectflow.simulation.calibration.expected_power import (
     CubeWindow,
     defocus_range,

@@ -16,7 +16,7 @@ from scipy import fft
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from cectflow.execution import track
+from cectflow.progress import track
 from cectflow.simulation.calibration.expected_power import typical_optics
 from cectflow.simulation.calibration.radial_power import (
     RadialPower,
