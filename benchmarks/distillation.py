@@ -150,10 +150,15 @@ ARMS: dict[str, Arm] = {
     "student_3": _published("student_3"),
     "student_3_adam": _published("student_3", survives=True),
     "student_1_adam": _published("student_1", survives=True),
+    "small_long_labels": _ours("strided_small", "10k", soft=False, budget="long"),
+    "nano_long_small": _ours(
+        STUDENT, "10k", soft=True, budget="long", teachers=("small_long_labels",)
+    ),
     "small_long_distilled": _ours("strided_small", "10k", soft=True, budget="long"),
     "micro_live_labels": _ours(MICRO, "live", soft=False),
     "micro_live_distilled": _ours(MICRO, "live", soft=True),
     "dsrf3d_v2": Arm(PUBLISHED_TEACHER, budget="heavy"),
+    "dsrf3d_v2_long": Arm(PUBLISHED_TEACHER, budget="long"),
 }
 """In the order in which they are trained: a run that is broken off has the figures that count."""
 

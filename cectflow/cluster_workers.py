@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["ClusterWorkers", "Orders", "given_orders"]
 
 SECONDS_BETWEEN_LOOKS = 1.0
+BROUGHT_AT_MOST = 2
+"""Commands whose common part a worker keeps."""
 JOBS_IN_HAND_PER_WORKER = 2
 """One that it does and one that has arrived."""
 
@@ -74,9 +76,8 @@ class ClusterWorkers(Executor):
         title: str,
         patience: float,
     ) -> None:
-        from cectflow.cluster_plugin import Handing
-
         self._client = client
+        self._brought = _Brought(orders, pickle.dumps(function))
         self._title, self._patience = title, patience
         self._in_hand: dict[RemoteFuture[Any], Future[Any]] = {}
         self._submitted = 0
@@ -84,33 +85,42 @@ class ClusterWorkers(Executor):
         self._last_seen = time.monotonic()
         while not self._look():
             time.sleep(SECONDS_BETWEEN_LOOKS / 10)
-        answers = client.run(_object, orders, on_error="return")
+        answers = client.run(_take, self._brought, on_error="return")
         for address, answer in answers.items():
             if isinstance(answer, Exception):
                 answer = f"it cannot do cectflow's work ({type(answer).__name__}: {answer})"
             if answer is not None:
                 raise OSError(_refusal(address, answer))
-        self._name = f"cectflow-{orders.run}"
-        client.register_plugin(Handing(self._name, _Brought(orders, pickle.dumps(function))))
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """The result, some time, of a function called on a worker."""
         self._submitted += 1
-        number, task = self._submitted, _Task(function, args, kwargs)
-        key = f"{self._name}-{number}"
-        remote = self._client.submit(_do, self._name, task, key=key, pure=False)
         future: Future[Any] = Future()
+        key = f"cectflow-{self._brought.orders.run}-{self._submitted}"
+        self._send(_Task(function, args, kwargs), future, key)
+        return future
+
+    def _send(
+        self, task: _Task, future: Future[Any], key: str, brought: _Brought | None = None
+    ) -> None:
+        """Have a task done, the first time without what a worker has that has done one before."""
+        run = self._brought.orders.run
+        remote = self._client.submit(_do, run, task, brought, key=key, pure=False)
         self._in_hand[remote] = future
 
         def take_over(finished: RemoteFuture[Any]) -> None:
             try:
-                future.set_result(finished.result())
+                result = finished.result()
             except BaseException as error:
                 future.set_exception(self._translated(error, task))
+            else:
+                if isinstance(result, _Missing):
+                    self._send(task, future, f"{key}-brought", self._brought)
+                else:
+                    future.set_result(result)
             del self._in_hand[finished]
 
         remote.add_done_callback(take_over)
-        return future
 
     def room(self) -> int:
         """How many jobs should be in hand now.
@@ -181,7 +191,6 @@ class ClusterWorkers(Executor):
             while wait and (waiting := list(self._in_hand.values())):
                 wait_for_futures(waiting, timeout=SECONDS_BETWEEN_LOOKS)
                 self._look()
-            self._client.unregister_worker_plugin(self._name)
 
     def __exit__(
         self,
@@ -220,6 +229,10 @@ class _Brought:
 
     orders: Orders
     function: bytes
+
+
+class _Missing:
+    """Answer of a worker that came when others had been brought what jobs need."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -275,10 +288,19 @@ def _versions() -> tuple[tuple[str, str], ...]:
     )
 
 
-def _object(orders: Orders, dask_worker: Worker) -> str | None:
-    """What makes a worker unfit for the work, seen from there; Dask hands the worker in."""
-    objection = _objection(orders, dask_worker.state.nthreads)
-    return None if objection is None else f"{objection} ({socket.gethostname()})"
+_taken: dict[str, _Brought] = {}
+"""By run, of the last few."""
+
+
+def _take(brought: _Brought, dask_worker: Worker) -> str | None:
+    """Keep in a worker what jobs need, or what makes it unfit; Dask hands the worker in."""
+    objection = _objection(brought.orders, dask_worker.state.nthreads)
+    if objection is not None:
+        return f"{objection} ({socket.gethostname()})"
+    _taken[brought.orders.run] = brought
+    while len(_taken) > BROUGHT_AT_MOST:
+        del _taken[next(iter(_taken))]
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -309,19 +331,20 @@ def _refusal(worker: str, objection: str) -> str:
     return f"the worker {worker} is not fit for the work: {objection}"
 
 
-def _do(name: str, task: _Task) -> Any:
+def _do(run: str, task: _Task, brought: _Brought | None) -> Any:
     """Do a job in a worker, which may have come when the work had begun."""
     from distributed import get_worker
 
-    from cectflow.cluster_plugin import handed
-
-    worker, brought = get_worker(), handed(name)
-    objection = _object(brought.orders, worker)
-    if objection is not None:
-        raise OSError(_refusal(worker.address, objection))
+    if brought is not None:
+        worker = get_worker()
+        objection = _take(brought, worker)
+        if objection is not None:
+            raise OSError(_refusal(worker.address, objection))
+    elif run not in _taken:
+        return _Missing()
     if "torch" in sys.modules:  # if it is imported later, OMP_NUM_THREADS of Dask's nanny holds
         sys.modules["torch"].set_num_threads(1)
-    bring(brought.function)
+    bring(_taken[run].function)
     try:
         return task.function(*task.args, **task.kwargs)
     except Exception as error:

@@ -9,6 +9,7 @@ Processes that need one another run :mod:`cectflow.together`.
 from __future__ import annotations
 
 import atexit
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -26,15 +27,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cectflow.progress import track
 
 if TYPE_CHECKING:
-    from multiprocessing.queues import Queue
-
     from cectflow.cluster_workers import ClusterWorkers
 
 __all__ = [
@@ -139,15 +140,11 @@ class WorkerProcesses(ProcessPoolExecutor):
         context = multiprocessing.get_context("spawn")
         given_up, self._lifeline = context.Pipe(duplex=False)
         threads = max(1, count_cores() // workers)
-        # Not among the arguments of the processes: this one would wait with each until that has
-        # imported all it needs, and then reads them. As bytes, which are read when the process has
-        # its share of the cores: libraries look for it when they are imported.
-        self._brought = context.Queue()
-        for _ in range(workers):
-            self._brought.put(pickle.dumps(function))
+        self._brought = _Unnamed(pickle.dumps(function))
+        arriving: Any = self._brought  # as the bytes that it holds
         super().__init__(
             workers, mp_context=context, initializer=_begin_worker,
-            initargs=(threads, given_up, self._brought),
+            initargs=(threads, given_up, arriving),
         )  # fmt: skip
 
     def room(self) -> int:
@@ -162,11 +159,39 @@ class WorkerProcesses(ProcessPoolExecutor):
     ) -> None:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             self._lifeline.close()  # ends the processes in the midst of what they do
-        self._brought.cancel_join_thread()  # a process that has died takes nothing any more
         self.shutdown(wait=True, cancel_futures=True)
+        self._brought.close()
 
 
-def _begin_worker(threads: int, given_up: Connection, brought: Queue[bytes]) -> None:
+class _Unnamed:
+    """Bytes for the processes that are started from here: a file without a name, which each reads.
+
+    Among the arguments of a process they would keep this one waiting, with each in turn, until that
+    has imported all it needs and reads them.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._file = TemporaryFile()  # noqa: SIM115  # closed with the pool
+        self._file.write(content)
+        self._file.flush()
+
+    def __reduce__(self) -> tuple[Callable[..., bytes], tuple[Any]]:
+        return _read_whole, (DupFd(self._file.fileno()),)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _read_whole(descriptor: Any) -> bytes:
+    with (
+        open(descriptor.detach(), "rb") as file,
+        # Not by reading: the processes share their place in the file.
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return content[:]
+
+
+def _begin_worker(threads: int, given_up: Connection, brought: bytes) -> None:
     """Give a process of a pool its share of the cores, unless it was told to take less.
 
     With more threads than cores each of many small sums waits for a thread that another process
@@ -180,7 +205,7 @@ def _begin_worker(threads: int, given_up: Connection, brought: Queue[bytes]) -> 
         sys.modules["torch"].set_num_threads(threads)
     atexit.register(_leave)
     follow_parent(given_up)
-    bring(brought.get())
+    bring(brought)
 
 
 _brought: dict[str, bytes] = {}
@@ -280,7 +305,9 @@ def run_all(
         results = one_by_one if alone is None else alone(jobs)
         yield from track(results, total=len(jobs), title=title, status=status)
         return
-    with WorkerProcesses(workers, function) as executor:
+    if not jobs:
+        return
+    with WorkerProcesses(min(workers, len(jobs)), function) as executor:
         try:
             results = _work_through(executor, jobs)
             yield from track(results, total=len(jobs), title=title, status=status)

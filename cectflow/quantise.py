@@ -109,21 +109,27 @@ def quantise(folder: Path, cubes: Float[NDArray[np.float32], "n 1 z y x"]) -> Pa
 def _name_layers(onnx: Any, graph: Any) -> tuple[list[str], list[str]]:
     """Names, new ones, of the layers to quantise, and of the dense one that gives the logits.
 
-    A convolution without a bias gets one of zeros, which may be corrected.
+    A layer without a bias gets one of zeros, which may be corrected.
     """
     layers: list[str] = []
     left: list[str] = []
     logits = {each.name for each in graph.output}
-    outputs = {each.name: each.dims[0] for each in graph.initializer if each.dims}
+    shapes = {each.name: each.dims for each in graph.initializer}
     for number, node in enumerate(graph.node):
         node.name = f"node_{number}"
-        if node.op_type in LAYERS:
-            is_last = node.op_type != "Conv" and node.output[0] in logits
-            (left if is_last else layers).append(node.name)
-        if node.op_type == "Conv" and len(node.input) == 2 and node.input[1] in outputs:
-            zeros = np.zeros(outputs[node.input[1]], np.float32)
-            node.input.append(f"{node.output[0]}_bias")
-            graph.initializer.append(onnx.numpy_helper.from_array(zeros, node.input[2]))
+        if node.op_type not in LAYERS:
+            continue
+        is_last = node.op_type != "Conv" and node.output[0] in logits
+        (left if is_last else layers).append(node.name)
+        is_biased = len(node.input) > 2 and node.input[2] != ""
+        if node.op_type == "MatMul" or is_biased or node.input[1] not in shapes:
+            continue
+        told = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        is_plain = node.op_type == "Gemm" and not told.get("transB", 0)
+        zeros = np.zeros(shapes[node.input[1]][1 if is_plain else 0], np.float32)
+        del node.input[2:]
+        node.input.append(f"{node.output[0]}_bias")
+        graph.initializer.append(onnx.numpy_helper.from_array(zeros, node.input[2]))
     return layers, left
 
 
@@ -146,6 +152,8 @@ def _ranges(
 def _range_of(values: NDArray[np.float32]) -> tuple[float, float]:
     """Range of the least mean square error: narrower makes finer steps, but cuts extremes off."""
     ends = np.array([min(values.min(), 0.0), max(values.max(), 0.0)])
+    if ends[0] == ends[1]:
+        return 0.0, 0.0
     counts, edges = np.histogram(values, BINS)
     centres = (edges[1:] + edges[:-1]) / 2
 

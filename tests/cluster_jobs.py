@@ -52,12 +52,6 @@ def fail_beside_another(job: tuple[int, Path]) -> None:
     (folder / f"{number}.done").touch()
 
 
-def names_of_what_was_handed() -> tuple[str, ...]:
-    from cectflow.cluster_plugin import _handed
-
-    return tuple(_handed)
-
-
 class Heavy:
     """Tells in a file each time when it arrives in a process."""
 

@@ -14,6 +14,7 @@ from contextlib import closing
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,21 @@ def test_results_do_not_depend_on_the_number_of_workers() -> None:
     shared = list(run_all(math.sqrt, jobs, where=Workplace(2), title="roots"))
     assert alone == [2.0, 1.0, 3.0]
     assert sorted(shared) == sorted(alone)
+
+
+def test_no_more_processes_begin_than_there_are_jobs() -> None:
+    started: list[int] = []
+
+    class Counting(WorkerProcesses):
+        def __init__(self, workers: int, function: Callable[..., Any] | None = None) -> None:
+            started.append(workers)
+            super().__init__(workers, function)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution, "WorkerProcesses", Counting)
+        assert list(run_all(math.sqrt, [], where=Workplace(4), title="roots")) == []
+        assert sorted(run_all(math.sqrt, [1.0, 4.0], where=Workplace(4), title="roots")) == [1, 2]
+    assert started == [2]
 
 
 def test_a_failure_in_a_worker_process_is_raised_here() -> None:
