@@ -70,6 +70,11 @@ def work_with(heavy: Heavy, number: int) -> tuple[int, int]:
     return os.getpid(), 10 * number
 
 
+def wait_for_a_third(heavy: Heavy, _: int) -> int:
+    wait_until(lambda: len(heavy.arrivals.read_text().split()) == 3)
+    return os.getpid()
+
+
 def die(_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

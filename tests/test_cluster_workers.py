@@ -27,9 +27,11 @@ from cluster_jobs import (
     fail_beside_another,
     mark_and_stay,
     pid_of,
+    wait_for_a_third,
     wait_until,
     work_with,
 )
+from distributed import Client
 
 from cectflow import cluster, cluster_workers
 from cectflow.cluster import ClusterConfig, job_script
@@ -147,6 +149,39 @@ def test_what_the_function_holds_travels_once_to_each_worker(
     arrivals = (tmp_path / "arrivals").read_text().split()
     assert sorted(arrivals) == sorted({str(process) for process, _ in done})
     assert len(arrivals) == 2
+
+
+def test_a_worker_that_comes_late_gets_what_the_function_holds(
+    addresses: Addresses, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "-m", "distributed.cli.dask_worker", addresses.full, "--nthreads", "1",
+        "--no-nanny", "--no-dashboard",
+    ]  # fmt: skip
+    late: list[subprocess.Popen[bytes]] = []
+
+    def begin() -> None:
+        wait_until((tmp_path / "arrivals").exists)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        late.append(
+            subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+        )
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    try:
+        function = partial(wait_for_a_third, Heavy(tmp_path / "arrivals"))
+        done = set(run_all(function, range(12), where=addresses.workplace, title="meeting"))
+    finally:
+        thread.join()
+        late[0].kill()
+        late[0].wait()
+        with Client(addresses.full) as client:
+            wait_until(lambda: len(client.scheduler_info(n_workers=-1)["workers"]) == 2)
+    arrivals = (tmp_path / "arrivals").read_text().split()
+    assert len(arrivals) == len(set(arrivals)) == 3
+    assert str(late[0].pid) in arrivals
+    assert {str(process) for process in done} <= set(arrivals)
 
 
 @dataclass
