@@ -103,7 +103,7 @@ class ClusterWorkers(Executor):
     def _send(
         self, task: _Task, future: Future[Any], key: str, brought: _Brought | None = None
     ) -> None:
-        """Have a task done, the first time without what a worker has that has done one before."""
+        """Have a task done: first without what all need, which a worker that came late lacks."""
         run = self._brought.orders.run
         remote = self._client.submit(_do, run, task, brought, key=key, pure=False)
         self._in_hand[remote] = future
@@ -111,13 +111,12 @@ class ClusterWorkers(Executor):
         def take_over(finished: RemoteFuture[Any]) -> None:
             try:
                 result = finished.result()
-            except BaseException as error:
-                future.set_exception(self._translated(error, task))
-            else:
                 if isinstance(result, _Missing):
                     self._send(task, future, f"{key}-brought", self._brought)
                 else:
                     future.set_result(result)
+            except BaseException as error:  # of sending again too: whoever waits must hear of it
+                future.set_exception(self._translated(error, task))
             del self._in_hand[finished]
 
         remote.add_done_callback(take_over)

@@ -141,7 +141,9 @@ class WorkerProcesses(ProcessPoolExecutor):
         given_up, self._lifeline = context.Pipe(duplex=False)
         threads = max(1, count_cores() // workers)
         self._brought = _Unnamed(pickle.dumps(function))
-        arriving: Any = self._brought  # as the bytes that it holds
+        # It arrives as bytes, which are unpickled after the process has its share of the cores:
+        # libraries look for that when they are imported.
+        arriving: Any = self._brought
         super().__init__(
             workers, mp_context=context, initializer=_begin_worker,
             initargs=(threads, given_up, arriving),

@@ -181,6 +181,8 @@ def _correct_biases(
     made_by = {name: node for node in rough.graph.node for name in node.output}
     nodes = [node for node in rough.graph.node if node.name in layers and len(node.input) > 2]
     outputs = [node.output[0] for node in nodes]
+    if not nodes:
+        return
     for node, output, mean in zip(nodes, outputs, _means(onnx, exact, outputs, cubes), strict=True):
         (found,) = _means(onnx, rough, [output], cubes)
         correction, name = mean - found, node.input[2]

@@ -44,7 +44,7 @@ def measure_statistics(field: Float[Tensor, "z y x"]) -> Statistics:
     Parameters
     ----------
     field
-        Finite values.
+        Finite float32 values, at least one; NaN would be taken for a large number.
     """
     mean = field.mean()
     # Two passes: torch.std_mean, of one thread, takes seventeen times as long.
