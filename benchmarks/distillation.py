@@ -322,7 +322,9 @@ def main() -> None:
       ``teacher``, its ``student``, and a student ``adapted`` by the unlabelled cubes of the other
       tomogram; both ways, twenty cubes in all. ``real_noise_…`` and ``real_others_…``: the same
       of their copies with random phases, and of simulated other complexes: the controls, without
-      which the first say nothing. Wilson intervals.
+      which the first say nothing. ``…_matched``: the cubes filtered to the spectrum of the
+      simulated ones, also those that ``adapted`` was shown. ``real_top1``: of ``adapted`` so.
+      Wilson intervals.
 
     Beside the table: accuracy against time, both confusion matrices, the reliability diagram of
     the student, and where both networks put the same test cubes.

@@ -26,6 +26,7 @@ from cectflow.particles import read_particles
 from cectflow.prediction.mask import noise_like
 from cectflow.recipe import load_recipe
 from cectflow.simulation.delivery import simulate_dataset
+from cectflow.spectrum import PowerSum, apply_gain
 from cectflow.volume import read_stack
 
 RIBOSOME = "4v4r"
@@ -35,6 +36,8 @@ there is something to learn from the first."""
 REAL_SHARE = 0.25
 REAL_TEACHER = OURS.model_copy(update={"network": "strided_small", "epochs": 6})
 REAL_STUDENT = OURS.model_copy(update={"epochs": 6})
+SPECTRUM_CUBES = 200
+"""Simulated ones of which the spectrum is that of the training data."""
 NOISE_COPIES = 20
 """Copies of each real cube with random phases."""
 
@@ -42,7 +45,8 @@ NOISE_COPIES = 20
 def judge_ribosomes(bench: Bench) -> dict[str, float]:
     """How often cubes are called ribosomes: real ones, their noise, and other complexes.
 
-    Nothing where the real data are absent.
+    As they are, and filtered to the spectrum of the simulated ones as ``--match-spectrum`` does
+    (keys that end in ``_matched``). Nothing where the real data are absent.
     """
     if not DATA.is_dir():
         return {}
@@ -61,28 +65,48 @@ def judge_ribosomes(bench: Bench) -> dict[str, float]:
         ).astype(np.float32)
         test = data.split("test")
         others = test.read(np.flatnonzero(test.class_ids != ribosome + 1)).subtomograms
-        shown = {
-            "top1": (torch.from_numpy(cubes[judged])[:, None], 1),
-            "top3": (torch.from_numpy(cubes[judged])[:, None], 3),
-            "noise": (torch.from_numpy(noise)[:, None], 1),
-            "others": (others, 1),
-        }
-        for who, network in _train_for(bench, data, cubes[learned], learned).items():
-            device = next(network.parameters()).device
-            for what, (given, rank) in shown.items():
-                with torch.inference_mode():
-                    logits = torch.cat(
-                        [network(part.to(device)).cpu() for part in torch.split(given, 64)]
-                    )
-                best = logits.topk(rank, dim=1).indices
-                tally = counts.setdefault(f"real_{what}_{who}", [0, 0])
-                tally[0] += int((best == ribosome).any(dim=1).sum())
-                tally[1] += len(given)
+        validation = data.split("validation")
+        few = np.arange(min(SPECTRUM_CUBES, len(validation)))
+        wanted = _power_of(validation.read(few).subtomograms).power
+        for suffix in ("", "_matched"):
+            gains = {
+                name: _power_of(torch.from_numpy(own)).gain_to(wanted)
+                for name, own in cubes.items()
+            }
+            real, copies, unlabelled = (
+                apply_gain(own, gains[name]) if suffix else own
+                for own, name in ((cubes[judged], judged), (noise, judged),
+                                  (cubes[learned], learned))
+            )  # fmt: skip
+            shown = {
+                "top1": (torch.from_numpy(real)[:, None], 1),
+                "top3": (torch.from_numpy(real)[:, None], 3),
+                "noise": (torch.from_numpy(copies)[:, None], 1),
+                "others": (others, 1),
+            }
+            for who, network in _train_for(bench, data, unlabelled, learned, suffix).items():
+                for what, (given, rank) in shown.items():
+                    best = _ask(network, given).topk(rank, dim=1).indices
+                    tally = counts.setdefault(f"real_{what}_{who}{suffix}", [0, 0])
+                    tally[0] += int((best == ribosome).any(dim=1).sum())
+                    tally[1] += len(given)
     figures: dict[str, float] = {}
     for key, (hits, number) in counts.items():
         ends = binomtest(hits, number).proportion_ci(method="wilson")
         figures |= {key: hits / number, f"{key}_low": ends.low, f"{key}_high": ends.high}
-    return figures | {"real_top1": figures["real_top1_adapted"]}
+    return figures | {"real_top1": figures["real_top1_adapted_matched"]}
+
+
+def _power_of(cubes: torch.Tensor) -> PowerSum:
+    total = PowerSum(cubes.shape[-1])
+    total.add(cubes.numpy())
+    return total
+
+
+def _ask(network: nn.Module, cubes: torch.Tensor) -> torch.Tensor:
+    device = next(network.parameters()).device
+    with torch.inference_mode():
+        return torch.cat([network(part.to(device)).cpu() for part in torch.split(cubes, 64)])
 
 
 def _simulate_like(bench: Bench, source: Path, held_out: str, folder: Path) -> Dataset:
@@ -109,7 +133,7 @@ def _simulate_like(bench: Bench, source: Path, held_out: str, folder: Path) -> D
 
 
 def _train_for(
-    bench: Bench, data: Dataset, unlabelled: NDArray[np.float32], name: str
+    bench: Bench, data: Dataset, unlabelled: NDArray[np.float32], name: str, suffix: str
 ) -> dict[str, nn.Module]:
     """Teacher, student, and the student that was shown real cubes as well."""
     labels = Classify(len(data.manifest.classes))
@@ -132,5 +156,5 @@ def _train_for(
     return {
         "teacher": teacher,
         "student": trained("student", REAL_STUDENT, soft, train),
-        "adapted": trained("adapted", REAL_STUDENT, soft, WithUnlabelled(train, real)),
+        "adapted": trained(f"adapted{suffix}", REAL_STUDENT, soft, WithUnlabelled(train, real)),
     }

@@ -191,6 +191,9 @@ class ModelCard(Config):
     snr_60: float | None = None
     """Mean measured SNR of the training fields, low-passed to 60 angstrom; None: noise-free."""
     noise_spectrum: str
+    spectrum: tuple[float, ...] | None = None
+    """Mean power per shell of the validation cubes, each at zero mean and unit variance
+    (:class:`cectflow.spectrum.PowerSum`); None: unknown, or of a semantic segmenter."""
     occupancy: float | None
     """Requested fraction of the field's volume; None: unknown."""
     jitter: float

@@ -6,7 +6,7 @@ from entrypoints.door import TRAINING_PARAMETERS, Parameters, chosen, tell, walk
 
 PARAMETERS = (
     "teacher", "student", "method", "unlabelled", "contrast", "voxel_size", "rescale",
-    "allow_weak_teacher", *TRAINING_PARAMETERS,
+    "match_spectrum", "allow_weak_teacher", *TRAINING_PARAMETERS,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from entrypoints.door import Parameters, chosen, number
 
 __all__ = ["INPUT_PARAMETERS", "read_input_options"]
 
-INPUT_PARAMETERS = ("contrast", "voxel_size", "rescale")
+INPUT_PARAMETERS = ("contrast", "voxel_size", "rescale", "match_spectrum")
 
 
 def read_input_options(given: Parameters) -> InputOptions:
@@ -25,5 +25,6 @@ def read_input_options(given: Parameters) -> InputOptions:
         voxel_size=number(given, "voxel_size"),
         contrast=cast("Contrast", chosen(given, "contrast", ("dark", "light"))),
         rescale=chosen(given, "rescale", ("false", "true")) == "true",
+        match_spectrum=chosen(given, "match_spectrum", ("false", "true")) == "true",
         device=chosen(given, "device", ("auto", "cpu", "cuda")),
     )

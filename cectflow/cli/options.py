@@ -74,6 +74,12 @@ ContrastOption = Annotated[
 RescaleOption = Annotated[
     bool, typer.Option("--rescale", help="Resample and crop to the model's voxel size and box.")
 ]
+MatchSpectrumOption = Annotated[
+    bool,
+    typer.Option(
+        "--match-spectrum", help="Filter each tomogram's cubes to the training data's power."
+    ),
+]
 CoordsOption = Annotated[
     float | None,
     typer.Option("--coords-voxel-size", help="Å per unit of coordinates of another binning."),

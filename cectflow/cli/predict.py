@@ -15,6 +15,7 @@ from cectflow.cli.options import (
     CoordsOption,
     CtfCorrection,
     DeviceOption,
+    MatchSpectrumOption,
     ModelOption,
     OverwriteOption,
     ParticlesOption,
@@ -66,6 +67,7 @@ def predict_classify(
         typer.Option("--ctf-correction", help="Of the input; warns if the model's is another."),
     ] = None,
     rescale: RescaleOption = False,
+    match_spectrum: MatchSpectrumOption = False,
     border: Annotated[
         Border,
         typer.Option("--border", help="Cubes over a face: fill with their mean, or fail."),
@@ -114,7 +116,7 @@ def predict_classify(
     files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size, border, tomogram_table)
     options = InputOptions(
         voxel_size, contrast, rescale, device, batch_size, overwrite, runtime, variant,
-        ctf_correction,
+        ctf_correction, match_spectrum,
     )  # fmt: skip
     outputs = ClassOutputs(out, table, per_class, summary)
     where = Workplace(workers, cluster)
@@ -189,6 +191,7 @@ def predict_segment(
     voxel_size: VoxelSizeOption = None,
     contrast: ContrastOption = "dark",
     rescale: RescaleOption = False,
+    match_spectrum: MatchSpectrumOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Tomograms at a time, each by a process.")
@@ -216,7 +219,15 @@ def predict_segment(
 
     files = InputFiles(subtomograms, tomogram, particles, coords_voxel_size)
     options = InputOptions(
-        voxel_size, contrast, rescale, device, batch_size, overwrite, runtime, variant
+        voxel_size,
+        contrast,
+        rescale,
+        device,
+        batch_size,
+        overwrite,
+        runtime,
+        variant,
+        match_spectrum=match_spectrum,
     )
     whole = _whole_options(
         {"window": window, "blend": blend, "average_turns": average_turns},

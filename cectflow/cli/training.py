@@ -11,6 +11,7 @@ from cectflow.cli.options import (
     DatasetOption,
     DeviceOption,
     DevicesOption,
+    MatchSpectrumOption,
     OutFolderOption,
     PrecisionOption,
     RecipeOption,
@@ -91,6 +92,7 @@ def distill(
     voxel_size: VoxelSizeOption = None,
     contrast: ContrastOption = "dark",
     rescale: RescaleOption = False,
+    match_spectrum: MatchSpectrumOption = False,
     allow_weak_teacher: AllowWeakOption = False,
     recipe: RecipeOption = "demo",
     structures: StructuresOption = None,
@@ -113,7 +115,7 @@ def distill(
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare("student", typer.echo, with_students=False)
     connect(tracking_uri)
-    options = InputOptions(voxel_size, contrast, rescale)
+    options = InputOptions(voxel_size, contrast, rescale, match_spectrum=match_spectrum)
     registered = distillation.distill(
         chosen, folder, hardware, teacher=teacher, student=student, method=method,
         unlabelled=find_unlabelled(unlabelled, options, typer.echo), dataset=dataset,
@@ -131,6 +133,7 @@ def sweep(
     voxel_size: VoxelSizeOption = None,
     contrast: ContrastOption = "dark",
     rescale: RescaleOption = False,
+    match_spectrum: MatchSpectrumOption = False,
     allow_weak_teacher: AllowWeakOption = False,
     recipe: RecipeOption = "demo",
     structures: StructuresOption = None,
@@ -155,7 +158,7 @@ def sweep(
     request = training.TrainingRequest(recipe, structures, dataset, out, seed, hardware)
     chosen, folder = request.prepare("sweep", typer.echo, with_students=False)
     connect(tracking_uri)
-    options = InputOptions(voxel_size, contrast, rescale)
+    options = InputOptions(voxel_size, contrast, rescale, match_spectrum=match_spectrum)
     outcome = search(
         chosen, folder, hardware, teacher=teacher, trials=trials, student=student, method=method,
         unlabelled=find_unlabelled(unlabelled, options, typer.echo), dataset=dataset,

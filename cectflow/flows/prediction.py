@@ -27,6 +27,7 @@ from cectflow.prediction.contract import (
 )
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.journal import begun_outputs, peek_journal
+from cectflow.prediction.matching import require_spectrum, settle_spectrum
 from cectflow.prediction.outputs import ClassOutputs, write_outputs
 from cectflow.prediction.source import CubeSource
 from cectflow.tracking.bundle import open_model_folder
@@ -177,6 +178,8 @@ def _prepare(
         )
         raise ValueError(msg)
     report_correction(card, options, report)
+    if options.match_spectrum:
+        require_spectrum(card, network.label)
     classifier = Classifier(network, segmenter)
     classifier.open()  # a network that does not load is refused before the particles are looked at
     source = files.open(card, options, report)
@@ -187,7 +190,7 @@ def _prepare(
         inputs=(*files.volumes, *{block.path for block in source.files}),
         begun=begun_outputs(outputs.star),
     )  # fmt: skip
-    return classifier, source
+    return classifier, settle_spectrum(source, network.label, report)
 
 
 def _all_files(outputs: ClassOutputs, card: ModelCard) -> list[Path]:

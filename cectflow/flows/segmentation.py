@@ -14,6 +14,7 @@ from cectflow.prediction.contract import InputOptions, NetworkFiles, open_once, 
 from cectflow.prediction.inputs import PLACEHOLDER, InputFiles
 from cectflow.prediction.journal import begun_outputs
 from cectflow.prediction.many import ManyOutputs, ManySegmentation, segment_many
+from cectflow.prediction.matching import require_spectrum, settle_spectrum
 from cectflow.prediction.picks import PickRules, check_pick_name
 from cectflow.prediction.segment import Segmentation, segment_stack, segment_tomogram
 from cectflow.prediction.whole import WholeOptions, WholeOutputs, WholeSegmentation, segment_whole
@@ -74,7 +75,10 @@ def predict_segments(
         model, ("target", "semantic"), options.device,
         runtime=options.runtime, variant=options.variant,
     )  # fmt: skip
-    if ModelCard.from_folder(network.folder).task == "semantic":
+    card = ModelCard.from_folder(network.folder)
+    if card.task == "semantic":
+        if options.match_spectrum:
+            require_spectrum(card, network.label)
         return _Whole(network, files, outputs, options, whole or WholeOptions(), report).run(
             where, dry_run=dry_run
         )
@@ -102,7 +106,9 @@ def _outline(
 ) -> Segmentation:
     """Particles at known positions, by a target segmenter."""
     loaded = open_once(network)
-    source = files.open(loaded.card, options, report)
+    if options.match_spectrum:
+        require_spectrum(loaded.card, loaded.label)
+    source = settle_spectrum(files.open(loaded.card, options, report), loaded.label, report)
     segment = segment_stack if files.tomogram is None else segment_tomogram
     outcome = segment(
         loaded, source, outputs.labels, outputs.probabilities, overwrite=options.overwrite

@@ -139,10 +139,8 @@ def sweep(
         with replacing(path, overwrite=True) as temporary:
             content = recipe.model_copy(update={name: best}).to_yaml()
             temporary.write_text(content, encoding="utf-8")
-        options = {"--teacher": teacher, "--recipe": path, "--dataset": lesson.data.folder}
-        if unlabelled is not None:
-            options["--unlabelled"] = unlabelled.pattern
-        advice = shlex.join(str(word) for option in options.items() for word in option)
+        words = ["--teacher", teacher, "--recipe", str(path), "--dataset", str(lesson.data.folder)]
+        advice = shlex.join([*words, *(() if unlabelled is None else unlabelled.arguments)])
         outcome = Sweep(tuple(found), lesson.labels.monitor, path, advice)
         run.log({f"best_validation_{outcome.monitor}": found[0].score, "trials": len(found)})
         run.log_files(path)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cectflow.model_card import ModelCard
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
+from cectflow.prediction.matching import require_spectrum, settle_spectrum
 
 __all__ = ["Unlabelled", "find_unlabelled"]
 
@@ -26,7 +27,7 @@ class Unlabelled:
     files
         Stacks, or a tomogram with picks.
     options
-        Voxel size, contrast, rescaling.
+        Voxel size, contrast, rescaling, spectrum.
     report
         Told what is done to them.
     """
@@ -41,6 +42,16 @@ class Unlabelled:
         return str(self.files.subtomograms or self.files.tomogram)
 
     @property
+    def arguments(self) -> list[str]:
+        """Options of a command line that give the same cubes."""
+        options = self.options
+        given = ["--unlabelled", self.pattern, "--contrast", options.contrast]
+        if options.voxel_size is not None:
+            given += ["--voxel-size", f"{options.voxel_size:g}"]
+        flags = {"--rescale": options.rescale, "--match-spectrum": options.match_spectrum}
+        return [*given, *(flag for flag, is_given in flags.items() if is_given)]
+
+    @property
     def tags(self) -> dict[str, str]:
         """What the user said of them."""
         options = self.options
@@ -49,6 +60,7 @@ class Unlabelled:
             "unlabelled.voxel_size": "header" if options.voxel_size is None else
             f"{options.voxel_size:g}",
             "unlabelled.rescale": str(options.rescale).lower(),
+            "unlabelled.match_spectrum": str(options.match_spectrum).lower(),
         }  # fmt: skip
 
     def read(self, card: ModelCard) -> Float[Tensor, "n 1 z y x"]:
@@ -72,7 +84,10 @@ class Unlabelled:
                 "cubes as they are; leave --unlabelled out, or train a teacher on unmasked cubes"
             )
             raise ValueError(msg)
+        if self.options.match_spectrum:
+            require_spectrum(card, "the teacher")
         source = self.files.open(card, self.options, self.report)
+        source = settle_spectrum(source, "the teacher", self.report)
         cubes = np.concatenate(list(source.batches()))
         self.report(f"{len(cubes)} cubes without labels")
         return torch.from_numpy(cubes)

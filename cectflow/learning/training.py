@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from cectflow.cost import measure_cost
-from cectflow.dataset import BatchSource, Dataset, Selection
+from cectflow.dataset import BatchSource, Dataset, Selection, Split
 from cectflow.export import export_network
 from cectflow.learning.calibration import measure_trust
 from cectflow.learning.fit import FitRecipe, FitResult, Log, fit
@@ -36,6 +36,7 @@ from cectflow.model_card import CARD_FILE, Masking, ModelCard, Role, Task, Varia
 from cectflow.networks import create_network, list_networks, network_info
 from cectflow.networks.normalisation import NormalisePerCube
 from cectflow.runtime import RuntimeName, load_runtime
+from cectflow.spectrum import PowerSum
 
 __all__ = [
     "TrainedNetwork",
@@ -168,6 +169,7 @@ def train_network(
         recipe_digest=recipe_digest, live_digest=live_digest,
         unlabelled_digest=unlabelled_digest, commit=commit,
         epochs=result.best_epoch, teacher=teacher,
+        spectrum=None if objective.task == "semantic" else _spectrum_of(validation),
     )  # fmt: skip
     info = network_info(recipe.network)
     open_shape = info.task == "segment" and manifest.box % info.stride == 0
@@ -407,10 +409,18 @@ def make_network(recipe: FitRecipe, task: Task, num_outputs: int, box: int) -> n
     return network if task == "semantic" else NormalisePerCube(network)
 
 
+def _spectrum_of(split: Split) -> tuple[float, ...]:
+    """Mean power per shell of a split's cubes, as a card states it."""
+    total = PowerSum(split.manifest.box)
+    for batch in split.batches(64):
+        total.add(batch.subtomograms.numpy())
+    return tuple(float(f"{power:.5g}") for power in total.power)
+
+
 def _describe(
     role: Role, objective: Objective, recipe: FitRecipe, manifest: Manifest, *,
     recipe_digest: str, live_digest: str | None, unlabelled_digest: str | None, commit: str,
-    epochs: int, teacher: str | None,
+    epochs: int, teacher: str | None, spectrum: tuple[float, ...] | None,
 ) -> ModelCard:  # fmt: skip
     """Card of what is known before anything is measured: network, data and descent."""
     labels = objective.labels
@@ -432,6 +442,7 @@ def _describe(
         # Fields of live data are not kept to be asked; those of validation are of their recipe.
         snr_60=manifest.mean_snr_60("train" if live_digest is None else "validation"),
         noise_spectrum=manifest.noise_spectrum,
+        spectrum=spectrum,
         occupancy=manifest.occupancy,
         jitter=manifest.jitter,
         masking=manifest.masking,

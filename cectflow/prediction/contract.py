@@ -77,6 +77,9 @@ class InputOptions:
         What the network computes in; its card tells what it loses in each.
     ctf_correction
         Of the input, where the user says so: a warning tells if the network was trained otherwise.
+    match_spectrum
+        Filter the cubes of each tomogram to the radial power of the training data
+        (:mod:`cectflow.prediction.matching`).
     """
 
     voxel_size: float | None = None
@@ -88,6 +91,7 @@ class InputOptions:
     runtime: str = "auto"
     variant: Variant = "float32"
     ctf_correction: str | None = None
+    match_spectrum: bool = False
 
     @property
     def deciding(self) -> dict[str, object]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from cectflow.model_card import ModelCard
 from cectflow.prediction.contract import InputOptions, same_voxel_size
 from cectflow.prediction.source import Block, read_block
+from cectflow.spectrum import AXES, gain_per_frequency
 from cectflow.subtomogram import resampling_matrix
 from cectflow.volume import read_volume
 
@@ -54,6 +55,9 @@ def read_block_on_device(
         matrix = torch.from_numpy(
             resampling_matrix(block.box, card.voxel_size / voxel_size, card.box)
         ).to(device)
+    gain = None
+    if block.gain is not None:
+        gain = torch.from_numpy(gain_per_frequency(block.gain, card.box)).to(device)
     for start in range(0, len(block), options.batch_size):
         cubes = cut_on_device(volume, block.places[start : start + options.batch_size], block.box)
         sound = torch.isfinite(cubes.sum(dim=(1, 2, 3), dtype=torch.float64)).cpu().numpy()
@@ -69,6 +73,8 @@ def read_block_on_device(
                 cubes = (cubes.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
         if options.contrast != card.contrast:
             cubes = -cubes
+        if gain is not None:
+            cubes = torch.fft.irfftn(torch.fft.rfftn(cubes, dim=AXES) * gain, (card.box,) * 3, AXES)
         yield cubes[:, None].contiguous(), start + np.flatnonzero(sound), faults
 
 

@@ -26,6 +26,7 @@ from cectflow.model_card import ModelCard
 from cectflow.particles import ParticleTable, particles_from
 from cectflow.placement import place_particles
 from cectflow.prediction.contract import InputOptions, bring_to_card, report_changes, source_box
+from cectflow.spectrum import apply_gain
 from cectflow.subtomogram import are_finite, cut, inside, to_float32
 from cectflow.tomogram_table import TomogramInfo
 from cectflow.volume import is_volume, read_stack, read_volume
@@ -71,12 +72,16 @@ class Block:
         voxels, ``z y x``.
     box
         Edge of the cubes in voxels of the file.
+    gain
+        Of each shell of their spectrum, as the network sees them
+        (:func:`cectflow.spectrum.apply_gain`); None: they are not filtered.
     """
 
     path: Path
     rows: Int[NDArray[np.int64], " n"]
     places: Num[NDArray[Any], "n *zyx"]
     box: int
+    gain: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -190,6 +195,8 @@ def read_block(block: Block, card: ModelCard, options: InputOptions) -> Iterator
             for place in np.flatnonzero(~sound)
         }
         brought = bring_to_card(cubes if not faults else cubes[sound], voxel_size, card, options)
+        if block.gain is not None:
+            brought = apply_gain(brought, block.gain)
         yield CubeBatch(brought, start + np.flatnonzero(sound), faults)
 
 

@@ -28,12 +28,12 @@ from cectflow.simulation.calibration.radial_power import (
     RadialPower,
     TaperedCubes,
     over_shells,
-    shell_numbers,
     summarise,
 )
 from cectflow.simulation.microscope import NoiseSpectrum, contrast_transfer, single_number
 from cectflow.simulation.optics import WIENER_CONSTANT
 from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.spectrum import shell_numbers
 
 __all__ = [
     "PowerKernel",

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 
+from cectflow.spectrum import shell_numbers
+
 __all__ = [
     "BAND",
     "MIN_CUBES",
@@ -26,7 +28,6 @@ __all__ = [
     "group_by_tomogram",
     "over_shells",
     "radial_power",
-    "shell_numbers",
     "summarise",
 ]
 
@@ -212,13 +213,6 @@ class TaperedCubes:
     def select(self, keep: NDArray[np.bool_]) -> TaperedCubes:
         """Some of the cubes, under the same window."""
         return replace(self, cubes=self.cubes[keep], periodograms=self.periodograms[keep])
-
-
-def shell_numbers(box: int) -> NDArray[np.int64]:
-    """Shell of each frequency of a cube's full spectrum: its radius times the box, rounded."""
-    along = fft.fftfreq(box) * box
-    radius = np.sqrt(along[:, None, None] ** 2 + along[None, :, None] ** 2 + along**2)
-    return np.floor(radius + 0.5).astype(np.int64)
 
 
 def over_shells(periodogram: NDArray[np.float64]) -> NDArray[np.float64]:

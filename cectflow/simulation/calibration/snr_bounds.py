@@ -22,11 +22,11 @@ from cectflow.simulation.calibration.radial_power import (
     RadialPower,
     TaperedCubes,
     over_shells,
-    shell_numbers,
 )
 from cectflow.simulation.distractors import render_distractors
 from cectflow.simulation.field import Specimen, simulate_field
 from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.spectrum import shell_numbers
 from cectflow.subtomogram import cut
 
 __all__ = ["SignalCubes", "SnrInterval", "bound_snr", "signal_cubes"]

@@ -10,8 +10,9 @@ from scipy import fft
 from scipy.ndimage import gaussian_filter1d
 
 from cectflow.simulation.calibration.expected_power import CubeWindow, noise_power_of
-from cectflow.simulation.calibration.radial_power import TaperedCubes, over_shells, shell_numbers
+from cectflow.simulation.calibration.radial_power import TaperedCubes, over_shells
 from cectflow.simulation.recipe import SimulationRecipe
+from cectflow.spectrum import shell_numbers
 
 __all__ = ["TiltRange", "measure_tilts"]
 

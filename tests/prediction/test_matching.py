@@ -1,0 +1,221 @@
+"""Cubes of another spectrum are filtered to that of the training data, tomogram by tomogram."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mrcfile
+import numpy as np
+import pandas as pd
+import pytest
+import starfile
+
+from cectflow.flows.prediction import plan_classes, predict_classes
+from cectflow.flows.segmentation import predict_segments
+from cectflow.model_card import CARD_FILE, ModelCard
+from cectflow.particles import make_particle_rows, particles_from, read_particles
+from cectflow.prediction.contract import InputOptions
+from cectflow.prediction.inputs import InputFiles
+from cectflow.prediction.matching import FEW_CUBES, SAMPLED_CUBES, match_spectra
+from cectflow.prediction.on_device import read_block_on_device
+from cectflow.prediction.outputs import ClassOutputs
+from cectflow.prediction.source import CubeSource, open_tomograms, read_block
+from cectflow.prediction.whole import WholeOutputs
+from cectflow.spectrum import PowerSum, apply_gain, shell_numbers
+from cectflow.subtomogram import cut
+from cectflow.volume import Volume
+from cectflow.volume_writer import write_stack, write_volume
+
+MATCHED = InputOptions(match_spectrum=True)
+
+
+def noise(number: int, box: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(number, box, box, box)).astype(np.float32)
+
+
+def coloured(cubes: np.ndarray, slope: float) -> np.ndarray:
+    """As another tomogram would have them: amplitudes by a power of the frequency."""
+    shells = shell_numbers(cubes.shape[-1]).max() + 1
+    return apply_gain(cubes, (1.0, *(np.arange(1, shells) / 4.0) ** slope))
+
+
+def with_spectrum(folder: Path, cubes: np.ndarray, target: Path) -> ModelCard:
+    """The model folder, its card stating the spectrum of these cubes."""
+    shutil.copytree(folder, target)
+    total = PowerSum(cubes.shape[-1])
+    total.add(cubes)
+    card = ModelCard.from_folder(folder).model_copy(update={"spectrum": tuple(total.power)})
+    (target / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
+    return card
+
+
+def classify(model: Path, stack: Path, out: Path, options: InputOptions, **changes: Any) -> Any:
+    told: list[str] = []
+    outcome = predict_classes(
+        str(model), InputFiles(str(stack)), out, options, told.append, **changes
+    )
+    return outcome.judgement.probabilities, told
+
+
+def test_a_filter_that_the_cubes_went_through_is_undone(classifier: Path, tmp_path: Path) -> None:
+    card = ModelCard.from_folder(classifier)
+    cubes = noise(24, card.box)
+    with_spectrum(classifier, cubes, tmp_path / "model")
+    write_stack(tmp_path / "a.mrcs", cubes, card.voxel_size)
+    write_stack(tmp_path / "b.mrcs", coloured(cubes, -0.7), card.voxel_size)
+    model = tmp_path / "model"
+    plain, _ = classify(model, tmp_path / "a.mrcs", tmp_path / "a.star", InputOptions())
+    other, _ = classify(model, tmp_path / "b.mrcs", tmp_path / "b.star", InputOptions())
+    matched, told = classify(model, tmp_path / "b.mrcs", tmp_path / "c.star", MATCHED)
+    assert np.abs(other - plain).max() > 0.01
+    # To the accuracy of each cube's own variance, by which spectra are weighted.
+    np.testing.assert_allclose(matched, plain, atol=0.1 * np.abs(other - plain).max())
+    (line,) = [line for line in told if line.startswith("spectrum: ")]
+    assert "filters: 1; gain " in line
+
+
+def test_each_tomogram_of_a_table_has_its_own_filter(classifier: Path, tmp_path: Path) -> None:
+    card = ModelCard.from_folder(classifier)
+    cubes = noise(40, card.box)
+    with_spectrum(classifier, cubes, tmp_path / "model")
+    mixed = np.empty_like(cubes)
+    mixed[::2], mixed[1::2] = coloured(cubes[::2], 0.8), coloured(cubes[1::2], -0.8)
+    write_stack(tmp_path / "s.mrcs", mixed, card.voxel_size)
+    names = [f"{row + 1:06d}@{tmp_path}/s.mrcs" for row in range(40)]
+    rows = {"rlnTomoName": ["up", "down"] * 20, "rlnImageName": names}
+    starfile.write(pd.DataFrame(rows), tmp_path / "s.star")
+    told: list[str] = []
+    options = replace(MATCHED, batch_size=7)
+    files = InputFiles(str(tmp_path / "s.star"))
+    source = match_spectra(
+        files.open(ModelCard.from_folder(tmp_path / "model"), options, told.append), "x",
+        told.append,
+    )  # fmt: skip
+    assert [len(block) for block in source.files] == [20, 20]
+    for block, own in zip(source.files, (0, 1), strict=True):
+        assert set(block.rows % 2) == {own}
+        total = PowerSum(card.box)
+        for batch in read_block(block, source.card, source.options):
+            total.add(batch.cubes)
+        np.testing.assert_allclose(total.power[2:], np.array(source.card.spectrum)[2:], rtol=0.02)
+    outcome = predict_classes(
+        str(tmp_path / "model"), files, tmp_path / "out.star", options, told.append, block_size=9
+    )
+    assert outcome.table.rows["rlnImageName"].tolist() == names
+    assert any("filters: 2;" in line for line in told)
+
+
+def sources_of(tmp_path: Path, card: ModelCard) -> tuple[CubeSource, CubeSource]:
+    """Many particles cut from a tomogram, and the same ones in a stack."""
+    rng = np.random.default_rng(1)
+    data = rng.normal(size=(40, 40, 40)).astype(np.float32)
+    centres = rng.uniform(card.box // 2, 40 - card.box // 2 - 1, (SAMPLED_CUBES + 50, 3)).round()
+    write_volume(tmp_path / "t.mrc", Volume(data, card.voxel_size))
+    rows = make_particle_rows(centres, tomogram="t")
+    write_stack(tmp_path / "t.mrcs", cut(data, centres, card.box, periodic=False), card.voxel_size)
+    cut_out = open_tomograms(
+        particles_from(rows), {"t": tmp_path / "t.mrc"}, card, MATCHED, lambda _: None
+    )
+    stored = InputFiles(str(tmp_path / "t.mrcs")).open(card, MATCHED, lambda _: None)
+    return cut_out, stored
+
+
+def test_the_filter_is_the_same_however_particles_are_stored(
+    classifier: Path, tmp_path: Path
+) -> None:
+    card = with_spectrum(
+        classifier, noise(8, ModelCard.from_folder(classifier).box), tmp_path / "m"
+    )
+    matched = [match_spectra(each, "x", lambda _: None) for each in sources_of(tmp_path, card)]
+    (first,), (second,) = (each.files for each in matched)
+    assert first.gain is not None
+    assert second.gain is not None
+    np.testing.assert_allclose(first.gain, second.gain, rtol=1e-9)
+
+
+def test_a_device_filters_as_is_done_here(classifier: Path, tmp_path: Path) -> None:
+    card = with_spectrum(
+        classifier, noise(8, ModelCard.from_folder(classifier).box), tmp_path / "m"
+    )
+    source = match_spectra(sources_of(tmp_path, card)[0], "x", lambda _: None)
+    (block,) = source.files
+    here = np.concatenate([batch.cubes for batch in read_block(block, card, MATCHED)])
+    there = np.concatenate(
+        [cubes.numpy() for cubes, _, _ in read_block_on_device(block, card, MATCHED, "cpu")]
+    )
+    np.testing.assert_allclose(there, here, atol=1e-4)
+
+
+def test_few_particles_are_said_to_be_few(classifier: Path, tmp_path: Path) -> None:
+    box = ModelCard.from_folder(classifier).box
+    card = with_spectrum(classifier, noise(8, box), tmp_path / "m")
+    for number in range(FEW_CUBES - 1):
+        write_stack(tmp_path / f"{number}.mrc", noise(1, box, number), card.voxel_size)
+    told: list[str] = []
+    source = InputFiles(f"{tmp_path}/?.mrc").open(card, MATCHED, told.append)
+    matched = match_spectra(source, "x", told.append)
+    assert len({block.gain for block in matched.files}) == 1
+    assert any(f"1 of 1 spectra are of fewer than {FEW_CUBES} particles" in line for line in told)
+
+
+def test_what_cannot_be_read_is_a_fault_as_ever(classifier: Path, tmp_path: Path) -> None:
+    box = ModelCard.from_folder(classifier).box
+    card = with_spectrum(classifier, noise(8, box), tmp_path / "m")
+    cubes = noise(10, box)
+    write_stack(tmp_path / "s.mrcs", cubes, card.voxel_size)
+    with mrcfile.open(tmp_path / "s.mrcs", mode="r+") as file:
+        file.data[3, 2, 2, 2] = np.nan
+    outcome = predict_classes(
+        str(tmp_path / "m"), InputFiles(str(tmp_path / "s.mrcs")), tmp_path / "out.star", MATCHED,
+        lambda _: None,
+    )  # fmt: skip
+    assert [*outcome.faults] == [3]
+    assert read_particles(tmp_path / "out.star").rows["cectflowClassNumber"].gt(0).sum() == 9
+
+
+def test_a_warning_says_where_a_filter_is_of_use(classifier: Path, tmp_path: Path) -> None:
+    card = ModelCard.from_folder(classifier)
+    cubes = noise(24, card.box)
+    with_spectrum(classifier, cubes, tmp_path / "model")
+    for name, slope, number in (("same", 0.0, 24), ("other", -0.7, 24), ("few", -0.7, 4)):
+        write_stack(tmp_path / f"{name}.mrcs", coloured(cubes[:number], slope), card.voxel_size)
+        _, told = classify(
+            tmp_path / "model", tmp_path / f"{name}.mrcs", tmp_path / f"{name}.star", InputOptions()
+        )
+        warned = [line for line in told if "give --match-spectrum" in line]
+        assert len(warned) == (name == "other")
+    _, told = classify(tmp_path / "model", tmp_path / "other.mrcs", tmp_path / "m.star", MATCHED)
+    assert not any("give --match-spectrum" in line for line in told)
+
+
+def test_a_card_without_a_spectrum_is_refused_before_work(
+    classifier: Path, segmenter: Path, stack: Path, tmp_path: Path
+) -> None:
+    outputs = ClassOutputs(tmp_path / "out.star")
+    with pytest.raises(ValueError, match=r"does not state the spectrum .* train it again"):
+        plan_classes(str(classifier), InputFiles(str(stack)), outputs, MATCHED, print)
+    shutil.copytree(segmenter, tmp_path / "semantic")
+    card = ModelCard.from_folder(segmenter).model_copy(update={"task": "semantic"})
+    (tmp_path / "semantic" / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
+    with pytest.raises(ValueError, match="whose spectrum is not matched: leave --match-spectrum"):
+        predict_segments(
+            str(tmp_path / "semantic"), InputFiles(tomogram=tmp_path / "t.mrc"),
+            WholeOutputs(tmp_path / "l.mrc"), MATCHED, print,
+        )  # fmt: skip
+    assert not (tmp_path / "out.star").exists()
+
+
+def test_a_target_segmenter_sees_matched_cubes(segmenter: Path, tmp_path: Path) -> None:
+    box = ModelCard.from_folder(segmenter).box
+    cubes = noise(12, box)
+    card = with_spectrum(segmenter, cubes, tmp_path / "m")
+    write_stack(tmp_path / "s.mrcs", coloured(cubes, -0.7), card.voxel_size)
+    told: list[str] = []
+    predict_segments(
+        str(tmp_path / "m"), InputFiles(str(tmp_path / "s.mrcs")),
+        WholeOutputs(tmp_path / "labels.mrcs"), MATCHED, told.append,
+    )  # fmt: skip
+    assert any(line.startswith("spectrum: filtered") for line in told)

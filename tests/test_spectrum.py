@@ -1,0 +1,84 @@
+"""Power per shell, and the filter that brings one cube's spectrum to another's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cectflow.spectrum import LARGEST_GAIN, PowerSum, apply_gain, shell_numbers
+
+
+def noise(number: int, box: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(number, box, box, box)).astype(np.float32)
+
+
+def power_of(cubes: np.ndarray) -> PowerSum:
+    total = PowerSum(cubes.shape[-1])
+    total.add(cubes)
+    return total
+
+
+@pytest.mark.parametrize("box", [15, 16])
+def test_power_is_that_of_the_full_spectrum(box: int) -> None:
+    cubes = noise(3, box) * 4.0 + 7.0
+    normal = (cubes - cubes.mean((1, 2, 3), keepdims=True)) / cubes.std((1, 2, 3), keepdims=True)
+    full = (np.abs(np.fft.fftn(normal, axes=(1, 2, 3))) ** 2).mean(axis=0) / box**3
+    numbers = shell_numbers(box).ravel()
+    expected = np.bincount(numbers, full.ravel()) / np.bincount(numbers)
+    found = power_of(cubes).power
+    assert found[0] == 0.0
+    np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4)
+    # Parseval: unit variance is a mean power of one.
+    counts = np.bincount(numbers)
+    assert (found * counts).sum() / (counts.sum()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_batches_and_channels_make_no_difference() -> None:
+    cubes = noise(5, 12)
+    total = PowerSum(12)
+    total.add(cubes[:2, None])
+    total.add(cubes[2:])
+    np.testing.assert_array_equal(total.power, power_of(cubes).power)
+
+
+def test_what_is_constant_has_no_spectrum() -> None:
+    total = PowerSum(8)
+    total.add(np.ones((2, 8, 8, 8), np.float32))
+    with pytest.raises(ValueError, match="expected at least one"):
+        _ = total.power
+    total.add(noise(1, 8))
+    assert total.num_cubes == 1
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.integers(8, 17), st.integers(0, 99))
+def test_filtered_cubes_have_the_power_that_was_wanted(box: int, seed: int) -> None:
+    cubes = noise(4, box, seed)
+    shells = shell_numbers(box).max() + 1
+    wanted = np.random.default_rng(seed).uniform(0.2, 5.0, shells)
+    filtered = apply_gain(cubes, power_of(cubes).gain_to(wanted))
+    # Before and after: over cubes as they are, which no normalisation has scaled.
+    found = sum(np.abs(np.fft.fftn(cube / cubes[k].std())) ** 2 for k, cube in enumerate(filtered))
+    numbers = shell_numbers(box).ravel()
+    power = np.bincount(numbers, found.ravel()) / np.bincount(numbers) / (4 * box**3)
+    np.testing.assert_allclose(power[1:], wanted[1:], rtol=1e-3)
+    np.testing.assert_allclose(filtered.mean((1, 2, 3)), cubes.mean((1, 2, 3)), atol=1e-5)
+
+
+def test_a_filter_keeps_phases_and_turns_with_the_cube() -> None:
+    cubes = noise(2, 10)
+    gain = tuple(np.linspace(0.5, 2.0, shell_numbers(10).max() + 1).tolist())
+    before, after = (np.fft.fftn(c, axes=(1, 2, 3)) for c in (cubes, apply_gain(cubes, gain)))
+    np.testing.assert_allclose(np.angle(after / before), 0.0, atol=1e-3)
+    turned = apply_gain(np.ascontiguousarray(np.rot90(cubes, 1, (2, 3))), gain)
+    np.testing.assert_allclose(turned, np.rot90(apply_gain(cubes, gain), 1, (2, 3)), atol=1e-5)
+
+
+def test_empty_shells_are_not_filled() -> None:
+    smooth = apply_gain(noise(2, 16), tuple(1.0 if shell < 7 else 0.0 for shell in range(15)))
+    gain = power_of(smooth).gain_to(np.ones(15))
+    assert max(gain) == LARGEST_GAIN
+    assert gain[0] == 1.0
+    assert min(gain) > 0
