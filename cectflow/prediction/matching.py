@@ -23,7 +23,7 @@ SAMPLED_CUBES = 128
 FEW_CUBES = 8
 """Below it a spectrum is that of its particles more than that of the tomogram."""
 JUDGED_CUBES = 32
-"""Of the first tomogram, of which it is judged whether a filter is of use."""
+"""Of the first file or files, of which it is judged whether a filter is of use."""
 BAND = (0.05, 0.45)
 """Cycles per voxel of which the gain is told."""
 LIKE = 1.7
@@ -66,7 +66,7 @@ def settle_spectrum(source: CubeSource, label: str, report: Callable[[str], None
     if source.options.match_spectrum:
         return match_spectra(source, label, report)
     if source.card.spectrum is not None and source.files:
-        measured = _measure(source, _groups(source)[0], JUDGED_CUBES)
+        measured = _measure(source, _first(source), JUDGED_CUBES)
         if measured.num_cubes >= FEW_CUBES:
             gain = _in_band([measured.gain_to(np.asarray(source.card.spectrum))], source.card.box)
             if gain.max() > LIKE * gain.min():
@@ -133,13 +133,24 @@ def _groups(source: CubeSource) -> list[Group]:
     for number, block in enumerate(source.files):
         if is_named:
             of_block = names[block.rows]
-            for name in np.unique(of_block):
-                places = np.flatnonzero(of_block == name)
-                groups.setdefault(("tomogram", int(name)), []).append((number, places))
+            order = np.argsort(of_block, kind="stable")
+            found, starts = np.unique(of_block[order], return_index=True)
+            for name, places in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
+                groups.setdefault(("tomogram", name), []).append((number, places))
             continue
         key = ("file", number) if len(block) >= FEW_CUBES else ("small files", 0)
         groups.setdefault(key, []).append((number, np.arange(len(block))))
     return list(groups.values())
+
+
+def _first(source: CubeSource) -> Group:
+    """The first files, of at least as many particles as are judged, if there are so many."""
+    group: Group = []
+    for number, block in enumerate(source.files):
+        group.append((number, np.arange(len(block))))
+        if sum(len(places) for _, places in group) >= JUDGED_CUBES:
+            break
+    return group
 
 
 def _measure(source: CubeSource, group: Group, most: int) -> PowerSum:

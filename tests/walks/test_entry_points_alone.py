@@ -46,7 +46,11 @@ def logged_epochs(road: Road, run_id: str) -> list[int]:
     ("entry_point", "recipe"),
     [("train_segmenter", "short.yaml"), ("train_teacher", "tiny"), ("distill", "short.yaml")],
 )
-def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) -> None:
+@pytest.mark.usefixtures("by_hand")
+def test_each_training_works_alone(
+    road: Road, entry_point: str, recipe: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     chosen: dict[str, str] = {"devices": "2"} if entry_point == "train_segmenter" else {}
     if entry_point == "distill":
         manifest = open_dataset(road.folder / "tour/dataset").manifest
@@ -58,14 +62,15 @@ def test_each_training_works_alone(road: Road, entry_point: str, recipe: str) ->
         there = "teacher/checkpoints"
         shutil.copytree(road.folder / "tour" / there, road.folder / f"alone-{entry_point}" / there)
     before = {run.info.run_id for run in find_runs(road)}
-    output = road.mlflow_run(
-        entry_point,
-        recipe=str(road.folder / recipe) if recipe == "short.yaml" else recipe,
-        device="auto",
-        dataset=str(road.folder / "tour/dataset"),
-        out=str(road.folder / f"alone-{entry_point}"),
-        **chosen,
-    )
+    given = {
+        "recipe": recipe, "device": "auto", "dataset": str(road.folder / "tour/dataset"),
+        "out": str(road.folder / f"alone-{entry_point}"), **chosen,
+    }  # fmt: skip
+    if entry_point == "distill":
+        output = road.mlflow_run(entry_point, **given)
+    else:
+        assert walk_here(monkeypatch, entry_point, **given) == 0
+        output = capsys.readouterr().out
     assert "v2: models:/cectflow-" in output
     if entry_point == "train_segmenter":
         (run,) = (run for run in find_runs(road) if run.info.run_id not in before)
