@@ -73,7 +73,7 @@ def read_block_on_device(
                 cubes = (cubes.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
         if options.contrast != card.contrast:
             cubes = -cubes
-        if gain is not None:
+        if gain is not None and len(cubes):
             cubes = torch.fft.irfftn(torch.fft.rfftn(cubes, dim=AXES) * gain, (card.box,) * 3, AXES)
         yield cubes[:, None].contiguous(), start + np.flatnonzero(sound), faults
 

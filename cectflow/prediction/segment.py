@@ -57,7 +57,7 @@ def segment_stack(
     *,
     overwrite: bool = False,
 ) -> Segmentation:
-    """Label stack of a stack of subtomograms: int8, 1 is the target, 0 all else.
+    """Label stack of subtomograms, in the table's order: int8, 1 is the target, 0 all else.
 
     Parameters
     ----------
@@ -68,7 +68,9 @@ def segment_stack(
     overwrite
         Replace existing files.
     """
-    foreground = np.concatenate(list(_foreground(network, source)))
+    # Read file by file, written row by row.
+    rows = np.concatenate([block.rows for block in source.files])
+    foreground = np.concatenate(list(_foreground(network, source)))[np.argsort(rows)]
     masks = foreground > FOREGROUND
     voxel_size = network.card.voxel_size
     headers = network.headers

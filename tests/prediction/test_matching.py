@@ -26,7 +26,7 @@ from cectflow.prediction.source import CubeSource, open_tomograms, read_block
 from cectflow.prediction.whole import WholeOutputs
 from cectflow.spectrum import PowerSum, apply_gain, shell_numbers
 from cectflow.subtomogram import cut
-from cectflow.volume import Volume
+from cectflow.volume import Volume, read_stack
 from cectflow.volume_writer import write_stack, write_volume
 
 MATCHED = InputOptions(match_spectrum=True)
@@ -206,6 +206,36 @@ def test_a_card_without_a_spectrum_is_refused_before_work(
             WholeOutputs(tmp_path / "l.mrc"), MATCHED, print,
         )  # fmt: skip
     assert not (tmp_path / "out.star").exists()
+
+
+def test_labels_come_in_the_order_of_the_table(segmenter: Path, tmp_path: Path) -> None:
+    box = ModelCard.from_folder(segmenter).box
+    cubes = noise(20, box)
+    card = with_spectrum(segmenter, cubes, tmp_path / "m")
+    mixed = cubes.copy()
+    mixed[1::2] = coloured(cubes[1::2], -0.7)
+    for name, own in (("a", mixed[:10]), ("b", mixed[10:])):
+        write_stack(tmp_path / f"{name}.mrcs", own, card.voxel_size)
+    # Rows go from file to file and from tomogram to tomogram.
+    order = np.random.default_rng(0).permutation(20)
+    names = [f"{row % 10 + 1}@{tmp_path}/{'ab'[row // 10]}.mrcs" for row in order]
+    rows = {"rlnTomoName": [f"t{row % 2}" for row in order], "rlnImageName": names}
+    starfile.write(pd.DataFrame(rows), tmp_path / "s.star")
+
+    def labels(options: InputOptions, given: str, out: str) -> np.ndarray:
+        predict_segments(
+            str(tmp_path / "m"), InputFiles(given), WholeOutputs(tmp_path / out), options, print
+        )
+        return np.asarray(read_stack(tmp_path / out)[0])
+
+    plain = labels(InputOptions(), f"{tmp_path}/?.mrcs", "plain.mrcs")
+    listed = labels(InputOptions(), f"{tmp_path}/s.star", "listed.mrcs")
+    np.testing.assert_array_equal(listed, plain[order])
+    matched = labels(MATCHED, f"{tmp_path}/s.star", "matched.mrcs")
+    assert 0 < (matched != listed).mean() < 0.5
+    even = [place for place, row in enumerate(order) if row % 2 == 0]
+    # The even ones are of the training's spectrum: hardly filtered.
+    assert (matched[even] != listed[even]).mean() < 0.02
 
 
 def test_a_target_segmenter_sees_matched_cubes(segmenter: Path, tmp_path: Path) -> None:
