@@ -7,7 +7,7 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,6 +30,8 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants"
     )
+    added_later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that earlier files lack: None is left out of the digest, which stays what it was."""
 
     @classmethod
     def from_json(cls: type[ConfigT], text: str, *, source: str = "JSON text") -> ConfigT:
@@ -88,6 +90,9 @@ class Config(BaseModel):
     def digest(self) -> str:
         """Hexadecimal sha256 of the canonical JSON (sorted keys, no white space)."""
         content = self.model_dump(mode="json")
+        for name in sorted(self.added_later):
+            if content[name] is None:
+                del content[name]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

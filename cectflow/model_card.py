@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import cectflow
 from cectflow.config import Config
+from cectflow.spectrum import num_shells
 
 __all__ = [
     "Contrast",
@@ -158,6 +160,7 @@ class Trust(Config):
 class ModelCard(Config):
     """The contract between a network and the data it is shown; prediction enforces it."""
 
+    added_later: ClassVar[frozenset[str]] = frozenset({"spectrum"})
     schema_version: Literal[1] = 1
     role: Role
     task: Task
@@ -193,7 +196,7 @@ class ModelCard(Config):
     noise_spectrum: str
     spectrum: tuple[float, ...] | None = None
     """Mean power per shell of the validation cubes, each at zero mean and unit variance
-    (:class:`cectflow.spectrum.PowerSum`); None: unknown, or of a semantic segmenter."""
+    (:class:`cectflow.spectrum.PowerSum`); None: unknown."""
     occupancy: float | None
     """Requested fraction of the field's volume; None: unknown."""
     jitter: float
@@ -225,6 +228,22 @@ class ModelCard(Config):
     """Siblings in lower precision, which prediction uses only if asked to."""
     teacher: str | None = None
     """URI of the teacher's version, for students; of an ensemble all, joined by commas."""
+
+    @model_validator(mode="after")
+    def _check_spectrum(self) -> ModelCard:
+        if self.spectrum is not None:
+            expected = num_shells(self.box)
+            if len(self.spectrum) != expected:
+                msg = (
+                    f"spectrum has {len(self.spectrum)} shells: a box of {self.box} has {expected}"
+                )
+                raise ValueError(msg)
+            if not all(0 <= power < math.inf for power in self.spectrum) or not any(self.spectrum):
+                msg = (
+                    "spectrum holds the power per shell: expected finite numbers from 0, not all 0"
+                )
+                raise ValueError(msg)
+        return self
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelCard:

@@ -17,20 +17,55 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-__all__ = ["AXES", "LARGEST_GAIN", "PowerSum", "apply_gain", "gain_per_frequency", "shell_numbers"]
+from cectflow.subtomogram import normalise
+
+__all__ = [
+    "AXES",
+    "LARGEST_GAIN",
+    "PowerSum",
+    "apply_gain",
+    "gain_at",
+    "gain_per_frequency",
+    "num_shells",
+    "shell_numbers",
+]
 
 LARGEST_GAIN = 10.0
-"""Of an amplitude. Shells that hold next to nothing, beyond what tilt images fill, have no say."""
+"""Of an amplitude, over that of most shells. Those that hold next to nothing, beyond what tilt
+images fill, stay so."""
 AXES = (-3, -2, -1)
 """z, y, x."""
 
 
+@lru_cache(maxsize=8)
 def shell_numbers(box: int) -> Int[NDArray[np.int64], "{box} {box} {box}"]:
     """Shell of each frequency of a cube's full spectrum: its radius times the box, rounded."""
     along = np.fft.fftfreq(box) * box
     radius = np.sqrt(along[:, None, None] ** 2 + along[None, :, None] ** 2 + along**2)
     numbers: NDArray[np.int64] = np.floor(radius + 0.5).astype(np.int64)
+    numbers.flags.writeable = False  # it is shared
     return numbers
+
+
+@lru_cache(maxsize=8)
+def _half_spectrum(
+    box: int,
+) -> tuple[Int[NDArray[np.int64], " frequency"], Float[NDArray[np.float64], " frequency"]]:
+    """Shell of each frequency that a real cube's half spectrum holds, and how many it stands for.
+
+    Half of the spectrum is left out; between its ends each frequency stands for two.
+    """
+    numbers = shell_numbers(box)[:, :, : box // 2 + 1]
+    counts = np.full(numbers.shape, 2.0)
+    counts[:, :, 0] = 1.0
+    if box % 2 == 0:
+        counts[:, :, -1] = 1.0
+    return numbers.ravel(), counts.ravel()
+
+
+def num_shells(box: int) -> int:
+    """How many shells a cube of such an edge has, the mean and the corners included."""
+    return int(np.floor(np.sqrt(3.0) * (box // 2) + 0.5)) + 1
 
 
 class PowerSum:
@@ -48,16 +83,17 @@ class PowerSum:
     def __init__(self, box: int) -> None:
         self.box = box
         self.num_cubes = 0
-        self._sum = np.zeros((box, box, box // 2 + 1))
+        self._sums = np.zeros(num_shells(box))
 
     def add(self, cubes: Float[NDArray[np.float32], "n *one z y x"]) -> None:
         """Take cubes into account."""
         from scipy import fft  # 0.1 s to import, which few need
 
-        for cube in cubes.reshape(-1, self.box, self.box, self.box):
-            variance = float(cube.var(dtype=np.float64))
-            if variance > 0 and np.isfinite(variance):
-                self._sum += np.abs(fft.rfftn(cube)) ** 2 / variance
+        numbers, counts = _half_spectrum(self.box)
+        for cube in normalise(cubes.reshape(-1, self.box, self.box, self.box)):
+            if cube.any():
+                power = np.abs(fft.rfftn(cube)).ravel().astype(np.float64) ** 2
+                self._sums += np.bincount(numbers, power * counts)
                 self.num_cubes += 1
 
     @property
@@ -72,17 +108,10 @@ class PowerSum:
         if not self.num_cubes:
             msg = "there is no cube that is not constant: expected at least one"
             raise ValueError(msg)
-        box = self.box
-        numbers = shell_numbers(box)[:, :, : box // 2 + 1]
-        # Half of the spectrum is left out; between its ends each frequency stands for two.
-        counts = np.full(numbers.shape, 2.0)
-        counts[:, :, 0] = 1.0
-        if box % 2 == 0:
-            counts[:, :, -1] = 1.0
-        sums = np.bincount(numbers.ravel(), (self._sum * counts).ravel())
-        power = sums / np.bincount(numbers.ravel(), counts.ravel())
+        numbers, counts = _half_spectrum(self.box)
+        power = self._sums / np.bincount(numbers, counts)
         power[0] = 0.0
-        return np.asarray(power / (self.num_cubes * box**3))
+        return np.asarray(power / (self.num_cubes * self.box**3))
 
     def gain_to(self, wanted: Float[NDArray[np.float64], " shell"]) -> tuple[float, ...]:
         """What each shell's amplitude is multiplied by, so that the cubes have the power wanted.
@@ -93,8 +122,12 @@ class PowerSum:
             Power of other cubes of this box.
         """
         given = self.power
-        ratio = np.full(len(given), LARGEST_GAIN**2)
-        np.divide(wanted, given, out=ratio, where=given > wanted / LARGEST_GAIN**2)
+        ratio = np.full(len(given), np.inf)
+        np.divide(wanted, given, out=ratio, where=given > 0)
+        # Cubes whose background has nearly all of their variance have little elsewhere, and those
+        # resampled from larger voxels next to nothing in the outer shells: most have neither.
+        usual = np.quantile(ratio[1 : self.box // 2 + 1], 0.25, method="lower")
+        ratio = np.minimum(ratio, LARGEST_GAIN**2 * usual)
         ratio[0] = 1.0
         return tuple(np.sqrt(ratio).tolist())
 
@@ -107,6 +140,25 @@ def gain_per_frequency(
     found: NDArray[np.float32] = np.asarray(gain, np.float32)[
         shell_numbers(box)[:, :, : box // 2 + 1]
     ]
+    return found
+
+
+def gain_at(
+    gain: tuple[float, ...], radius: Float[NDArray[np.float64], "*shape"]
+) -> Float[NDArray[np.float32], "*shape"]:
+    """Gain of frequencies that lie between shells, and of volumes of other shapes.
+
+    Parameters
+    ----------
+    gain
+        Of each shell of cubes of some edge.
+    radius
+        Cycles per such edge. Up to 1 the gain is that of shell 1: what varies over more than the
+        edge of a cube was not measured.
+    """
+    found: NDArray[np.float32] = np.interp(radius, np.arange(1, len(gain)), gain[1:]).astype(
+        np.float32
+    )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from builders import make_card
 
 from cectflow.model_card import CARD_FILE, Cost, ModelCard, Score, VariantFigures
+from cectflow.spectrum import num_shells
 
 
 def full_card() -> ModelCard:
@@ -44,6 +46,16 @@ def test_a_card_survives_its_file(card: ModelCard, tmp_path: Path) -> None:
     assert read.digest() == card.digest()
 
 
+def test_the_digest_of_a_card_that_lacks_later_fields_stays_what_it_was() -> None:
+    card = make_card()
+    content = card.model_dump(mode="json")
+    assert content.pop("spectrum") is None
+    earlier = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert card.digest() == hashlib.sha256(earlier.encode()).hexdigest()
+    shells = (0.0, *[1.0] * (num_shells(card.box) - 1))
+    assert make_card(spectrum=shells).digest() != card.digest()
+
+
 def test_a_folder_without_card_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no card\.json: expected a model folder"):
         ModelCard.from_folder(tmp_path)
@@ -57,6 +69,9 @@ def test_a_folder_without_card_is_refused(tmp_path: Path) -> None:
         ({"box": 0}, r"box: .* greater than or equal to 1 \(given 0\)"),
         ({"voxel_size": -1.0}, r"voxel_size: .* greater than 0 \(given -1.0\)"),
         ({"box": "32"}, r"box: .* valid integer \(given '32'\)"),
+        ({"spectrum": [0.0, 1.0]}, r"spectrum has 2 shells: a box of \d+ has \d+"),
+        ({"spectrum": [0.0] * 11}, "expected finite numbers from 0, not all 0"),
+        ({"spectrum": [0.0, -1.0, *[1.0] * 9]}, "expected finite numbers from 0, not all 0"),
         ({"schema_version": 0}, r"schema_version: Input should be 1"),
         (
             {"schema_version": 2, "more": 1},

@@ -27,7 +27,7 @@ from cectflow.prediction.contract import (
 )
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.journal import begun_outputs, peek_journal
-from cectflow.prediction.matching import require_spectrum, settle_spectrum
+from cectflow.prediction.matching import group_by_spectrum, require_spectrum, with_gains
 from cectflow.prediction.outputs import ClassOutputs, write_outputs
 from cectflow.prediction.source import CubeSource
 from cectflow.tracking.bundle import open_model_folder
@@ -82,7 +82,7 @@ def predict_classes(
         classifier, source, outputs.star, outputs=_all_files(outputs, source.card), where=where,
         block_size=block_size,
         anew=options.overwrite, report=report,
-        finish=lambda done: write_outputs(outputs, done, source, overwrite=True),
+        finish=lambda done: write_outputs(outputs, done, overwrite=True),
     )  # fmt: skip
     counts = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
     unknown = "" if outcome.num_unknown is None else f"; {outcome.num_unknown} of them unknown"
@@ -118,7 +118,9 @@ def plan_classes(
     """All that :func:`predict_classes` checks, and what it would do, without doing it."""
     classifier, source = _prepare(model, files, outputs, options, report, mask_with, where)
     network, card = classifier.network, source.card
-    blocks = split_blocks(source, block_size)
+    groups = group_by_spectrum(source) if options.match_spectrum else []
+    filtered = with_gains(source, groups, [None] * len(groups)) if groups else source
+    blocks = split_blocks(filtered, block_size)
     particles = sum(map(len, source.files))
     rate = next(
         (
@@ -130,7 +132,8 @@ def plan_classes(
     )
     took = "" if rate is None else f"; about {particles / rate / where.workers:.0f} s by its card"
     report(
-        f"would classify {particles} of {len(source.table)} particles (files: {len(source.files)}, "
+        f"would classify {particles} of {len(source.table)} particles (files: "
+        f"{len(source.particles_per_file)}, "
         f"blocks: {len(blocks)}) with {network.label} ({network.runtime}, {network.variant}, "
         f"{network.device}){took}"
     )
@@ -190,7 +193,7 @@ def _prepare(
         inputs=(*files.volumes, *{block.path for block in source.files}),
         begun=begun_outputs(outputs.star),
     )  # fmt: skip
-    return classifier, settle_spectrum(source, network.label, report)
+    return classifier, source
 
 
 def _all_files(outputs: ClassOutputs, card: ModelCard) -> list[Path]:

@@ -59,9 +59,7 @@ def log_classes(
     outcome = predict_classes(
         model, files, outputs, options, report, mask_with=mask_with, where=where,
         block_size=block_size,
-        opened=lambda source: _log_inputs(
-            run, files, {block.path: len(block) for block in source.files}
-        ),
+        opened=lambda source: _log_inputs(run, files, source.particles_per_file),
     )  # fmt: skip
     table = outcome.table
     figures: dict[str, float | int] = {
@@ -88,6 +86,14 @@ def log_classes(
         ],
         "classes.json",
     )
+    if options.match_spectrum:
+        run.log_json(
+            [
+                {"file": str(block.path), "particles": len(block), "gain": block.gain}
+                for block in outcome.source.files
+            ],
+            "spectra.json",
+        )
     for path in (outputs.star, outputs.table, outputs.summary, outputs.failures):
         if path is not None and path.is_file():
             run.log_files(path)

@@ -169,7 +169,7 @@ def train_network(
         recipe_digest=recipe_digest, live_digest=live_digest,
         unlabelled_digest=unlabelled_digest, commit=commit,
         epochs=result.best_epoch, teacher=teacher,
-        spectrum=None if objective.task == "semantic" else _spectrum_of(validation),
+        spectrum=_spectrum_of(validation),
     )  # fmt: skip
     info = network_info(recipe.network)
     open_shape = info.task == "segment" and manifest.box % info.stride == 0
@@ -420,7 +420,7 @@ def _spectrum_of(split: Split) -> tuple[float, ...]:
 def _describe(
     role: Role, objective: Objective, recipe: FitRecipe, manifest: Manifest, *,
     recipe_digest: str, live_digest: str | None, unlabelled_digest: str | None, commit: str,
-    epochs: int, teacher: str | None, spectrum: tuple[float, ...] | None,
+    epochs: int, teacher: str | None, spectrum: tuple[float, ...],
 ) -> ModelCard:  # fmt: skip
     """Card of what is known before anything is measured: network, data and descent."""
     labels = objective.labels

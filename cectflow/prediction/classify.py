@@ -34,6 +34,7 @@ from cectflow.prediction.contract import LoadedNetwork
 from cectflow.prediction.contrast import ContrastWatch
 from cectflow.prediction.journal import Journal, open_journal, stamp_of
 from cectflow.prediction.judging import Judgement, judge
+from cectflow.prediction.matching import group_by_spectrum, settle_spectrum
 from cectflow.prediction.source import CubeSource
 
 __all__ = ["BLOCK_SIZE", "Classification", "classify_particles", "plan_work"]
@@ -59,6 +60,8 @@ class Classification:
         ``cectflowUnknown`` is 1 where the particle looks like none of the classes; its class is
         then the least unlikely one. A particle that could not be predicted is of the class
         ``none``, number 0.
+    source
+        What was read, with its filters.
     judgement
         Of every row.
     faults
@@ -74,6 +77,7 @@ class Classification:
     """
 
     table: ParticleTable
+    source: CubeSource = field(repr=False)
     judgement: Judgement = field(repr=False)
     faults: dict[int, str]
     counts: dict[str, int]
@@ -121,9 +125,10 @@ def classify_particles(
         If an earlier run with the same output was of other work.
     """
     network = classifier.open()
-    pieces = split_blocks(source, block_size)
     plan = plan_work(classifier, network, source, block_size)
     with open_journal(out, plan, anew=anew, outputs=(out, *outputs)) as journal:
+        source = settle_spectrum(source, network.label, report, journal)
+        pieces = split_blocks(source, block_size)
         done = _intact(journal, pieces)
         if done:
             report(f"going on: {len(done)} of {len(pieces)} blocks are finished")
@@ -189,8 +194,21 @@ def plan_work(
         "files": files.hexdigest(),
         "particles": places.hexdigest(),
         "block_size": block_size,
+        **_filters(source),
         **source.options.deciding,
     }
+
+
+def _filters(source: CubeSource) -> dict[str, str]:
+    """Which particles share a filter, where there are filters: the table may have other names."""
+    if not source.options.match_spectrum:
+        return {}
+    content = hashlib.sha256()
+    for group in group_by_spectrum(source):
+        content.update(group.name.encode())
+        for number, places in group.parts:
+            content.update(f" {number} ".encode() + places.tobytes())
+    return {"spectra": content.hexdigest()}
 
 
 def _assemble(
@@ -232,6 +250,7 @@ def _assemble(
     predicted = judgement.class_ids > 0
     return Classification(
         table.with_columns(**columns),
+        source,
         judgement,
         dict(sorted(faults.items())),
         {card.classes[index]: int(found[index]) for index in order if found[index]},

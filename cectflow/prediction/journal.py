@@ -96,6 +96,18 @@ class Journal:
         """Drop a block whose file is damaged."""
         self._path(number).unlink(missing_ok=True)
 
+    def note(self, name: str, content: object) -> None:
+        """Keep what is found once, before all blocks, as JSON."""
+        with replacing(self.folder / f"{name}.json", overwrite=True) as temporary:
+            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    def noted(self, name: str) -> object:
+        """What :meth:`note` has kept; None where there is nothing, or it is damaged."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:07d}.npz"
 

@@ -5,25 +5,39 @@ Where it is not asked for, a sample is looked at, and a warning tells where it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cectflow.model_card import ModelCard
+from cectflow.prediction.journal import Journal
 from cectflow.prediction.source import Block, CubeSource, read_blocks
 from cectflow.progress import track
 from cectflow.spectrum import PowerSum
 
-__all__ = ["match_spectra", "require_spectrum", "settle_spectrum"]
+__all__ = [
+    "FEW_CUBES",
+    "JUDGED_CUBES",
+    "SAMPLED_CUBES",
+    "group_by_spectrum",
+    "match_spectra",
+    "require_spectrum",
+    "settle_spectrum",
+    "tell_gains",
+    "warn_of_other",
+    "with_gains",
+]
 
 SAMPLED_CUBES = 128
 """Of which a spectrum is measured: its power per shell is then known to a percent or two."""
 FEW_CUBES = 8
 """Below it a spectrum is that of its particles more than that of the tomogram."""
 JUDGED_CUBES = 32
-"""Of the first file or files, of which it is judged whether a filter is of use."""
+"""Of a file, or of small ones together, of which it is judged whether a filter is of use."""
+JUDGED_FILES = 4
+"""At most, evenly spread over all."""
 BAND = (0.05, 0.45)
 """Cycles per voxel of which the gain is told."""
 LIKE = 1.7
@@ -31,8 +45,27 @@ LIKE = 1.7
 tomograms of EMPIAR-10499 in shared/data and cubes simulated like them it is 1.2 and 1.4, between
 each and cubes simulated like the other 2.2; ten simulated cubes have 1.1 to 1.2."""
 
-Group = list[tuple[int, NDArray[np.int64]]]
-"""Of particles that share a spectrum: which file, and which places of its block."""
+NOTE = "spectra"
+"""Of a journal: gains, so that a rerun filters as the first run did."""
+
+
+@dataclass(frozen=True)
+class SpectrumGroup:
+    """Particles that share a filter.
+
+    Attributes
+    ----------
+    name
+        Of their tomogram or file.
+    parts
+        Which file of the source, and which places of its block.
+    """
+
+    name: str
+    parts: tuple[tuple[int, NDArray[np.int64]], ...]
+
+    def __len__(self) -> int:
+        return sum(len(places) for _, places in self.parts)
 
 
 def require_spectrum(card: ModelCard, label: str) -> NDArray[np.float64]:
@@ -44,48 +77,51 @@ def require_spectrum(card: ModelCard, label: str) -> NDArray[np.float64]:
         If the card does not state it.
     """
     if card.spectrum is None:
-        why = (
-            "semantic segmenters see whole tomograms, whose spectrum is not matched: leave "
-            "--match-spectrum out"
-            if card.task == "semantic"
-            else "train it again with this cectflow, or leave --match-spectrum out"
+        msg = (
+            f"the card of {label} does not state the spectrum of its training data: train it again "
+            "with this cectflow, or leave --match-spectrum out"
         )
-        msg = f"the card of {label} does not state the spectrum of its training data: {why}"
         raise ValueError(msg)
     return np.asarray(card.spectrum)
 
 
-def settle_spectrum(source: CubeSource, label: str, report: Callable[[str], None]) -> CubeSource:
+def settle_spectrum(
+    source: CubeSource,
+    label: str,
+    report: Callable[[str], None],
+    journal: Journal | None = None,
+) -> CubeSource:
     """The source, its cubes filtered if the user asked for it; if not, a warning where it matters.
 
     Parameters
     ----------
-    source, label, report
+    source, label, report, journal
         As of :func:`match_spectra`.
     """
     if source.options.match_spectrum:
-        return match_spectra(source, label, report)
+        return match_spectra(source, label, report, journal)
     if source.card.spectrum is not None and source.files:
-        measured = _measure(source, _first(source), JUDGED_CUBES)
-        if measured.num_cubes >= FEW_CUBES:
-            gain = _in_band([measured.gain_to(np.asarray(source.card.spectrum))], source.card.box)
-            if gain.max() > LIKE * gain.min():
-                report(
-                    f"warning: the power spectrum of these cubes is not that of the training data "
-                    f"(amplitudes differ by factors of {1 / gain.max():.2f} to "
-                    f"{1 / gain.min():.2f} between {BAND[0]} and {BAND[1]} cycles per voxel, "
-                    f"{measured.num_cubes} cubes): give --match-spectrum, or calibrate the "
-                    "recipe on these data"
-                )
+        wanted = np.asarray(source.card.spectrum)
+        groups = _first_of_some(source)
+        measured = _measure(source, groups, JUDGED_CUBES)
+        judged = [(_unlikeness(sums, wanted), sums, group.name)
+                  for sums, group in zip(measured, groups, strict=True)]  # fmt: skip
+        _, sums, name = max(judged, key=lambda each: each[0])
+        warn_of_other(sums, wanted, name, report)
     return source
 
 
-def match_spectra(source: CubeSource, label: str, report: Callable[[str], None]) -> CubeSource:
+def match_spectra(
+    source: CubeSource,
+    label: str,
+    report: Callable[[str], None],
+    journal: Journal | None = None,
+) -> CubeSource:
     """The source with a filter for each tomogram, measured on a sample of its particles.
 
-    Particles share a filter if their table says that they are of one tomogram. Where it names none,
-    each file has its own, and those of fewer than :data:`FEW_CUBES` particles have one together.
-    The sample is the same however the particles are stored, read, and split into blocks.
+    Particles share a filter if their table says that they are of one tomogram; where it names none,
+    if they are of one file. Groups of fewer than :data:`FEW_CUBES` particles have one filter
+    together. The sample is the same however the particles are stored, read, and split into blocks.
 
     Parameters
     ----------
@@ -95,6 +131,8 @@ def match_spectra(source: CubeSource, label: str, report: Callable[[str], None])
         Of the network, for messages.
     report
         Told how many filters there are, and what they do.
+    journal
+        Keeps the filters, and has them where an earlier run has measured them.
 
     Raises
     ------
@@ -102,79 +140,194 @@ def match_spectra(source: CubeSource, label: str, report: Callable[[str], None])
         If the card does not state the spectrum of the training data.
     """
     wanted = require_spectrum(source.card, label)
-    blocks: dict[int, list[Block]] = {number: [] for number in range(len(source.files))}
-    gains: list[tuple[float, ...]] = []
-    few = 0
-    groups = _groups(source)
-    for group in track(groups, total=len(groups), title="measuring spectra"):
-        measured = _measure(source, group, SAMPLED_CUBES)
-        gain = None
-        if measured.num_cubes:  # else they are faults, and are so again when all are read
-            gain = measured.gain_to(wanted)
-            gains.append(gain)
-            few += measured.num_cubes < FEW_CUBES
-        for number, places in group:
-            block = source.files[number]
-            taken = replace(block, rows=block.rows[places], places=block.places[places], gain=gain)
-            blocks[number].append(taken)
-    _tell(gains, few, source.card.box, report)
-    files = tuple(block for number in blocks for block in blocks[number])
-    return replace(source, files=files)
+    groups = group_by_spectrum(source)
+    gains = None if journal is None else _noted(journal, groups, len(wanted))
+    if gains is None:
+        gains = _measure_gains(source, groups, wanted)
+        if journal is not None:
+            journal.note(NOTE, gains)
+    few = sum(len(group) < FEW_CUBES for group in groups)
+    tell_gains([gain for gain in gains if gain is not None], source.card.box, report, few=few)
+    unknown = [
+        group.name for group, gain in zip(groups, gains, strict=True)
+        if gain is None
+    ]  # fmt: skip
+    if unknown:
+        report(
+            f"warning: {len(unknown)} of {len(groups)} spectra cannot be measured, of which the "
+            f"first is that of {unknown[0]}: no cube there can be read and varies"
+        )
+    return with_gains(source, groups, gains)
 
 
-def _groups(source: CubeSource) -> list[Group]:
-    """Particles that share a spectrum."""
+def group_by_spectrum(source: CubeSource) -> list[SpectrumGroup]:
+    """Particles that share a filter, as :func:`match_spectra` says."""
     names = np.zeros(len(source.table), np.int64)
     by_name = source.table.rows_by_tomogram()
     for number, rows in enumerate(by_name.values()):
         names[rows] = number
-    is_named = list(by_name) != [""]
-    groups: dict[tuple[str, int], Group] = {}
+    is_named = [*by_name] != [""]
+    titles = [*by_name]
+    found: dict[str, list[tuple[int, NDArray[np.int64]]]] = {}
     for number, block in enumerate(source.files):
-        if is_named:
-            of_block = names[block.rows]
-            order = np.argsort(of_block, kind="stable")
-            found, starts = np.unique(of_block[order], return_index=True)
-            for name, places in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
-                groups.setdefault(("tomogram", name), []).append((number, places))
+        if not is_named:
+            found.setdefault(str(block.path), []).append((number, np.arange(len(block))))
             continue
-        key = ("file", number) if len(block) >= FEW_CUBES else ("small files", 0)
-        groups.setdefault(key, []).append((number, np.arange(len(block))))
-    return list(groups.values())
+        of_block = names[block.rows]
+        order = np.argsort(of_block, kind="stable")
+        numbers, starts = np.unique(of_block[order], return_index=True)
+        for name, places in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            found.setdefault(titles[name], []).append((number, places))
+    groups = [SpectrumGroup(name, tuple(parts)) for name, parts in found.items()]
+    small = [group for group in groups if len(group) < FEW_CUBES]
+    if len(small) < 2:
+        return groups
+    pooled = tuple(part for group in small for part in group.parts)
+    name = f"{small[0].name} and {len(small) - 1} more of fewer than {FEW_CUBES} particles"
+    large = [group for group in groups if len(group) >= FEW_CUBES]
+    return [*large, SpectrumGroup(name, pooled)]
 
 
-def _first(source: CubeSource) -> Group:
-    """The first files, of at least as many particles as are judged, if there are so many."""
-    group: Group = []
-    for number, block in enumerate(source.files):
-        group.append((number, np.arange(len(block))))
-        if sum(len(places) for _, places in group) >= JUDGED_CUBES:
-            break
-    return group
+def with_gains(
+    source: CubeSource,
+    groups: Sequence[SpectrumGroup],
+    gains: Sequence[tuple[float, ...] | None],
+) -> CubeSource:
+    """The source, split into blocks of one filter each.
+
+    Parameters
+    ----------
+    source
+        What is read without filters.
+    groups
+        Of all its particles.
+    gains
+        Of each group; None: its cubes stay as they are.
+    """
+    blocks: dict[int, list[Block]] = {number: [] for number in range(len(source.files))}
+    for group, gain in zip(groups, gains, strict=True):
+        for number, places in group.parts:
+            block = source.files[number]
+            taken = replace(block, rows=block.rows[places], places=block.places[places], gain=gain)
+            blocks[number].append(taken)
+    files = tuple(block for number in blocks for block in blocks[number])
+    return replace(source, files=files)
 
 
-def _measure(source: CubeSource, group: Group, most: int) -> PowerSum:
-    """Power of so many particles of a group at most, evenly spread over its rows."""
-    rows = np.sort(np.concatenate([source.files[number].rows[places] for number, places in group]))
-    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)]
-    total = PowerSum(source.card.box)
-    for batch in read_blocks(_sampled(source, group, chosen), source.card, source.options):
-        total.add(batch.cubes)
-    return total
+def _noted(
+    journal: Journal, groups: Sequence[SpectrumGroup], shells: int
+) -> list[tuple[float, ...] | None] | None:
+    """Gains that an earlier run has measured; None: there are none."""
+    content = journal.noted(NOTE)
+    if not isinstance(content, list) or len(content) != len(groups):
+        return None
+    if not all(gain is None or len(gain) == shells for gain in content):
+        return None
+    return [None if gain is None else tuple(map(float, gain)) for gain in content]
 
 
-def _sampled(source: CubeSource, group: Group, chosen: NDArray[np.int64]) -> Iterator[Block]:
-    for number, places in group:
-        block = source.files[number]
-        kept = places[np.isin(block.rows[places], chosen)]
-        if len(kept):
-            kept = kept[np.argsort(block.rows[kept])]  # sums then do not depend on the order read
-            yield replace(block, rows=block.rows[kept], places=block.places[kept])
+def _measure_gains(
+    source: CubeSource, groups: Sequence[SpectrumGroup], wanted: NDArray[np.float64]
+) -> list[tuple[float, ...] | None]:
+    """Gain of each group; None: no cube of it can be read and varies."""
+    measured = _measure(source, groups, SAMPLED_CUBES)
+    # Of these nothing in the sample could be used; there may be others.
+    empty = [place for place, sums in enumerate(measured) if not sums.num_cubes]
+    again = _measure(source, [groups[place] for place in empty], len(source.table))
+    for place, sums in zip(empty, again, strict=True):
+        measured[place] = sums
+    return [sums.gain_to(wanted) if sums.num_cubes else None for sums in measured]
 
 
-def _tell(
-    gains: list[tuple[float, ...]], few: int, box: int, report: Callable[[str], None]
+def _first_of_some(source: CubeSource) -> list[SpectrumGroup]:
+    """First particles of a few files, as many as are judged, of small files several together."""
+    count = len(source.files)
+    starts = np.unique(np.linspace(0, count - 1, min(count, JUDGED_FILES)).round().astype(int))
+    groups = []
+    for start in starts.tolist():
+        parts, missing = [], JUDGED_CUBES
+        for number in range(start, count):
+            places = np.arange(min(len(source.files[number]), missing))
+            parts.append((number, places))
+            missing -= len(places)
+            if not missing:
+                break
+        groups.append(SpectrumGroup(str(source.files[start].path), tuple(parts)))
+    return groups
+
+
+def _measure(source: CubeSource, groups: Sequence[SpectrumGroup], most: int) -> list[PowerSum]:
+    """Power of so many particles at most of each group, evenly spread over its rows."""
+    measured = [PowerSum(source.card.box) for _ in groups]
+    # File after file: a compressed one is read once, whatever is in it.
+    wanted: dict[int, list[tuple[int, Block]]] = {}
+    for place, group in enumerate(groups):
+        rows = np.sort(np.concatenate([source.files[n].rows[places] for n, places in group.parts]))
+        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)]
+        for number, places in group.parts:
+            block = source.files[number]
+            kept = places[np.isin(block.rows[places], chosen)]
+            if len(kept):
+                kept = kept[np.argsort(block.rows[kept])]  # sums then do not depend on their order
+                part = replace(block, rows=block.rows[kept], places=block.places[kept])
+                wanted.setdefault(number, []).append((place, part))
+    for number in track(sorted(wanted), total=len(wanted), title="measuring spectra"):
+        for place, part in wanted[number]:
+            for batch in read_blocks([part], source.card, source.options):
+                measured[place].add(batch.cubes)
+    return measured
+
+
+def warn_of_other(
+    measured: PowerSum,
+    wanted: NDArray[np.float64],
+    what: str,
+    report: Callable[[str], None],
 ) -> None:
+    """Tell where spectra differ by so much that a filter is of use.
+
+    Parameters
+    ----------
+    measured, wanted
+        Of the user's cubes, if there are enough to tell, and of the training data.
+    what
+        Whose spectrum it is.
+    report
+        Told.
+    """
+    if _unlikeness(measured, wanted) > LIKE:
+        gain = _in_band([measured.gain_to(wanted)], measured.box)
+        report(
+            f"warning: the power spectrum of {what} is not that of the training data (amplitudes "
+            f"differ by factors of {1 / gain.max():.2f} to {1 / gain.min():.2f} between {BAND[0]} "
+            f"and {BAND[1]} cycles per voxel, {measured.num_cubes} cubes): give --match-spectrum, "
+            "or calibrate the recipe on these data"
+        )
+
+
+def _unlikeness(measured: PowerSum, wanted: NDArray[np.float64]) -> float:
+    """Largest over smallest gain in the band; 1 where there are too few cubes to tell."""
+    if measured.num_cubes < FEW_CUBES:
+        return 1.0
+    gain = _in_band([measured.gain_to(wanted)], measured.box)
+    smallest = float(gain.min())
+    return float(gain.max()) / smallest if smallest > 0 else np.inf
+
+
+def tell_gains(
+    gains: list[tuple[float, ...]], box: int, report: Callable[[str], None], *, few: int = 0
+) -> None:
+    """Tell what filters do.
+
+    Parameters
+    ----------
+    gains, box
+        Of each shell of cubes of this edge, a filter each.
+    report
+        Told.
+    few
+        How many of them are of fewer than :data:`FEW_CUBES` cubes.
+    """
     if not gains:
         return
     inner = _in_band(gains, box)
@@ -184,7 +337,7 @@ def _tell(
     )
     if few:
         report(
-            f"warning: {few} of {len(gains)} spectra are of fewer than {FEW_CUBES} particles, "
+            f"warning: {few} of {len(gains)} spectra are of fewer than {FEW_CUBES} cubes, "
             "whose own structure is then filtered too"
         )
 

@@ -124,11 +124,9 @@ class ClassOutputs:
                 raise ValueError(msg) from None
 
 
-def write_outputs(
-    outputs: ClassOutputs, outcome: Classification, source: CubeSource, *, overwrite: bool
-) -> None:
+def write_outputs(outputs: ClassOutputs, outcome: Classification, *, overwrite: bool) -> None:
     """Write all that was asked for; the STAR file comes last, so that it stands for all."""
-    classes = source.card.classes
+    classes = outcome.source.card.classes
     files = outputs.class_files(classes)
     for path in (*outputs.paths, *files.values()):
         if path is not None:
@@ -150,7 +148,7 @@ def write_outputs(
         elif overwrite:
             path.unlink(missing_ok=True)
     if outputs.summary is not None:
-        figure = draw_summary(outcome, source)
+        figure = draw_summary(outcome)
         with replacing(outputs.summary, overwrite=overwrite) as temporary:
             figure.savefig(temporary, format="png", dpi=200)
     outcome.table.write(outputs.star, overwrite=overwrite)
@@ -192,7 +190,7 @@ def summarise(outcome: Classification) -> list[tuple[str, int, float, float]]:
     return rows
 
 
-def draw_summary(outcome: Classification, source: CubeSource) -> Figure:
+def draw_summary(outcome: Classification) -> Figure:
     """Particles of each class, how sure of them the network is, and some cubes of each.
 
     Cubes are evenly spaced in the order of their probabilities, so that the doubtful ones are seen
@@ -201,7 +199,8 @@ def draw_summary(outcome: Classification, source: CubeSource) -> Figure:
     """
     from cectflow.prediction.figures import Example, draw_classes
 
-    judgement, classes = outcome.judgement, source.card.classes
+    source, judgement = outcome.source, outcome.judgement
+    classes = source.card.classes
     of_class, unknown = judgement.of_class, judgement.unknown
     chosen = {
         name: np.flatnonzero(judgement.class_ids == number)

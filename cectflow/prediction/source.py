@@ -134,7 +134,7 @@ class CubeSource:
     table
         One row per particle, in the order of the output.
     files
-        What is read, a block for each file.
+        What is read: a block for each file, or for each filter of its cubes.
     card, options
         The contract, and what the user says of the input.
     faults
@@ -146,6 +146,14 @@ class CubeSource:
     card: ModelCard
     options: InputOptions
     faults: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def particles_per_file(self) -> dict[Path, int]:
+        """File → how many particles are read of it."""
+        counts: dict[Path, int] = {}
+        for block in self.files:
+            counts[block.path] = counts.get(block.path, 0) + len(block)
+        return counts
 
     @property
     def num_batches(self) -> int:

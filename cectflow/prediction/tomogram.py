@@ -33,6 +33,8 @@ __all__ = [
     "check_tomogram",
     "costs_itself",
     "open_tomogram",
+    "remeasured",
+    "require_room",
     "resample",
     "slabs",
 ]
@@ -209,12 +211,55 @@ def open_tomogram(
         )
     resampled = resample(filled, shape, card.voxel_size, folder)
     padding = None if padding is None else padding.scaled(shape)
-    with costs_itself(path):
-        median, deviation, _ = _examine(resampled, path, padding)
-    return replace(
-        filled, data=resampled, voxel_size=card.voxel_size, median=median, deviation=deviation,
-        sign=sign, padding=padding,
-    )  # fmt: skip
+    return remeasured(
+        replace(filled, voxel_size=card.voxel_size, sign=sign, padding=padding), resampled
+    )
+
+
+def remeasured(tomogram: WholeTomogram, data: Float[NDArray[np.float32], "z y x"]) -> WholeTomogram:
+    """The tomogram with other voxels, normalised by their own statistics.
+
+    Parameters
+    ----------
+    tomogram
+        Whose padding is of the shape of the data.
+    data
+        What its voxels have become.
+
+    Raises
+    ------
+    TomogramError
+        If they are constant or not finite.
+    """
+    with costs_itself(tomogram.path):
+        median, deviation, _ = _examine(data, tomogram.path, tomogram.padding)
+    return replace(tomogram, data=data, median=median, deviation=deviation)
+
+
+def require_room(folder: Path, needed: int, what: str) -> None:
+    """Refuse a copy that the disk has no room for.
+
+    Parameters
+    ----------
+    folder
+        Where it would be.
+    needed
+        Bytes.
+    what
+        What takes them, for the message.
+
+    Raises
+    ------
+    TomogramError
+        If they are not free: a smaller tomogram may fit.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        msg = (
+            f"{what} takes {needed / 1e9:.1f} GB beside the output, {free / 1e9:.1f} GB are free: "
+            "give an --out elsewhere, or bin it first"
+        )
+        raise TomogramError(msg)
 
 
 def check_tomogram(path: Path, card: ModelCard, options: InputOptions) -> tuple[int, int, int]:
@@ -272,13 +317,7 @@ def resample(
     ratio = voxel_size / tomogram.voxel_size
     depth = tomogram.shape[0]
     needed = 4 * shape[1] * shape[2] * (depth + shape[0])
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        msg = (
-            f"resampled to {_times(shape)} voxels the tomogram takes {needed / 1e9:.1f} GB beside "
-            f"the output, {free / 1e9:.1f} GB are free: give an --out elsewhere, or bin it first"
-        )
-        raise TomogramError(msg)
+    require_room(folder, needed, f"resampled to {_times(shape)} voxels the tomogram")
     along_z, along_y, along_x = (
         _cosine_resampling(length, ratio, new)
         for length, new in zip(tomogram.shape, shape, strict=True)

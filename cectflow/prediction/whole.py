@@ -26,6 +26,7 @@ from cectflow.prediction.tomogram import (
     open_tomogram,
     slabs,
 )
+from cectflow.prediction.whole_matching import settle_tomogram
 from cectflow.prediction.windows import WindowPlan, blend_windows, plan_windows, run_windows
 from cectflow.turns import allowed_turns
 from cectflow.volume import read_volume
@@ -186,7 +187,10 @@ def segment_whole(
                 )
             )
         )
-        tomogram = open_tomogram(path, network.card, options, folder, report)
+        tomogram = settle_tomogram(
+            open_tomogram(path, network.card, options, folder, report), network.card,
+            network.label, folder, report, match_spectrum=options.match_spectrum,
+        )  # fmt: skip
         foreground, best = _run(network, tomogram, whole, folder, report)
         shares = _write_maps(
             network, tomogram, foreground, best, outputs, whole.rules, names,

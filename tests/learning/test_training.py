@@ -26,6 +26,7 @@ from cectflow.learning.training import (
 from cectflow.model_card import ModelCard
 from cectflow.runtime import RUNTIMES, RuntimeName, load_runtime
 from cectflow.shards import check_dataset
+from cectflow.spectrum import PowerSum
 from cectflow.trust import find_unknown
 
 LABELS = SemanticLabels.choose(CLASSES, None, merged=False)
@@ -90,6 +91,10 @@ def test_the_card_is_complete(trained: TrainedNetwork, dataset: Dataset) -> None
     assert card.dataset_digest == dataset.manifest.content_digest()
     assert (card.recipe_digest, card.commit) == ("e" * 64, "c0ffee")
     assert card.epochs == trained.result.best_epoch
+    total = PowerSum(BOX)
+    for batch in dataset.split("validation").batches(7):
+        total.add(batch.subtomograms.numpy())
+    np.testing.assert_allclose(card.spectrum, total.power, rtol=1e-4)
     assert card.parity is not None
     assert card.parity < 1e-4
     assert card.cost is not None

@@ -13,13 +13,21 @@ import pandas as pd
 import pytest
 import starfile
 
+from cectflow.cli import main
 from cectflow.flows.prediction import plan_classes, predict_classes
 from cectflow.flows.segmentation import predict_segments
+from cectflow.flows.unlabelled import find_unlabelled
 from cectflow.model_card import CARD_FILE, ModelCard
 from cectflow.particles import make_particle_rows, particles_from, read_particles
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
-from cectflow.prediction.matching import FEW_CUBES, SAMPLED_CUBES, match_spectra
+from cectflow.prediction.journal import Journal
+from cectflow.prediction.matching import (
+    FEW_CUBES,
+    SAMPLED_CUBES,
+    group_by_spectrum,
+    match_spectra,
+)
 from cectflow.prediction.on_device import read_block_on_device
 from cectflow.prediction.outputs import ClassOutputs
 from cectflow.prediction.source import CubeSource, open_tomograms, read_block
@@ -158,7 +166,21 @@ def test_few_particles_are_said_to_be_few(classifier: Path, tmp_path: Path) -> N
     source = InputFiles(f"{tmp_path}/?.mrc").open(card, MATCHED, told.append)
     matched = match_spectra(source, "x", told.append)
     assert len({block.gain for block in matched.files}) == 1
-    assert any(f"1 of 1 spectra are of fewer than {FEW_CUBES} particles" in line for line in told)
+    assert any(f"1 of 1 spectra are of fewer than {FEW_CUBES} cubes" in line for line in told)
+
+
+def test_tomograms_of_few_particles_share_a_filter(classifier: Path, tmp_path: Path) -> None:
+    box = ModelCard.from_folder(classifier).box
+    card = with_spectrum(classifier, noise(8, box), tmp_path / "m")
+    write_stack(tmp_path / "s.mrcs", noise(50, box), card.voxel_size)
+    names = [f"{row + 1}@{tmp_path}/s.mrcs" for row in range(50)]
+    tomograms = [f"t{row}" if row < 20 else "large" for row in range(50)]
+    starfile.write(
+        pd.DataFrame({"rlnTomoName": tomograms, "rlnImageName": names}), tmp_path / "s.star"
+    )
+    source = InputFiles(str(tmp_path / "s.star")).open(card, MATCHED, lambda _: None)
+    assert [len(group) for group in group_by_spectrum(source)] == [30, 20]
+    assert len({block.gain for block in match_spectra(source, "x", lambda _: None).files}) == 2
 
 
 def test_what_cannot_be_read_is_a_fault_as_ever(classifier: Path, tmp_path: Path) -> None:
@@ -176,6 +198,126 @@ def test_what_cannot_be_read_is_a_fault_as_ever(classifier: Path, tmp_path: Path
     assert read_particles(tmp_path / "out.star").rows["cectflowClassNumber"].gt(0).sum() == 9
 
 
+def test_a_sample_that_is_unusable_is_not_all(classifier: Path, tmp_path: Path) -> None:
+    box = ModelCard.from_folder(classifier).box
+    cubes = noise(2 * SAMPLED_CUBES + 1, box)
+    card = with_spectrum(classifier, cubes, tmp_path / "m")
+    write_stack(tmp_path / "s.mrcs", coloured(cubes, -0.7), card.voxel_size)
+    with mrcfile.open(tmp_path / "s.mrcs", mode="r+") as file:
+        file.data[::2] = np.nan  # those that are drawn
+    source = InputFiles(str(tmp_path / "s.mrcs")).open(card, MATCHED, lambda _: None)
+    told: list[str] = []
+    (block,) = match_spectra(source, "x", told.append).files
+    assert block.gain is not None
+    with mrcfile.open(tmp_path / "s.mrcs", mode="r+") as file:
+        file.data[...] = np.nan
+    (block,) = match_spectra(source, "x", told.append).files
+    assert block.gain is None
+    assert (
+        f"1 of 1 spectra cannot be measured, of which the first is that of {tmp_path}" in told[-1]
+    )
+
+
+def interrupted(model: Path, table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prediction of 40 particles in blocks of 5 that ends after some."""
+    record = Journal.record
+
+    def stop(journal: Journal, number: int, content: Any) -> None:
+        record(journal, number, content)
+        if number == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "record", stop)
+        with pytest.raises(KeyboardInterrupt):
+            classify(model, table, out, MATCHED, block_size=5)
+
+
+def test_a_rerun_filters_as_was_begun(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = ModelCard.from_folder(classifier).box
+    cubes = noise(40, box)
+    card = with_spectrum(classifier, cubes, tmp_path / "m")
+    for name, part, slope in (("a", cubes[:20], 0.5), ("b", cubes[20:], -0.7)):
+        write_stack(tmp_path / f"{name}.mrcs", coloured(part, slope), card.voxel_size)
+
+    def name_tomograms(*tomograms: str) -> None:
+        names = [f"{row % 20 + 1}@{tmp_path}/{'ab'[row // 20]}.mrcs" for row in range(40)]
+        rows = {"rlnTomoName": np.repeat(tomograms, 40 // len(tomograms)), "rlnImageName": names}
+        starfile.write(pd.DataFrame(rows), tmp_path / "s.star", overwrite=True)
+
+    table, out = tmp_path / "s.star", tmp_path / "out.star"
+    name_tomograms("one", "two")
+    whole, _ = classify(tmp_path / "m", table, tmp_path / "whole.star", MATCHED)
+    interrupted(tmp_path / "m", table, out, monkeypatch)
+    with pytest.raises(ValueError, match=r"begun with another match_spectrum \(True, now False\)"):
+        classify(tmp_path / "m", table, out, InputOptions(), block_size=5)
+    name_tomograms("one")
+    with pytest.raises(ValueError, match="begun with another spectra"):
+        classify(tmp_path / "m", table, out, MATCHED, block_size=5)
+    name_tomograms("one", "two")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("cectflow.prediction.matching._measure", refuse)
+    again, told = classify(tmp_path / "m", table, out, MATCHED, block_size=5)
+    assert "going on: 4 of 8 blocks are finished" in told
+    np.testing.assert_allclose(again, whole, atol=1e-5)
+
+
+def test_a_file_of_many_filters_is_one_file(classifier: Path, tmp_path: Path) -> None:
+    box = ModelCard.from_folder(classifier).box
+    card = with_spectrum(classifier, noise(8, box), tmp_path / "m")
+    write_stack(tmp_path / "s.mrcs", noise(20, box), card.voxel_size)
+    names = [f"{row + 1}@{tmp_path}/s.mrcs" for row in range(20)]
+    rows = {"rlnTomoName": ["a", "b"] * 10, "rlnImageName": names}
+    starfile.write(pd.DataFrame(rows), tmp_path / "s.star")
+    told: list[str] = []
+    outputs = ClassOutputs(tmp_path / "out.star")
+    files = InputFiles(str(tmp_path / "s.star"))
+    plan_classes(str(tmp_path / "m"), files, outputs, MATCHED, told.append)
+    assert any("would classify 20 of 20 particles (files: 1, blocks: 1)" in line for line in told)
+    source = files.open(card, MATCHED, told.append)
+    assert match_spectra(source, "x", told.append).particles_per_file == {tmp_path / "s.mrcs": 20}
+
+
+def test_the_command_filters_and_says_so(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cubes = noise(16, ModelCard.from_folder(classifier).box)
+    card = with_spectrum(classifier, cubes, tmp_path / "m")
+    write_stack(tmp_path / "s.mrcs", coloured(cubes, -0.7), card.voxel_size)
+    arguments = [
+        "predict", "classify", "--model", str(tmp_path / "m"), "--subtomograms",
+        str(tmp_path / "s.mrcs"), "--device", "cpu", "--out",
+    ]  # fmt: skip
+    for name, flags, line in (
+        ("plain", [], f"warning: the power spectrum of {tmp_path}/s.mrcs is not that of"),
+        ("matched", ["--match-spectrum"], "spectrum: filtered to that of the training data, "),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, str(tmp_path / f"{name}.star"), *flags])
+        assert not stop.value.code
+        told = capsys.readouterr()
+        assert line in told.out + told.err
+
+
+def test_cubes_without_labels_are_matched_too(classifier: Path, tmp_path: Path) -> None:
+    cubes = noise(64, ModelCard.from_folder(classifier).box)
+    card = with_spectrum(classifier, cubes, tmp_path / "m")
+    write_stack(tmp_path / "s.mrcs", coloured(cubes, -0.7), card.voxel_size)
+    for options, tolerance in ((InputOptions(), 0.4), (MATCHED, 0.02)):
+        total = PowerSum(card.box)
+        found = find_unlabelled(str(tmp_path / "s.mrcs"), options, lambda _: None)
+        assert found is not None
+        assert ("--match-spectrum" in found.arguments) == options.match_spectrum
+        total.add(found.read(card).numpy())
+        differs = np.abs(total.power[1:] / np.array(card.spectrum)[1:] - 1).max()
+        assert (differs < 0.02) == (tolerance == 0.02)
+
+
 def test_a_warning_says_where_a_filter_is_of_use(classifier: Path, tmp_path: Path) -> None:
     card = ModelCard.from_folder(classifier)
     cubes = noise(24, card.box)
@@ -187,6 +329,13 @@ def test_a_warning_says_where_a_filter_is_of_use(classifier: Path, tmp_path: Pat
         )
         warned = [line for line in told if "give --match-spectrum" in line]
         assert len(warned) == (name == "other")
+        assert all(f"of {tmp_path}/other.mrcs is not that" in line for line in warned)
+    (tmp_path / "many").mkdir()
+    for name, slope in (("1", 0.0), ("2", 0.0), ("3", -0.7)):
+        own = tmp_path / "many" / f"{name}.mrcs"
+        write_stack(own, coloured(cubes, slope), card.voxel_size)
+    _, told = classify(tmp_path / "model", tmp_path / "many", tmp_path / "x.star", InputOptions())
+    assert sum(f"of {tmp_path}/many/3.mrcs is not that" in line for line in told) == 1
     _, told = classify(tmp_path / "model", tmp_path / "other.mrcs", tmp_path / "m.star", MATCHED)
     assert not any("give --match-spectrum" in line for line in told)
 
@@ -200,7 +349,7 @@ def test_a_card_without_a_spectrum_is_refused_before_work(
     shutil.copytree(segmenter, tmp_path / "semantic")
     card = ModelCard.from_folder(segmenter).model_copy(update={"task": "semantic"})
     (tmp_path / "semantic" / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
-    with pytest.raises(ValueError, match="whose spectrum is not matched: leave --match-spectrum"):
+    with pytest.raises(ValueError, match=r"does not state the spectrum .* train it again"):
         predict_segments(
             str(tmp_path / "semantic"), InputFiles(tomogram=tmp_path / "t.mrc"),
             WholeOutputs(tmp_path / "l.mrc"), MATCHED, print,
