@@ -324,7 +324,7 @@ def main() -> None:
       of their copies with random phases, and of simulated other complexes: the controls, without
       which the first say nothing. ``…_matched``: the cubes filtered to the spectrum of the
       simulated ones, also those that ``adapted`` was shown. ``real_top1``: of ``adapted`` so.
-      Wilson intervals.
+      ``…_of_TOMOGRAM``: of one of the two. Wilson intervals.
 
     Beside the table: accuracy against time, both confusion matrices, the reliability diagram of
     the student, and where both networks put the same test cubes.

@@ -46,7 +46,8 @@ def judge_ribosomes(bench: Bench) -> dict[str, float]:
     """How often cubes are called ribosomes: real ones, their noise, and other complexes.
 
     As they are, and filtered to the spectrum of the simulated ones as ``--match-spectrum`` does
-    (keys that end in ``_matched``). Nothing where the real data are absent.
+    (``…_matched``), in both tomograms together and in each (``…_of_TOMOGRAM``). Nothing where the
+    real data are absent.
     """
     if not DATA.is_dir():
         return {}
@@ -87,9 +88,11 @@ def judge_ribosomes(bench: Bench) -> dict[str, float]:
             for who, network in _train_for(bench, data, unlabelled, learned, suffix).items():
                 for what, (given, rank) in shown.items():
                     best = _ask(network, given).topk(rank, dim=1).indices
-                    tally = counts.setdefault(f"real_{what}_{who}{suffix}", [0, 0])
-                    tally[0] += int((best == ribosome).any(dim=1).sum())
-                    tally[1] += len(given)
+                    key = f"real_{what}_{who}{suffix}"
+                    for each in (key, f"{key}_of_{judged.partition('.')[0]}"):
+                        tally = counts.setdefault(each, [0, 0])
+                        tally[0] += int((best == ribosome).any(dim=1).sum())
+                        tally[1] += len(given)
     figures: dict[str, float] = {}
     for key, (hits, number) in counts.items():
         ends = binomtest(hits, number).proportion_ci(method="wilson")

@@ -23,7 +23,7 @@ from cectflow.cost import count_macs, count_parameters
 from cectflow.dataset import Dataset
 from cectflow.files import replacing
 from cectflow.flows.generalisation import evaluate_generalisation
-from cectflow.flows.picks import evaluate_picks
+from cectflow.flows.picks import PickEvaluation, evaluate_picks
 from cectflow.flows.simulation import load_structures, simulate_tomograms
 from cectflow.flows.training import Hardware, train_tomogram_segmenter
 from cectflow.learning.fit import FitRecipe, open_fabric
@@ -180,10 +180,14 @@ class Bench:
     def tests(self) -> dict[str, SimulationRecipe]:
         """Name → recipe of each test set."""
         sets = {f"snr_{snr:g}": self.simulation(snr=(snr, snr)) for snr in SNRS}
-        real = load_recipe("real").simulation
-        names = ("snr", "snr_stage", "ctf_correction", "microscope", "tilts")
-        sets["calibrated"] = self.simulation(**{name: getattr(real, name) for name in names})
-        return sets
+        return sets | {"calibrated": _imaged_as_real(self.simulation())}
+
+
+def _imaged_as_real(simulation: SimulationRecipe) -> SimulationRecipe:
+    """The recipe with noise, optics and tilts of the recipe ``real``."""
+    real = load_recipe("real").simulation
+    names = ("snr", "snr_stage", "ctf_correction", "microscope", "tilts")
+    return simulation.model_copy(update={name: getattr(real, name) for name in names})
 
 
 def main() -> None:
@@ -211,7 +215,8 @@ def main() -> None:
       picks by the compact segmenter, its start included; ``picks_f1_400kda``: complexes of
       400 kDa and more, class-agnostic, smaller ones neither hit nor miss, the threshold from
       another tomogram; ``tomogram_window_difference``: largest difference of probabilities
-      between three window sizes.
+      between three window sizes. ``picks_f1_400kda_other``: of a tomogram that is imaged as the
+      recipe ``real``, which has another spectrum; ``…_matched``: with ``--match-spectrum``.
     """
     options = parse_options(__doc__ or "", _add_options)
     cuda = options.device != "cpu" and torch.cuda.is_available()
@@ -462,23 +467,35 @@ def _tomogram(bench: Bench) -> dict[str, float]:
     registered = train_tomogram_segmenter(recipe, folder, bench.hardware)
     model = registered.trained.folder
     judged = simulation.model_copy(update={"snr": (0.1, 0.1)})
-    tuning, test = (
-        simulate_tomograms(judged, folder / name, count=1, shape=shape)[0]
-        for name, shape in (("tuning", plan.tuning_shape), ("test", plan.tomogram_shape))
-    )
-    small = [s.name for s in load_structures(simulation) if s.mass_kda < LARGE_KDA]
-    _segment(model, tuning, "picks", "--min-score", "0")
-    tuned = evaluate_picks(
-        tuning / "particles.star", tuning / "picks.star", PICK_RADIUS, ignore=small,
-        tomogram=tuning / "tomogram.mrc",
+    tuning, test, other = (
+        simulate_tomograms(imaged, folder / name, count=1, shape=shape)[0]
+        for name, imaged, shape in (
+            ("tuning", judged, plan.tuning_shape), ("test", judged, plan.tomogram_shape),
+            ("other", _imaged_as_real(simulation), plan.tuning_shape),
+        )
     )  # fmt: skip
+    small = [s.name for s in load_structures(simulation) if s.mass_kda < LARGE_KDA]
+
+    def judge(tomogram: Path, picks: str) -> PickEvaluation:
+        return evaluate_picks(
+            tomogram / "particles.star", tomogram / f"{picks}.star", PICK_RADIUS, ignore=small,
+            tomogram=tomogram / "tomogram.mrc",
+        )  # fmt: skip
+
+    _segment(model, tuning, "picks", "--min-score", "0")
+    tuned = judge(tuning, "picks")
     assert tuned.threshold is not None
     least = tuned.threshold[0]
-    seconds, peak = _segment(model, test, "picks", "--min-score", f"{least:.4f}")
-    found = evaluate_picks(
-        test / "particles.star", test / "picks.star", PICK_RADIUS, ignore=small,
-        tomogram=test / "tomogram.mrc",
-    ).agreements["any"]  # fmt: skip
+    kept = ("--min-score", f"{least:.4f}")
+    seconds, peak = _segment(model, test, "picks", *kept)
+    found = judge(test, "picks").agreements["any"]
+    spectra: dict[str, float] = {}
+    for key, tomogram, options in (
+        ("matched", test, ("--match-spectrum",)), ("other", other, ()),
+        ("other_matched", other, ("--match-spectrum",)),
+    ):  # fmt: skip
+        _segment(model, tomogram, key, *kept, *options)
+        spectra[f"picks_f1_400kda_{key}"] = judge(tomogram, key).agreements["any"].f1
     card = registered.trained.card
     return {
         "tomogram_seconds": seconds,
@@ -490,6 +507,7 @@ def _tomogram(bench: Bench) -> dict[str, float]:
         "tomogram_iou_baseline": max(card.baselines.values()),
         "tomogram_cubes": float(plan.tomogram_epochs * plan.cubes),
         "picks_f1_400kda": found.f1,
+        **spectra,
         "picks_precision_400kda": found.precision,
         "picks_recall_400kda": found.recall,
         "picks_f4_400kda": found.f4,
