@@ -16,6 +16,7 @@ from cectflow.cli.output import print_json, print_table
 from cectflow.exit_codes import REFUSED
 
 if TYPE_CHECKING:
+    from cectflow.model_card import ModelCard
     from cectflow.tracking.record import Change
 
 __all__ = ["app"]
@@ -59,20 +60,22 @@ def models_show(
     json: JsonOption = False,
 ) -> None:
     """Print a version's card, verdicts and history."""
-    facts = _describe_model(model, tracking_uri)
+    facts, card = _describe_model(model, tracking_uri)
     if json:
-        print_json(facts)
+        print_json(facts | {"card": card.model_dump(mode="json")})
         return
+    from cectflow.cli.card import card_rows
+
     rows = [(key, value) for key, value in facts.items() if isinstance(value, str)]
     rows += [("stages", ", ".join(facts["stages"]))] if "stages" in facts else []
     tags = facts.get("origin", {}) | facts.get("verdicts", {})
-    rows += [*tags.items(), *((key, str(value)) for key, value in facts["card"].items())]
+    rows += [*tags.items(), *card_rows(card)]
     rows += [(f"{c['time']} {c['action']}", f"version {c['version']} {c['stage']} {c['reason']}")
              for c in facts.get("history", ())]  # fmt: skip
     print_table(("", ""), rows)
 
 
-def _describe_model(model: str, tracking_uri: str | None) -> dict[str, Any]:
+def _describe_model(model: str, tracking_uri: str | None) -> tuple[dict[str, Any], ModelCard]:
     from cectflow.model_card import CARD_FILE, ModelCard
 
     folder = Path(model)
@@ -81,7 +84,7 @@ def _describe_model(model: str, tracking_uri: str | None) -> dict[str, Any]:
 
         label = open_model_folder(folder)
         card = ModelCard.from_folder(folder)
-        return {"folder": str(folder), "model": label, "card": card.model_dump(mode="json")}
+        return {"folder": str(folder), "model": label}, card
     from cectflow.tracking.promotion import history
     from cectflow.tracking.registry import read_card
     from cectflow.tracking.runs import connect
@@ -89,7 +92,7 @@ def _describe_model(model: str, tracking_uri: str | None) -> dict[str, Any]:
 
     connect(tracking_uri)
     version = find_version(model)
-    return {
+    facts = {
         "version": version.label,
         "uri": version.uri,
         "stages": version.stages,
@@ -98,9 +101,9 @@ def _describe_model(model: str, tracking_uri: str | None) -> dict[str, Any]:
         "digest": version.tags.get("digest", ""),
         "origin": {k: v for k, v in version.tags.items() if k.startswith("origin.")},
         "verdicts": {k: v for k, v in version.tags.items() if k.startswith("verdict.")},
-        "card": read_card(version).model_dump(mode="json"),
         "history": history(version.name),
     }
+    return facts, read_card(version)
 
 
 @app.command("lineage")

@@ -77,7 +77,7 @@ RescaleOption = Annotated[
 MatchSpectrumOption = Annotated[
     bool,
     typer.Option(
-        "--match-spectrum", help="Filter each tomogram's cubes to the training data's power."
+        "--match-spectrum", help="Filter each tomogram to the training data's power spectrum."
     ),
 ]
 CoordsOption = Annotated[
