@@ -324,7 +324,8 @@ def main() -> None:
       of their copies with random phases, and of simulated other complexes: the controls, without
       which the first say nothing. ``…_matched``: the cubes filtered to the spectrum of the
       simulated ones, also those that ``adapted`` was shown. ``real_top1``: of ``adapted`` so.
-      ``…_of_TOMOGRAM``: of one of the two. Wilson intervals.
+      ``…_of_TOMOGRAM``: of one of the two; ``…_seed_N``: by networks of another seed. Wilson
+      intervals.
 
     Beside the table: accuracy against time, both confusion matrices, the reliability diagram of
     the student, and where both networks put the same test cubes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,8 @@ def judge_ribosomes(bench: Bench) -> dict[str, float]:
     """How often cubes are called ribosomes: real ones, their noise, and other complexes.
 
     As they are, and filtered to the spectrum of the simulated ones as ``--match-spectrum`` does
-    (``…_matched``), in both tomograms together and in each (``…_of_TOMOGRAM``). Nothing where the
-    real data are absent.
+    (``…_matched``), in both tomograms together and in each (``…_of_TOMOGRAM``), by networks of the
+    first seed and of others (``…_seed_N``). Nothing where the real data are absent.
     """
     if not DATA.is_dir():
         return {}
@@ -85,11 +85,15 @@ def judge_ribosomes(bench: Bench) -> dict[str, float]:
                 "noise": (torch.from_numpy(copies)[:, None], 1),
                 "others": (others, 1),
             }
-            for who, network in _train_for(bench, data, unlabelled, learned, suffix).items():
-                for what, (given, rank) in shown.items():
+            for seed in bench.plan.seeds:
+                networks = _train_for(bench, data, unlabelled, learned, suffix, seed)
+                for (who, network), (what, (given, rank)) in product(
+                    networks.items(), shown.items()
+                ):
                     best = _ask(network, given).topk(rank, dim=1).indices
                     key = f"real_{what}_{who}{suffix}"
-                    for each in (key, f"{key}_of_{judged.partition('.')[0]}"):
+                    first = (key, f"{key}_of_{judged.partition('.')[0]}")
+                    for each in first if seed == bench.plan.seeds[0] else (f"{key}_seed_{seed}",):
                         tally = counts.setdefault(each, [0, 0])
                         tally[0] += int((best == ribosome).any(dim=1).sum())
                         tally[1] += len(given)
@@ -136,7 +140,7 @@ def _simulate_like(bench: Bench, source: Path, held_out: str, folder: Path) -> D
 
 
 def _train_for(
-    bench: Bench, data: Dataset, unlabelled: NDArray[np.float32], name: str, suffix: str
+    bench: Bench, data: Dataset, unlabelled: NDArray[np.float32], name: str, suffix: str, seed: int
 ) -> dict[str, nn.Module]:
     """Teacher, student, and the student that was shown real cubes as well."""
     labels = Classify(len(data.manifest.classes))
@@ -147,7 +151,10 @@ def _train_for(
     def trained(
         who: str, fit_recipe: FitRecipe, objective: Objective, seen: BatchSource
     ) -> nn.Module:
-        folder = bench.folder / "real" / name / who
+        fit_recipe = fit_recipe.model_copy(update={"seed": seed})
+        folder = (
+            bench.folder / "real" / name / (who if seed == bench.plan.seeds[0] else f"{who}-{seed}")
+        )
         network = make_network(fit_recipe, "classify", labels.num_outputs, data.manifest.box)
         fit(network, objective, seen, validation, fit_recipe, fabric=fabric, folder=folder,
             log=lambda metrics, step: print(who, step, metrics["validation_accuracy"]))  # fmt: skip
