@@ -159,6 +159,7 @@ ARMS: dict[str, Arm] = {
     "micro_live_distilled": _ours(MICRO, "live", soft=True),
     "dsrf3d_v2": Arm(PUBLISHED_TEACHER, budget="heavy"),
     "dsrf3d_v2_long": Arm(PUBLISHED_TEACHER, budget="long"),
+    "dsrf3d_v2_bn_long": Arm(NORMED_TEACHER, budget="long"),
 }
 """In the order in which they are trained: a run that is broken off has the figures that count."""
 
