@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 
 import cectflow
 from cectflow.config import Config
-from cectflow.spectrum import num_shells
 
 __all__ = [
     "Contrast",
@@ -232,6 +231,8 @@ class ModelCard(Config):
     @model_validator(mode="after")
     def _check_spectrum(self) -> ModelCard:
         if self.spectrum is not None:
+            from cectflow.spectrum import num_shells  # NumPy, which a card does without
+
             expected = num_shells(self.box)
             if len(self.spectrum) != expected:
                 msg = (

@@ -33,6 +33,8 @@ __all__ = [
 LARGEST_GAIN = 10.0
 """Of an amplitude, over that of most shells. Those that hold next to nothing, beyond what tilt
 images fill, stay so."""
+COUNTED_VARIANCE = 0.99
+"""Share of the wanted variance that most shells have."""
 AXES = (-3, -2, -1)
 """z, y, x."""
 
@@ -126,10 +128,25 @@ class PowerSum:
         np.divide(wanted, given, out=ratio, where=given > 0)
         # Cubes whose background has nearly all of their variance have little elsewhere, and those
         # resampled from larger voxels next to nothing in the outer shells: most have neither.
-        usual = np.quantile(ratio[1 : self.box // 2 + 1], 0.25, method="lower")
+        usual = np.quantile(ratio[_shells_that_count(wanted, self.box)], 0.25, method="lower")
         ratio = np.minimum(ratio, LARGEST_GAIN**2 * usual)
         ratio[0] = 1.0
         return tuple(np.sqrt(ratio).tolist())
+
+
+def _shells_that_count(
+    wanted: Float[NDArray[np.float64], " shell"], box: int
+) -> Int[NDArray[np.int64], " counted"]:
+    """Fewest shells, of those that no corner cuts, that have nearly all of the wanted variance.
+
+    Of training data without noise, or that were low-passed, that is not most shells.
+    """
+    numbers, counts = _half_spectrum(box)
+    variance = (wanted * np.bincount(numbers, counts))[1 : box // 2 + 1]
+    order = np.argsort(-variance, kind="stable")
+    sums = np.cumsum(variance[order])
+    few = int(np.searchsorted(sums, COUNTED_VARIANCE * sums[-1])) + 1
+    return order[:few] + 1
 
 
 @lru_cache(maxsize=8)

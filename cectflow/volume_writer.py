@@ -6,6 +6,7 @@ Whatever is written appears under its name only when it is complete
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -188,13 +189,14 @@ def create_scratch(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDAr
     OSError
         If the disk has no room, with what is needed and what is free.
     """
-    array = np.memmap(path, np.dtype(dtype), "w+", shape=shape)
     try:
+        array = np.memmap(path, np.dtype(dtype), "w+", shape=shape)
         _reserve(path)
     except OSError as error:
+        needed = math.prod(shape) * np.dtype(dtype).itemsize
         free = shutil.disk_usage(path.parent).free
         msg = (
-            f"what lies between input and output needs {array.nbytes / 1e6:.3f} MB in "
+            f"what lies between input and output needs {needed / 1e6:.3f} MB in "
             f"{path.parent}, {free / 1e6:.3f} MB are free ({error.strerror}): make room, then give "
             "the same command again"
         )

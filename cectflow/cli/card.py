@@ -9,20 +9,28 @@ from cectflow.model_card import Cost, ModelCard, Picking, Score, Trust, VariantF
 
 __all__ = ["card_rows"]
 
-UNITS = {"voxel_size": "Å", "jitter": "Å", "box": "voxels"}
+UNITS = {"voxel_size": "Å", "jitter": "Å", "box": "voxels", "tilt_range": "°"}
+UNKNOWN = {
+    "snr": "noise-free or unknown",
+    "spectrum": "unknown: --match-spectrum cannot be used",
+    "occupancy": "unknown",
+}
+"""What decides whether a model fits the data: said where the card does not know it, too."""
 
 
 def card_rows(card: ModelCard) -> list[tuple[str, str]]:
-    """Name and value of all that the card states, in its order.
+    """Name and value of what the card states, in its order; long lists and fits summed up.
 
     Parameters
     ----------
     card
-        Of any model; what it does not know is left out.
+        Of any model; what it does not have is left out, or said to be unknown.
     """
     rows: list[tuple[str, str]] = []
     for name in type(card).model_fields:
         value = getattr(card, name)
+        if value is None and name in UNKNOWN:
+            rows.append((name, UNKNOWN[name]))
         if value is None or value in ((), {}):
             continue
         describe = DESCRIBED.get(name)
@@ -40,7 +48,7 @@ def _plain(name: str, value: Any) -> str:
 
 
 def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _interval(score: Score) -> str:
@@ -75,8 +83,9 @@ def _describe_trust(trust: Trust) -> Iterator[tuple[str, str]]:
     yield (
         "trust",
         f"temperature {trust.temperature:.3g}: calibration error {trust.ece_before:.3g}, then "
-        f"{trust.ece_after:.3g}; of known classes {_interval(trust.true_positive_rate)} are not "
-        f"unknown, by {trust.unknown_score}",
+        f"{trust.ece_after:.3g}; unknown below a {trust.unknown_score} of "
+        f"{trust.unknown_threshold:.4g}, where {_interval(trust.true_positive_rate)} of known "
+        f"classes are not ({trust.validation_cubes} validation cubes)",
     )
 
 
@@ -84,11 +93,18 @@ def _describe_cost(cost: Cost) -> Iterator[tuple[str, str]]:
     yield "cost", f"{cost.parameters:,} parameters, {cost.macs / 1e6:.4g} M multiplications"
     for name, size in cost.weights_bytes.items():
         yield f"cost {name}", f"{size / 1e6:.3g} MB"
+    if not cost.timings:  # of a card that was written before there were some
+        yield (
+            "cost speed",
+            f"{cost.subtomograms_per_s:.4g} per second in batches of {cost.batch_size} "
+            f"({cost.device}, threads: {cost.threads})",
+        )
     for timing in cost.timings:
         memory = "" if timing.peak_memory_mb is None else f", {timing.peak_memory_mb:.0f} MB"
         yield (
             f"cost {timing.runtime} {timing.variant}",
-            f"{timing.subtomograms_per_s:.4g} per second, {timing.latency_ms:.3g} ms a batch of "
+            f"{timing.subtomograms_per_s:.4g} per second, {timing.latency_ms:.3g} ms "
+            f"({timing.latency_ms_low:.3g} to {timing.latency_ms_high:.3g}) a batch of "
             f"{timing.batch_size} ({timing.device}, threads: {timing.threads}{memory})",
         )
 
@@ -98,8 +114,9 @@ def _describe_variants(variants: dict[str, VariantFigures]) -> Iterator[tuple[st
         same = "" if found.agreement is None else f", the same answer for {found.agreement:.1%}"
         yield (
             f"variants {name}",
-            f"{_interval(found.score)}, {found.difference.value:+.3g} to float32{same}; "
-            f"{found.speedup:.3g} times as fast ({found.runtime}, threads: {found.threads})",
+            f"{_interval(found.score)}, {found.difference.value:+.3g} to float32{same}; logits "
+            f"differ by {found.parity:.3g} at most; {found.speedup:.3g} times as fast "
+            f"({found.runtime}, threads: {found.threads})",
         )
 
 

@@ -26,8 +26,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(title, overflow="fold")  # a digest is of no use with an ellipsis
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(emoji=False)
     if not console.is_terminal:
         # Pipes and log files have no width: a table there must not be cut to 80 columns.
-        console = Console(width=240)
+        console = Console(width=240, emoji=False)
     console.print(table, markup=False)

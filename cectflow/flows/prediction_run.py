@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from cectflow.prediction.classify import BLOCK_SIZE, Classification
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
 from cectflow.prediction.outputs import ClassOutputs, summarise
+from cectflow.prediction.source import Block
 from cectflow.tracking.registry import find_version
 from cectflow.tracking.runs import Run
 
@@ -87,13 +88,7 @@ def log_classes(
         "classes.json",
     )
     if options.match_spectrum:
-        run.log_json(
-            [
-                {"file": str(block.path), "particles": len(block), "gain": block.gain}
-                for block in outcome.source.files
-            ],
-            "spectra.json",
-        )
+        run.log_json(_describe_filters(outcome.source.files), "spectra.json")
     for path in (outputs.star, outputs.table, outputs.summary, outputs.failures):
         if path is not None and path.is_file():
             run.log_files(path)
@@ -148,6 +143,19 @@ def log_segments(
         if path is not None and path.is_file():
             run.log_files(path)
     return complete
+
+
+def _describe_filters(blocks: Iterable[Block]) -> list[dict[str, object]]:
+    """Each filter once, small tomograms share one, with its particles and their files."""
+    particles: dict[tuple[float, ...] | None, int] = {}
+    files: dict[tuple[float, ...] | None, dict[str, None]] = {}
+    for block in blocks:
+        particles[block.gain] = particles.get(block.gain, 0) + len(block)
+        files.setdefault(block.gain, {})[str(block.path)] = None
+    return [
+        {"gain": gain, "particles": count, "files": [*files[gain]]}
+        for gain, count in particles.items()
+    ]
 
 
 def _log_inputs(run: Run, files: InputFiles, volumes: Mapping[Path, int | None]) -> None:

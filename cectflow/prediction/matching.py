@@ -5,6 +5,7 @@ Where it is not asked for, a sample is looked at, and a warning tells where it w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -141,9 +142,12 @@ def match_spectra(
     """
     wanted = require_spectrum(source.card, label)
     groups = group_by_spectrum(source)
-    gains = None if journal is None else _noted(journal, groups, len(wanted))
-    if gains is None:
-        gains = _measure_gains(source, groups, wanted)
+    gains = _noted(journal, groups, len(wanted))
+    missing = [place for place, gain in enumerate(gains) if gain is None]
+    if missing:
+        measured = _measure_gains(source, [groups[place] for place in missing], wanted)
+        for place, gain in zip(missing, measured, strict=True):
+            gains[place] = gain
         if journal is not None:
             journal.note(NOTE, gains)
     few = sum(len(group) < FEW_CUBES for group in groups)
@@ -215,15 +219,24 @@ def with_gains(
 
 
 def _noted(
-    journal: Journal, groups: Sequence[SpectrumGroup], shells: int
-) -> list[tuple[float, ...] | None] | None:
-    """Gains that an earlier run has measured; None: there are none."""
-    content = journal.noted(NOTE)
+    journal: Journal | None, groups: Sequence[SpectrumGroup], shells: int
+) -> list[tuple[float, ...] | None]:
+    """Gain of each group that an earlier run has measured; None: it has not, or could not."""
+    content = None if journal is None else journal.noted(NOTE)
+    unknown: list[tuple[float, ...] | None] = [None] * len(groups)
     if not isinstance(content, list) or len(content) != len(groups):
-        return None
-    if not all(gain is None or len(gain) == shells for gain in content):
-        return None
-    return [None if gain is None else tuple(map(float, gain)) for gain in content]
+        return unknown
+    try:
+        gains = [None if gain is None else tuple(map(float, gain)) for gain in content]
+    except (TypeError, ValueError):
+        return unknown
+    if not all(gain is None or _is_gain(gain, shells) for gain in gains):
+        return unknown
+    return gains
+
+
+def _is_gain(gain: tuple[float, ...], shells: int) -> bool:
+    return len(gain) == shells and all(0 <= each < math.inf for each in gain)
 
 
 def _measure_gains(
@@ -297,9 +310,10 @@ def warn_of_other(
     """
     if _unlikeness(measured, wanted) > LIKE:
         gain = _in_band([measured.gain_to(wanted)], measured.box)
+        largest = f"{1 / gain.min():.2f}" if gain.min() > 1e-3 else "more than 1000"
         report(
             f"warning: the power spectrum of {what} is not that of the training data (amplitudes "
-            f"differ by factors of {1 / gain.max():.2f} to {1 / gain.min():.2f} between {BAND[0]} "
+            f"differ by factors of {1 / gain.max():.2f} to {largest} between {BAND[0]} "
             f"and {BAND[1]} cycles per voxel, {measured.num_cubes} cubes): give --match-spectrum, "
             "or calibrate the recipe on these data"
         )

@@ -37,6 +37,7 @@ __all__ = [
     "require_room",
     "resample",
     "slabs",
+    "unmatchable",
 ]
 
 SLAB_VOXELS = 2**22
@@ -268,14 +269,26 @@ def check_tomogram(path: Path, card: ModelCard, options: InputOptions) -> tuple[
     Raises
     ------
     TomogramError
-        If it cannot be read, or the voxel size is not the card's and rescaling was not asked for.
+        If it cannot be read, the voxel size is not the card's and rescaling was not asked for, or
+        it is too thin for the filter that was.
     """
     with costs_itself(path):
         shape, voxel_size = read_header(path, voxel_size=options.voxel_size)
-        if same_voxel_size(voxel_size, card.voxel_size):
-            return shape
-        require_rescale(voxel_size, card, options)
-        return _resampled_shape(shape, voxel_size, card.voxel_size)
+        if not same_voxel_size(voxel_size, card.voxel_size):
+            require_rescale(voxel_size, card, options)
+            shape = _resampled_shape(shape, voxel_size, card.voxel_size)
+        if options.match_spectrum and min(shape) < card.box:
+            raise unmatchable(path, shape, card.box)
+        return shape
+
+
+def unmatchable(path: Path, shape: tuple[int, int, int], box: int) -> TomogramError:
+    """What is said where no cube can be taken from a tomogram to measure its spectrum."""
+    return TomogramError(
+        f"{path}: a spectrum is measured on cubes of {box} voxels that vary and hold no padding, "
+        f"of which there is none in {_times(shape)} voxels (z, y, x): segment it without "
+        "--match-spectrum, to another --out"
+    )
 
 
 @contextmanager

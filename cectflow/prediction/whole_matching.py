@@ -28,11 +28,11 @@ from cectflow.prediction.matching import (
 )
 from cectflow.prediction.tomogram import (
     SLAB_VOXELS,
-    TomogramError,
     WholeTomogram,
     remeasured,
     require_room,
     slabs,
+    unmatchable,
 )
 from cectflow.prediction.windows import Region
 from cectflow.progress import track
@@ -93,17 +93,13 @@ def match_tomogram(
     ValueError
         If the card does not state the spectrum of the training data.
     TomogramError
-        If no cube of the card's box fits beside the padding, or there is no room for the copy.
+        If no cube of the card's box fits beside the padding and varies, or there is no room for the
+        copy.
     """
     wanted = require_spectrum(card, label)
     measured = _measure(tomogram, card.box, SAMPLED_CUBES)
     if not measured.num_cubes:
-        msg = (
-            f"{tomogram.path}: a spectrum is measured on cubes of {card.box} voxels without "
-            f"padding, and none fits into {'x'.join(map(str, tomogram.shape))} voxels (z, y, x): "
-            "leave --match-spectrum out"
-        )
-        raise TomogramError(msg)
+        raise unmatchable(tomogram.path, tomogram.shape, card.box)
     gain = measured.gain_to(wanted)
     tell_gains([gain], card.box, report, few=int(measured.num_cubes < FEW_CUBES))
     filtered = filter_tomogram(tomogram, gain, card.box, folder)
@@ -166,15 +162,17 @@ def filter_tomogram(
 
 
 def _measure(tomogram: WholeTomogram, box: int, most: int) -> PowerSum:
-    """Power of so many cubes at most that lie side by side, evenly spread, and hold no padding."""
+    """Power of so many cubes at most, evenly spread from face to face, that hold no padding."""
+    total = PowerSum(box)
+    if min(tomogram.shape) < box:
+        return total
     starts = [
-        np.linspace(0, length - box, length // box).round().astype(int).tolist()
+        np.linspace(0, length - box, -(-length // box)).round().astype(int).tolist()
         for length in tomogram.shape
     ]
     regions = [_cube(start, box) for start in product(*starts)]
     if tomogram.padding is not None:
         regions = [region for region in regions if not tomogram.padding.mask(region).any()]
-    total = PowerSum(box)
     if regions:
         chosen = np.linspace(0, len(regions) - 1, min(len(regions), most)).round().astype(int)
         for place in chosen.tolist():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from cectflow.model_card import CARD_FILE, ModelCard
 from cectflow.particles import make_particle_rows, particles_from, read_particles
 from cectflow.prediction.contract import InputOptions
 from cectflow.prediction.inputs import InputFiles
-from cectflow.prediction.journal import Journal
+from cectflow.prediction.journal import Journal, journal_folder
 from cectflow.prediction.matching import (
     FEW_CUBES,
     SAMPLED_CUBES,
@@ -265,6 +267,22 @@ def test_a_rerun_filters_as_was_begun(
     again, told = classify(tmp_path / "m", table, out, MATCHED, block_size=5)
     assert "going on: 4 of 8 blocks are finished" in told
     np.testing.assert_allclose(again, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [None, "a", [1.0], math.nan, -1.0])
+def test_a_damaged_note_is_measured_again(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: object
+) -> None:
+    cubes = noise(40, ModelCard.from_folder(classifier).box)
+    card = with_spectrum(classifier, cubes, tmp_path / "m")
+    write_stack(tmp_path / "s.mrcs", coloured(cubes, 0.5), card.voxel_size)
+    whole, _ = classify(tmp_path / "m", tmp_path / "s.mrcs", tmp_path / "whole.star", MATCHED)
+    for number, damaged in enumerate(([value], [[value] * len(card.spectrum or ())])):
+        out = tmp_path / f"out{number}.star"
+        interrupted(tmp_path / "m", tmp_path / "s.mrcs", out, monkeypatch)
+        (journal_folder(out) / "spectra.json").write_text(json.dumps(damaged))
+        again, _ = classify(tmp_path / "m", tmp_path / "s.mrcs", out, MATCHED, block_size=5)
+        np.testing.assert_allclose(again, whole, atol=1e-5)
 
 
 def test_a_file_of_many_filters_is_one_file(classifier: Path, tmp_path: Path) -> None:

@@ -12,7 +12,12 @@ from test_whole import SHAPE, VOXEL, finder, run, semantic_card, silent, specime
 from cectflow.model_card import ModelCard
 from cectflow.prediction import whole_matching
 from cectflow.prediction.contract import InputOptions
-from cectflow.prediction.tomogram import TomogramError, WholeTomogram, open_tomogram
+from cectflow.prediction.tomogram import (
+    TomogramError,
+    WholeTomogram,
+    check_tomogram,
+    open_tomogram,
+)
 from cectflow.prediction.whole import WholeOptions
 from cectflow.prediction.whole_matching import filter_tomogram, match_tomogram
 from cectflow.spectrum import PowerSum, gain_at, num_shells
@@ -133,14 +138,30 @@ def test_a_rescaled_tomogram_is_filtered_at_the_cards_voxel_size(tmp_path: Path)
     assert outcome.picks is not None
 
 
+@pytest.mark.parametrize("depth", [BOX + 1, 2 * BOX - 1, 2 * BOX])
+def test_a_thin_tomogram_is_measured_through_its_whole_depth(tmp_path: Path, depth: int) -> None:
+    data = specimen()[:depth]
+    data[: depth // 2] += np.random.default_rng(3).normal(0.0, 2.0, data[: depth // 2].shape)
+    card, filtered = card_like(specimen()), []
+    for name, voxels in (("up", data), ("down", data[::-1])):
+        path = store(tmp_path / f"{name}.mrc", np.ascontiguousarray(voxels))
+        tomogram = opened(path, card, tmp_path / name)
+        matched = match_tomogram(tomogram, card, "x", tmp_path / name, silent)
+        filtered.append(matched.read(tuple(slice(0, n) for n in voxels.shape)))
+    np.testing.assert_allclose(filtered[0], filtered[1][::-1], atol=1e-3)
+
+
 def test_what_cannot_be_matched_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = specimen()
     path = store(tmp_path / "t.mrc", data)
     with pytest.raises(ValueError, match=r"does not state the spectrum .* train it again"):
         run(path, network=finder(semantic_card()), options=MATCHED)
     thin = store(tmp_path / "short.mrc", data[: BOX - 1])
-    with pytest.raises(TomogramError, match="none fits into 7x70x46 voxels"):
+    with pytest.raises(TomogramError, match="there is none in 7x70x46 voxels"):
         run(thin, "out", network=finder(card_like(data)), options=MATCHED)
+    with pytest.raises(TomogramError, match="without --match-spectrum, to another --out"):
+        check_tomogram(thin, card_like(data), MATCHED)  # by its header
+    check_tomogram(thin, card_like(data), InputOptions())
     run(thin, "out", network=finder(card_like(data)))  # unmatched, nothing is judged
     tomogram = opened(path, semantic_card(), tmp_path / "f")
     monkeypatch.setattr(
