@@ -114,7 +114,7 @@ def test_evaluate_promote_and_predict_alone(
     out = road.folder / "alone.star"
     output = road.mlflow_run(
         "predict", code=1, subtomograms=str(road.folder / "cubes/*.mrcs"), out=str(out),
-        table=str(road.folder / "alone.parquet"), block_size="16",
+        table=str(road.folder / "alone.parquet"), block_size="16", match_spectrum="true",
     )  # fmt: skip
     assert "1 of" in output
     assert "could not be predicted" in output
@@ -129,7 +129,7 @@ def test_evaluate_promote_and_predict_alone(
     assert run.data.tags["input_model"] == "models:/cectflow-student/1"
     assert logged_files(road, run) == {
         "alone.star", "alone.parquet", "alone_summary.png", "alone_failures.csv", "classes.json",
-        "volumes.json",
+        "spectra.json", "volumes.json",
     }  # fmt: skip
     (given,) = client_of(road).get_run(run.info.run_id).inputs.dataset_inputs
     assert given.dataset.name == "00000.mrcs"
