@@ -68,6 +68,8 @@ PUBLISHED_STUDENT = FitRecipe(
 )  # fmt: skip
 MSE = DistillationLoss(mse=1.0)
 TEACHER = "dsrf3d_v2_bn"
+STRONG = "dsrf3d_v2_bn_long"
+"""The same with the students' budget."""
 MICRO = "strided_micro"
 PAIR = ("micro_long_labels", "micro_long_distilled")
 SHIPPED = "nano_long_ensemble"
@@ -159,7 +161,9 @@ ARMS: dict[str, Arm] = {
     "micro_live_distilled": _ours(MICRO, "live", soft=True),
     "dsrf3d_v2": Arm(PUBLISHED_TEACHER, budget="heavy"),
     "dsrf3d_v2_long": Arm(PUBLISHED_TEACHER, budget="long"),
-    "dsrf3d_v2_bn_long": Arm(NORMED_TEACHER, budget="long"),
+    STRONG: Arm(NORMED_TEACHER, budget="long"),
+    "nano_long_strong": _ours(STUDENT, "10k", soft=True, budget="long", teachers=(STRONG,)),
+    "micro_long_strong": _ours(MICRO, "10k", soft=True, budget="long", teachers=(STRONG,)),
 }
 """In the order in which they are trained: a run that is broken off has the figures that count."""
 
