@@ -144,8 +144,8 @@ ARMS: dict[str, Arm] = {
     "micro_1k_distilled": _ours(MICRO, "1k", soft=True, seeds=3),
     "nano_long_distilled": _ours(STUDENT, "10k", soft=True, budget="long"),
     "micro_long_distilled": _ours(MICRO, "10k", soft=True, budget="long"),
-    "nano_long_labels": _ours(STUDENT, "10k", soft=False, budget="long"),
-    "micro_long_labels": _ours(MICRO, "10k", soft=False, budget="long"),
+    "nano_long_labels": _ours(STUDENT, "10k", soft=False, seeds=3, budget="long"),
+    "micro_long_labels": _ours(MICRO, "10k", soft=False, seeds=3, budget="long"),
     "nano_long_ensemble": _ours(STUDENT, "10k", soft=True, budget="long", teachers=PAIR),
     "student_1": _published("student_1"),
     "student_2": _published("student_2"),
@@ -162,8 +162,10 @@ ARMS: dict[str, Arm] = {
     "dsrf3d_v2": Arm(PUBLISHED_TEACHER, budget="heavy"),
     "dsrf3d_v2_long": Arm(PUBLISHED_TEACHER, budget="long"),
     STRONG: Arm(NORMED_TEACHER, budget="long"),
-    "nano_long_strong": _ours(STUDENT, "10k", soft=True, budget="long", teachers=(STRONG,)),
-    "micro_long_strong": _ours(MICRO, "10k", soft=True, budget="long", teachers=(STRONG,)),
+    "nano_long_strong": _ours(
+        STUDENT, "10k", soft=True, seeds=3, budget="long", teachers=(STRONG,)
+    ),
+    "micro_long_strong": _ours(MICRO, "10k", soft=True, seeds=3, budget="long", teachers=(STRONG,)),
 }
 """In the order in which they are trained: a run that is broken off has the figures that count."""
 
@@ -312,7 +314,11 @@ def main() -> None:
       ``distillation_gain_long`` (10 k labels, ``cubes_long``): distilled minus from labels alone,
       paired over fields, seeds averaged. The teacher is :data:`TEACHER`, but in ``…_long`` the
       ensemble :data:`PAIR`: beside the first, a weak one for a student that trains five times as
-      long, stands ``…_long_weak``.
+      long, stands ``…_long_weak``; ``…_long_nano`` and ``…_long_micro`` are taught by
+      :data:`STRONG`, seeds averaged, ``nano_minus_strong`` and ``micro_minus_strong`` compared
+      with it.
+    - ``seed_sd_NAME``: standard deviation of the accuracy over seeds, which intervals over fields
+      know nothing of.
     - ``per_s_NAME_RUNTIME_VARIANT``: cubes of 40³ per second, batches of 16, all by turns, on
       ``threads`` threads; ``speedup_NAME_RUNTIME`` over ``dsrf3d_v2`` in the same runtime, float32;
       ``speedup_cpu`` and ``speedup_student_1``: in openvino, the fastest; ``parameters_ratio``;
@@ -398,6 +404,10 @@ def _accuracies(bench: Bench, arms: Sequence[str]) -> dict[str, float]:
             test: np.mean([np.array(r.predicted[test]) == split.class_ids for r in runs], axis=0)
             for test, split in splits.items()
         }
+        if len(runs) > 1:
+            answers = np.array([run.predicted[HEADLINE] for run in runs])
+            accuracies = (answers == splits[HEADLINE].class_ids).mean(axis=1)
+            figures[f"seed_sd_{name}"] = float(accuracies.std(ddof=1))
         for test, split in splits.items():
             suffix = "" if test == HEADLINE else f"_{test}"
             figures |= _interval(f"accuracy_{name}{suffix}", right[name][test], split.fields)
@@ -420,6 +430,10 @@ def _accuracies(bench: Bench, arms: Sequence[str]) -> dict[str, float]:
     figures |= difference("distillation_gain", "micro_10k_distilled", "micro_10k_labels")
     figures |= difference("distillation_gain_long", student, labels)
     figures |= difference("distillation_gain_long_weak", "nano_long_distilled", labels)
+    for name in ("nano", "micro"):
+        taught = f"{name}_long_strong"
+        figures |= difference(f"distillation_gain_long_{name}", taught, f"{name}_long_labels")
+        figures |= difference(f"{name}_minus_strong", taught, STRONG)
     for cubes in ("1k", "live"):
         figures |= difference(
             f"distillation_gain_{cubes}", f"micro_{cubes}_distilled", f"micro_{cubes}_labels"
