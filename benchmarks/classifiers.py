@@ -46,7 +46,7 @@ class Plan:
         Fields of the train split that are the thousand labelled cubes.
     snr_fields
         Of each further test set.
-    heavy, light, long
+    heavy, light, long, patient
         Cubes shown in all, to networks that are slow to train and to ours.
     epoch
         Live cubes of an epoch.
@@ -63,6 +63,7 @@ class Plan:
     heavy: int = 20_000
     light: int = 20_000
     long: int = 100_000
+    patient: int = 500_000
     epoch: int = 10_000
     imitated: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -71,10 +72,10 @@ class Plan:
 CPU = Plan()
 GPU = Plan(
     box=40, voxel_size=10.0, field_shape=(64, 112, 112), fields=(120, 10, 54), few=12,
-    heavy=200_000, light=200_000, long=1_000_000,
+    heavy=200_000, light=200_000, long=1_000_000, patient=5_000_000,
 )  # fmt: skip
-QUICK = Plan(fields=(12, 3, 4), few=4, snr_fields=2, heavy=700, light=1400, long=2800, epoch=700,
-    imitated=4, seeds=(0,),
+QUICK = Plan(fields=(12, 3, 4), few=4, snr_fields=2, heavy=700, light=1400, long=2800, patient=4200,
+    epoch=700, imitated=4, seeds=(0,),
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,8 @@ class Arm:
         ``1k`` or ``10k`` labelled cubes that come again and again, or ``live`` ones that do not.
     budget
         Cubes shown in all: ``heavy`` to the papers' networks, ``light`` to ours, ``long`` to ours
-        in less time than ``heavy`` takes theirs.
+        in less time than ``heavy`` takes theirs, ``patient`` more, still in less time than ``long``
+        takes theirs.
     soft
         How it is distilled; None: from labels alone.
     weight
@@ -120,6 +122,11 @@ def _ours(
 ) -> Arm:  # fmt: skip
     fit = OURS.model_copy(update={"network": network})
     return Arm(fit, cubes, budget, SOFT if soft else None, seeds=seeds, teachers=teachers)
+
+
+def _taught(network: str, budget: str, *, seeds: int = 1) -> Arm:
+    """One of ours, taught by :data:`STRONG`."""
+    return _ours(network, "10k", soft=True, seeds=seeds, budget=budget, teachers=(STRONG,))
 
 
 def _published(student: str, *, survives: bool = False) -> Arm:
@@ -162,10 +169,13 @@ ARMS: dict[str, Arm] = {
     "dsrf3d_v2": Arm(PUBLISHED_TEACHER, budget="heavy"),
     "dsrf3d_v2_long": Arm(PUBLISHED_TEACHER, budget="long"),
     STRONG: Arm(NORMED_TEACHER, budget="long"),
-    "nano_long_strong": _ours(
-        STUDENT, "10k", soft=True, seeds=3, budget="long", teachers=(STRONG,)
-    ),
-    "micro_long_strong": _ours(MICRO, "10k", soft=True, seeds=3, budget="long", teachers=(STRONG,)),
+    "nano_long_strong": _taught(STUDENT, "long", seeds=3),
+    "micro_long_strong": _taught(MICRO, "long", seeds=3),
+    "small_long_strong": _taught("strided_small", "long"),
+    "nano_patient_strong": _taught(STUDENT, "patient"),
+    "micro_patient_strong": _taught(MICRO, "patient"),
+    "nano_patient_labels": _ours(STUDENT, "10k", soft=False, budget="patient"),
+    "micro_patient_labels": _ours(MICRO, "10k", soft=False, budget="patient"),
 }
 """In the order in which they are trained: a run that is broken off has the figures that count."""
 
@@ -300,8 +310,8 @@ def main() -> None:
     """Measure the parts asked for, and write all that the working folder has.
 
     Each training is a folder below ``--work``: a rerun goes on from its last epoch, and takes
-    finished ones as they are. ``cubes_heavy``, ``cubes_light`` and ``cubes_long`` are the budgets:
-    cubes shown in all to the papers' networks, and to ours.
+    finished ones as they are. ``cubes_heavy``, ``cubes_light``, ``cubes_long`` and
+    ``cubes_patient`` are the budgets: cubes shown in all to the papers' networks, and to ours.
 
     - ``accuracy_NAME``: on the test split, SNR 0.01 to 0.1, with its 95 % interval over fields
       (mean over seeds where there are several); ``…_snr_0.1`` …, ``…_calibrated``: of further
@@ -314,9 +324,8 @@ def main() -> None:
       ``distillation_gain_long`` (10 k labels, ``cubes_long``): distilled minus from labels alone,
       paired over fields, seeds averaged. The teacher is :data:`TEACHER`, but in ``…_long`` the
       ensemble :data:`PAIR`: beside the first, a weak one for a student that trains five times as
-      long, stands ``…_long_weak``; ``…_long_nano`` and ``…_long_micro`` are taught by
-      :data:`STRONG`, seeds averaged, ``nano_minus_strong`` and ``micro_minus_strong`` compared
-      with it.
+      long, stands ``…_long_weak``; ``…_nano_long_strong`` and so on are of
+      students taught by :data:`STRONG`. ``minus_strong_NAME``: an arm compared with it, paired.
     - ``seed_sd_NAME``: standard deviation of the accuracy over seeds, which intervals over fields
       know nothing of.
     - ``per_s_NAME_RUNTIME_VARIANT``: cubes of 40³ per second, batches of 16, all by turns, on
@@ -345,7 +354,7 @@ def main() -> None:
     bench = choose_bench(options)
     parts: dict[str, Callable[[Bench], dict[str, float]]] = {
         "costs": _costs,
-        "trainings": partial(_accuracies, arms=options.arms),
+        "trainings": partial(_accuracies, arms=options.arms, seeds=options.seeds),
         "shipped": _shipped,
         "real": judge_ribosomes,
         "figures": partial(_draw, stem=options.json),
@@ -371,6 +380,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS),
                         help="trainings to run and to tell of")  # fmt: skip
+    parser.add_argument("--seeds", type=int, help="of each training, at most")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -379,14 +389,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that simulate")
 
 
-def _accuracies(bench: Bench, arms: Sequence[str]) -> dict[str, float]:
-    """Of every arm on every test set, and the differences between arms."""
+def _accuracies(bench: Bench, arms: Sequence[str], seeds: int | None) -> dict[str, float]:
+    """Of arms on every test set, so many seeds of each at most, and the differences of arms."""
     plan, splits = bench.plan, {name: data.split("test") for name, data in bench.tests().items()}
     right: dict[str, dict[str, NDArray[np.float64]]] = {}
     figures = {
         "cubes_heavy": float(plan.heavy),
         "cubes_light": float(plan.light),
         "cubes_long": float(plan.long),
+        "cubes_patient": float(plan.patient),
         "labels_10k": float(len(bench.data().split("train"))),
         "test_cubes": float(len(splits[HEADLINE])),
         "test_fields": float(len(np.unique(splits[HEADLINE].fields))),
@@ -394,7 +405,7 @@ def _accuracies(bench: Bench, arms: Sequence[str]) -> dict[str, float]:
     for name in arms:
         arm = ARMS[name]
         try:
-            runs = [_train(bench, name, seed) for seed in plan.seeds[: arm.seeds]]
+            runs = [_train(bench, name, seed) for seed in plan.seeds[: arm.seeds][:seeds]]
         except DivergedError as error:
             print(f"{name} was given up: {error}", flush=True)
             figures[f"given_up_{name}"] = 1.0
@@ -430,10 +441,11 @@ def _accuracies(bench: Bench, arms: Sequence[str]) -> dict[str, float]:
     figures |= difference("distillation_gain", "micro_10k_distilled", "micro_10k_labels")
     figures |= difference("distillation_gain_long", student, labels)
     figures |= difference("distillation_gain_long_weak", "nano_long_distilled", labels)
-    for name in ("nano", "micro"):
-        taught = f"{name}_long_strong"
-        figures |= difference(f"distillation_gain_long_{name}", taught, f"{name}_long_labels")
-        figures |= difference(f"{name}_minus_strong", taught, STRONG)
+    for name, budget in product(("nano", "micro"), ("long", "patient")):
+        taught = f"{name}_{budget}_strong"
+        figures |= difference(f"distillation_gain_{taught}", taught, f"{name}_{budget}_labels")
+    for name in (each for each in right if each != STRONG):
+        figures |= difference(f"minus_strong_{name}", name, STRONG)
     for cubes in ("1k", "live"):
         figures |= difference(
             f"distillation_gain_{cubes}", f"micro_{cubes}_distilled", f"micro_{cubes}_labels"
