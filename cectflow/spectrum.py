@@ -34,7 +34,7 @@ LARGEST_GAIN = 10.0
 """Of an amplitude, over that of most shells. Those that hold next to nothing, beyond what tilt
 images fill, stay so."""
 COUNTED_VARIANCE = 0.99
-"""Share of the wanted variance that most shells have."""
+"""Share of the wanted variance that is in the shells among which most are counted."""
 AXES = (-3, -2, -1)
 """z, y, x."""
 

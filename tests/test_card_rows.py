@@ -7,6 +7,7 @@ from builders import make_card, make_trust
 from test_model_card import full_card
 
 from cectflow.cli.card import UNKNOWN, card_rows
+from cectflow.cli.output import print_table
 from cectflow.model_card import ModelCard, Picking
 from cectflow.spectrum import num_shells
 
@@ -35,6 +36,11 @@ def test_what_decides_is_readable() -> None:
         "0.9 (0.85 to 0.94), +0 to float32; logits differ by 0.1 at most; 2 times as fast "
         "(openvino, threads: 1)"
     )
+
+
+def test_a_name_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("class",), [("[red]",), (":smile:",)])
+    assert capsys.readouterr().out.split() == ["class", "[red]", ":smile:"]
 
 
 @pytest.mark.parametrize("card", [make_card(), full_card()], ids=["bare", "full"])

@@ -524,9 +524,11 @@ def test_scratch_claims_its_space_or_says_how_much_is_missing(
     assert not array.any()
     assert (tmp_path / "a.raw").stat().st_blocks > 0  # not sparse
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"needs 4.000 MB in .* MB are free .No space left"):
-        create_scratch(tmp_path / "b.raw", (1000, 1000), np.float32)
+    for module, name in ((os, "posix_fallocate"), (np, "memmap")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, full)
+            with pytest.raises(OSError, match=r"needs 4.000 MB in .* MB are free .No space left"):
+                create_scratch(tmp_path / "b.raw", (1000, 1000), np.float32)

@@ -147,14 +147,16 @@ def log_segments(
 
 def _describe_filters(blocks: Iterable[Block]) -> list[dict[str, object]]:
     """Each filter once, small tomograms share one, with its particles and their files."""
-    particles: dict[tuple[float, ...] | None, int] = {}
-    files: dict[tuple[float, ...] | None, dict[str, None]] = {}
+    filtered: dict[tuple[float, ...] | None, list[Block]] = {}
     for block in blocks:
-        particles[block.gain] = particles.get(block.gain, 0) + len(block)
-        files.setdefault(block.gain, {})[str(block.path)] = None
+        filtered.setdefault(block.gain, []).append(block)
     return [
-        {"gain": gain, "particles": count, "files": [*files[gain]]}
-        for gain, count in particles.items()
+        {
+            "gain": gain,
+            "particles": sum(map(len, own)),
+            "files": list(dict.fromkeys(str(block.path) for block in own)),
+        }
+        for gain, own in filtered.items()
     ]
 
 

@@ -283,7 +283,15 @@ def check_tomogram(path: Path, card: ModelCard, options: InputOptions) -> tuple[
 
 
 def unmatchable(path: Path, shape: tuple[int, int, int], box: int) -> TomogramError:
-    """What is said where no cube can be taken from a tomogram to measure its spectrum."""
+    """What is said where no cube can be taken from a tomogram to measure its spectrum.
+
+    Parameters
+    ----------
+    path
+        Of the tomogram.
+    shape, box
+        Of the tomogram ``(z, y, x)`` at the card's voxel size, and edge of the cubes, in voxels.
+    """
     return TomogramError(
         f"{path}: a spectrum is measured on cubes of {box} voxels that vary and hold no padding, "
         f"of which there is none in {_times(shape)} voxels (z, y, x): segment it without "

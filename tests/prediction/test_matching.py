@@ -29,12 +29,13 @@ from cectflow.prediction.matching import (
     SAMPLED_CUBES,
     group_by_spectrum,
     match_spectra,
+    warn_of_other,
 )
 from cectflow.prediction.on_device import read_block_on_device
 from cectflow.prediction.outputs import ClassOutputs
 from cectflow.prediction.source import CubeSource, open_tomograms, read_block
 from cectflow.prediction.whole import WholeOutputs
-from cectflow.spectrum import PowerSum, apply_gain, shell_numbers
+from cectflow.spectrum import PowerSum, apply_gain, num_shells, shell_numbers
 from cectflow.subtomogram import cut
 from cectflow.volume import Volume, read_stack
 from cectflow.volume_writer import write_stack, write_volume
@@ -356,6 +357,14 @@ def test_a_warning_says_where_a_filter_is_of_use(classifier: Path, tmp_path: Pat
     assert sum(f"of {tmp_path}/many/3.mrcs is not that" in line for line in told) == 1
     _, told = classify(tmp_path / "model", tmp_path / "other.mrcs", tmp_path / "m.star", MATCHED)
     assert not any("give --match-spectrum" in line for line in told)
+
+
+def test_noise_where_training_data_have_nothing_is_warned_of() -> None:
+    measured, told = PowerSum(16), list[str]()
+    measured.add(noise(24, 16))
+    warn_of_other(measured, np.where(np.arange(num_shells(16)) < 4, 1.0, 0.0), "a", told.append)
+    assert len(told) == 1
+    assert "to more than 1000 between" in told[0]
 
 
 def test_a_card_without_a_spectrum_is_refused_before_work(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,11 @@ def test_evaluate_promote_and_predict_alone(
         "alone.star", "alone.parquet", "alone_summary.png", "alone_failures.csv", "classes.json",
         "spectra.json", "volumes.json",
     }  # fmt: skip
+    logged = client_of(road).download_artifacts(run.info.run_id, "spectra.json")
+    filters = json.loads(Path(logged).read_text())
+    assert [Path(name).name for each in filters for name in each["files"]] == ["00000.mrcs"]
+    assert filters[0]["particles"] == len(rows) - 1
+    assert len(filters[0]["gain"]) > 1
     (given,) = client_of(road).get_run(run.info.run_id).inputs.dataset_inputs
     assert given.dataset.name == "00000.mrcs"
 
