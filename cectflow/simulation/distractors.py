@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any, Literal, TypeAlias, no_type_check
+from typing import Any, Literal, TypeAlias
 
-import numba
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
@@ -21,6 +20,13 @@ from scipy.ndimage import maximum_filter
 from scipy.special import erf
 
 from cectflow.config import Config
+from cectflow.simulation.rasters import (
+    TABLE_STEP,
+    mark_sheet,
+    mark_sphere,
+    render_sheet,
+    render_sphere,
+)
 
 __all__ = [
     "GOLD",
@@ -42,7 +48,7 @@ MEMBRANE, GOLD = 1, 2
 # Fluid DPPC, Nagle and Tristram-Nagle 2000 (Biochim. Biophys. Acta 1469, 159): 64 Å² and 1232 Å³ a
 # lipid, 319 Å³ of it the head group (C10 H18 N O8 P); tails (2 C15 H31) fill 28.5 Å between the
 # heads, whose densest planes are 38.3 Å apart. Potentials above ice follow from these volumes by
-# the rule for atoms (structure.py): 47.88 V Å² times the atoms' electron scattering factors at zero
+# the rule for atoms (atoms.py): 47.88 V Å² times the atoms' electron scattering factors at zero
 # angle, over the volume, less the 4.53 V of ice.
 HEAD_DISTANCE = 38.3
 """Å between the planes of the two leaflets' head groups."""
@@ -63,8 +69,6 @@ phase shift and the absorption of real gold beads are not in it."""
 
 PLACES_PER_DISTRACTOR = 100
 NUM_WAVES = 4
-TABLE_STEP = 0.5
-"""Å between the entries of a tabulated profile."""
 REACH = 4.0
 """Sigmas after which a blurred edge is taken to have ended."""
 Vector: TypeAlias = tuple[float, float, float]
@@ -268,10 +272,10 @@ def render_distractors(
         if isinstance(distractor, Sheet):
             reach = HALF_MEMBRANE + REACH * float(np.hypot(sigma, HEAD_WIDTH))
             table = _flat_bilayer(np.arange(0.0, reach + TABLE_STEP, TABLE_STEP), sigma)
-            _render_sheet(
+            render_sheet(
                 np.array(distractor.normal, np.float64), distractor.offset,
                 np.array(distractor.waves, np.float64).reshape(-1, 5), edges,
-                table, reach, HALF_MEMBRANE, density, kinds,
+                table, reach, HALF_MEMBRANE, MEMBRANE, density, kinds,
             )  # fmt: skip
             continue
         is_gold = isinstance(distractor, GoldBead)
@@ -280,7 +284,7 @@ def render_distractors(
         inner = -1.0 if is_gold else radius - HALF_MEMBRANE
         extent = outer + REACH * float(np.hypot(sigma, 0.0 if is_gold else HEAD_WIDTH))
         table = _radial_profile(np.arange(0.0, extent + TABLE_STEP, TABLE_STEP), distractor, sigma)
-        _render_sphere(
+        render_sphere(
             np.array(distractor.centre_zyx) / voxel_size, voxel_size, table, extent,
             inner, outer, GOLD if is_gold else MEMBRANE, density, kinds,
         )  # fmt: skip
@@ -414,7 +418,7 @@ def _mark(
     """Whether the cells of a distractor and its margin are free; they are marked if asked for."""
     if isinstance(distractor, Sheet):
         return bool(
-            _mark_sheet(
+            mark_sheet(
                 np.array(distractor.normal, np.float64), distractor.offset,
                 np.array(distractor.waves, np.float64).reshape(-1, 5), cell,
                 HALF_MEMBRANE + margin, taken, write,
@@ -424,151 +428,4 @@ def _mark(
     inner = distractor.radius - half - margin if isinstance(distractor, Vesicle) else -1.0
     centre = np.array(distractor.centre_zyx)
     outer = distractor.radius + half + margin
-    return bool(_mark_sphere(centre, cell, inner, outer, taken, write))
-
-
-@numba.njit(cache=True)
-@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
-def _mark_sphere(
-    centre: NDArray[np.float64],
-    cell: NDArray[np.float64],
-    inner: float,
-    outer: float,
-    taken: NDArray[np.bool_],
-    write: bool,
-) -> bool:
-    first = np.floor((centre - outer) / cell).astype(np.int64)
-    last = np.ceil((centre + outer) / cell).astype(np.int64)
-    for i in range(first[0], last[0] + 1):
-        for j in range(first[1], last[1] + 1):
-            flat = (i * cell[0] - centre[0]) ** 2 + (j * cell[1] - centre[1]) ** 2
-            for k in range(first[2], last[2] + 1):
-                radius = np.sqrt(flat + (k * cell[2] - centre[2]) ** 2)
-                if inner < radius < outer:
-                    z, y, x = i % taken.shape[0], j % taken.shape[1], k % taken.shape[2]
-                    if write:
-                        taken[z, y, x] = True
-                    elif taken[z, y, x]:
-                        return False
-    return True
-
-
-@numba.njit(cache=True)
-@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
-def _sheet_distance(
-    s: NDArray[np.float64],
-    normal: NDArray[np.float64],
-    offset: float,
-    waves: NDArray[np.float64],
-    edges: NDArray[np.float64],
-) -> float:
-    """Distance in Å from the nearest sheet, to first order in the value over the gradient."""
-    value = normal[0] * s[0] + normal[1] * s[1] + normal[2] * s[2] - offset
-    slope_z, slope_y, slope_x = normal[0], normal[1], normal[2]
-    for w in range(waves.shape[0]):
-        m_z, m_y, m_x = waves[w, 1], waves[w, 2], waves[w, 3]
-        phase = 2 * np.pi * (m_z * s[0] + m_y * s[1] + m_x * s[2]) + waves[w, 4]
-        value -= waves[w, 0] * np.cos(phase)
-        change = waves[w, 0] * 2 * np.pi * np.sin(phase)
-        slope_z += change * m_z
-        slope_y += change * m_y
-        slope_x += change * m_x
-    value -= np.round(value)
-    gradient = np.sqrt(
-        (slope_z / edges[0]) ** 2 + (slope_y / edges[1]) ** 2 + (slope_x / edges[2]) ** 2
-    )
-    return abs(value) / gradient
-
-
-@numba.njit(cache=True)
-@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
-def _mark_sheet(
-    normal: NDArray[np.float64],
-    offset: float,
-    waves: NDArray[np.float64],
-    cell: NDArray[np.float64],
-    half: float,
-    taken: NDArray[np.bool_],
-    write: bool,
-) -> bool:
-    depth, height, width = taken.shape
-    edges = np.array([depth * cell[0], height * cell[1], width * cell[2]])
-    s = np.zeros(3)
-    for z in range(depth):
-        s[0] = z / depth
-        for y in range(height):
-            s[1] = y / height
-            for x in range(width):
-                s[2] = x / width
-                if _sheet_distance(s, normal, offset, waves, edges) < half:
-                    if write:
-                        taken[z, y, x] = True
-                    elif taken[z, y, x]:
-                        return False
-    return True
-
-
-@numba.njit(cache=True)
-@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
-def _look_up(table: NDArray[np.float64], distance: float) -> float:
-    place = distance / TABLE_STEP
-    index = min(int(place), table.size - 2)
-    return table[index] + (place - index) * (table[index + 1] - table[index])
-
-
-@numba.njit(cache=True)
-@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
-def _render_sphere(
-    centre: NDArray[np.float64],
-    voxel_size: float,
-    table: NDArray[np.float64],
-    reach: float,
-    inner: float,
-    outer: float,
-    kind: int,
-    density: NDArray[np.float32],
-    kinds: NDArray[np.int8],
-) -> None:
-    """Add a sphere whose centre is given in voxels; its matter lies between two radii in Å."""
-    depth, height, width = density.shape
-    first = np.floor(centre - reach / voxel_size).astype(np.int64)
-    last = np.ceil(centre + reach / voxel_size).astype(np.int64)
-    nearest = inner - (reach - outer)
-    for i in range(first[0], last[0] + 1):
-        for j in range(first[1], last[1] + 1):
-            flat = (i - centre[0]) ** 2 + (j - centre[1]) ** 2
-            for k in range(first[2], last[2] + 1):
-                radius = voxel_size * np.sqrt(flat + (k - centre[2]) ** 2)
-                if nearest < radius < reach:
-                    z, y, x = i % depth, j % height, k % width
-                    density[z, y, x] += np.float32(_look_up(table, radius))
-                    if inner <= radius <= outer:
-                        kinds[z, y, x] = kind
-
-
-@numba.njit(cache=True)
-@no_type_check  # pytest's jaxtyping hook would wrap what numba has to compile
-def _render_sheet(
-    normal: NDArray[np.float64],
-    offset: float,
-    waves: NDArray[np.float64],
-    edges: NDArray[np.float64],
-    table: NDArray[np.float64],
-    reach: float,
-    half: float,
-    density: NDArray[np.float32],
-    kinds: NDArray[np.int8],
-) -> None:
-    depth, height, width = density.shape
-    s = np.zeros(3)
-    for z in range(depth):
-        s[0] = z / depth
-        for y in range(height):
-            s[1] = y / height
-            for x in range(width):
-                s[2] = x / width
-                distance = _sheet_distance(s, normal, offset, waves, edges)
-                if distance < reach:
-                    density[z, y, x] += np.float32(_look_up(table, distance))
-                    if distance <= half:
-                        kinds[z, y, x] = MEMBRANE
+    return bool(mark_sphere(centre, cell, inner, outer, taken, write))

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import gemmi
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from cectflow.files import sha256_of
+from cectflow.simulation.atoms import PROTEIN_VOLUME, read_atoms
 from cectflow.simulation.phantoms import build_phantom, list_phantoms
 from cectflow.volume import read_volume
 
@@ -35,25 +35,10 @@ __all__ = [
 ATOM_SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
 MAP_SUFFIXES = (".mrc", ".map")
 
-# Integral of an atom's potential over its electron scattering factor at zero angle:
-# h^2 / (2 pi m_e e), in V A^2.
-VOLT_PER_FACTOR = 47.878
-# Potential of vitreous ice in V: water of 0.93 g/cm^3 from the same factors.
-ICE_POTENTIAL = 4.53
-# Partial specific volumes in A^3/Da: 0.73 cm^3/g and 0.55 cm^3/g.
-PROTEIN_VOLUME = 1.21
-NUCLEIC_VOLUME = 0.91
 # Potential of protein in excess of the ice it displaces, in V A^3 per Da, for maps and phantoms:
 # the rules for atoms applied to the mean residue C4.94 H7.84 N1.36 O1.48 S0.04 of 111 Da. RNA has
 # 3 % more per Da, and 40 % more per volume.
 PROTEIN_EXCESS = 4.28
-
-# Hydrogens per heavy atom. Protein: residues at pH 7 in the frequencies of UniProt. Nucleic acid:
-# counted in 16S RNA with its hydrogens (1xnr), oxygens of the phosphates added.
-_PROTEIN_HYDROGENS = {"C": 1.23, "N": 1.18, "O": 0.10, "S": 0.36}
-_NUCLEIC_HYDROGENS = {"C": 0.80, "N": 0.55, "O": 0.14}
-# Complete models have 1.0 (protein) or 0.6 (RNA) hydrogens per heavy atom, polar ones only 0.2.
-_FEWEST_HYDROGENS = 0.4
 # Part of a map's maximum above which a voxel belongs to the complex: where the 70S ribosome (4v4r)
 # has 2.35 MDa. Atomic models of known mass, blurred alike (sigma 6.65 A, 10 A voxels), then have
 # 1.07-1.11 (1e6v, 1wcm, 5a1a), 1.25 (1aon, 3j9i) and 1.36 (4v1w, a thin shell) of their mass.
@@ -235,7 +220,7 @@ def summarise_structure(source: StructureSource) -> StructureSummary:
     Raises and warns like :func:`load_structure`.
     """
     if source.kind == "atoms" and source.path is not None:
-        atoms = _read_atoms(source.path)
+        atoms = read_atoms(source.path)
         mass_kda, extent, num_operators = atoms.mass_kda(), atoms.extent(), len(atoms.copies)
         num_atoms = sum(len(copy.chosen) for copy in atoms.copies)
     else:  # these have no more points than they need
@@ -382,7 +367,7 @@ def _choose_body(
 
 def _load_atoms(source: StructureSource, path: Path) -> Structure:
     digest = _digest(path)
-    atoms = _read_atoms(path)
+    atoms = read_atoms(path)
     num_atoms = sum(len(copy.chosen) for copy in atoms.copies)
     if num_atoms > MAX_ATOMS:
         msg = (
@@ -417,132 +402,3 @@ def _digest(path: Path) -> str:
         msg = f"there is no file {path}"
         raise FileNotFoundError(msg)
     return sha256_of(path)
-
-
-@dataclass(frozen=True, eq=False)
-class _Copy:
-    """An operator of an assembly, ``z y x``, and the indices of the atoms that it copies."""
-
-    chosen: Int[NDArray[np.int64], "m"]
-    rotation: Float[NDArray[np.float64], "3 3"]
-    shift: Float[NDArray[np.float64], "3"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Atoms:
-    """The atoms of a file, once, and the copies that make up its assembly."""
-
-    positions_zyx: Float[NDArray[np.float64], "n 3"]
-    masses: Float[NDArray[np.float64], "n"]
-    weights: Float[NDArray[np.float64], "n"]
-    copies: tuple[_Copy, ...]
-
-    def mass_kda(self) -> float:
-        return sum(float(self.masses[copy.chosen].sum()) for copy in self.copies) / 1000
-
-    def each_copy_zyx(self) -> Iterator[Float[NDArray[np.float64], "m 3"]]:
-        for copy in self.copies:
-            yield self.positions_zyx[copy.chosen] @ copy.rotation.T + copy.shift
-
-    def extent(self) -> float:
-        """Of the assembly, seen copy by copy."""
-        totals = np.array([self.weights[copy.chosen].sum() for copy in self.copies])
-        centres = [
-            np.average(positions, axis=0, weights=self.weights[copy.chosen])
-            for positions, copy in zip(self.each_copy_zyx(), self.copies, strict=True)
-        ]
-        centre = np.average(centres, axis=0, weights=totals)
-        return 2 * max(
-            float(np.linalg.norm(positions - centre, axis=1).max())
-            for positions in self.each_copy_zyx()
-        )
-
-
-def _read_atoms(path: Path) -> _Atoms:
-    structure = _read_model(path)
-    flat = gemmi.FlatStructure(structure)
-    positions_zyx = np.array(flat.pos, np.float64)[:, ::-1]
-    if len(positions_zyx) == 0 or not np.isfinite(positions_zyx).all():
-        msg = f"{path} holds no atoms other than water, or some without coordinates"
-        raise ValueError(msg)
-    elements = np.array(flat.element_names)
-    chains = [(chain.name, residue) for chain in structure[0] for residue in chain]
-    lengths = [len(residue) for _, residue in chains]
-    nucleic = [gemmi.find_tabulated_residue(res.name).is_nucleic_acid() for _, res in chains]
-    masses, weights = _weigh(elements, np.repeat(np.array(nucleic, bool), lengths))
-    names = np.repeat([name for name, _ in chains], lengths)
-    subchains = np.repeat([residue.subchain for _, residue in chains], lengths)
-    copies = tuple(_find_copies(structure.assemblies, names, subchains))
-    if not copies:
-        msg = f"{path} has no biological assembly: its atoms are taken as the whole complex"
-        warnings.warn(msg, stacklevel=1)  # of one place, so that it is shown once per file
-        copies = (_Copy(np.arange(len(masses)), np.eye(3), np.zeros(3)),)
-    return _Atoms(positions_zyx, masses, weights, copies)
-
-
-def _read_model(path: Path) -> gemmi.Structure:
-    """First model without water and alternatives, and with all hydrogens or none."""
-    if not path.is_file():
-        msg = f"there is no file {path}"
-        raise FileNotFoundError(msg)
-    try:
-        structure = gemmi.read_structure(str(path))
-    except (IndexError, OSError, RuntimeError, ValueError) as error:
-        msg = f"{path} cannot be read as PDB or mmCIF: {error}"
-        raise ValueError(msg) from None
-    del structure[1:]
-    structure.setup_entities()
-    structure.remove_waters()
-    # Only where there are any: gemmi also takes neighbours of equal number for alternatives.
-    if np.array(gemmi.FlatStructure(structure).altlocs).any():
-        structure.remove_alternative_conformations()
-    is_hydrogen = np.isin(np.array(gemmi.FlatStructure(structure).element_names), [b"H", b"D"])
-    if is_hydrogen.sum() < _FEWEST_HYDROGENS * (~is_hydrogen).sum():
-        structure.remove_hydrogens()
-    return structure
-
-
-def _find_copies(
-    assemblies: gemmi.AssemblyList, chains: NDArray[Any], subchains: NDArray[Any]
-) -> Iterator[_Copy]:
-    """Each copy in the first assembly, which names chains (PDB) or subchains (mmCIF)."""
-    for generator in assemblies[0].generators if assemblies else ():
-        named = np.isin(chains, generator.chains) | np.isin(subchains, generator.subchains)
-        chosen = np.flatnonzero(named)  # shared by all copies: there may be thousands
-        for operator in generator.operators if len(chosen) else ():
-            rotation_xyz = np.array(operator.transform.mat.tolist())
-            shift_xyz = np.array(operator.transform.vec.tolist())
-            yield _Copy(chosen, rotation_xyz[::-1, ::-1], shift_xyz[::-1])
-
-
-def _weigh(
-    elements: NDArray[Any], nucleic: Bool[NDArray[np.bool], "n"]
-) -> tuple[Float[NDArray[np.float64], "n"], Float[NDArray[np.float64], "n"]]:
-    """Mass in Da and potential in excess of ice in V A^3 of each atom, with implicit hydrogens."""
-    masses, weights = np.zeros(len(elements)), np.zeros(len(elements))
-    bare = not np.isin(elements, [b"H", b"D"]).any()
-    for name in np.unique(elements):
-        for is_nucleic in (False, True):
-            chosen = (elements == name) & (nucleic == is_nucleic)
-            mass, weight = _weigh_atom(name.decode(), is_nucleic=is_nucleic, bare=bare)
-            masses[chosen], weights[chosen] = mass, weight
-    return masses, weights
-
-
-def _weigh_atom(name: str, *, is_nucleic: bool, bare: bool) -> tuple[float, float]:
-    element = gemmi.Element("C" if name == "X" else name)
-    hydrogen = gemmi.Element("H")
-    per_atom = _NUCLEIC_HYDROGENS if is_nucleic else _PROTEIN_HYDROGENS
-    num_hydrogens = per_atom.get(element.name, 0.0) if bare else 0.0
-    mass = element.weight + num_hydrogens * hydrogen.weight
-    volume = mass * (NUCLEIC_VOLUME if is_nucleic else PROTEIN_VOLUME)
-    if element.is_metal or element.atomic_number > gemmi.Element("Cl").atomic_number:
-        volume = min(volume, 4 / 3 * np.pi * element.vdw_r**3)
-    factor = _factor_at_zero(element) + num_hydrogens * _factor_at_zero(hydrogen)
-    return mass, VOLT_PER_FACTOR * factor - ICE_POTENTIAL * volume
-
-
-def _factor_at_zero(element: gemmi.Element) -> float:
-    """Electron scattering factor in angstrom; beyond californium, that of californium."""
-    coefficients = element.c4322 or gemmi.Element("Cf").c4322
-    return float(sum(coefficients.a))

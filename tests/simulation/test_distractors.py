@@ -12,6 +12,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 
 from cectflow.simulation import distractors as module
+from cectflow.simulation.atoms import ICE_POTENTIAL, VOLT_PER_FACTOR
 from cectflow.simulation.distractors import (
     GOLD,
     MEMBRANE,
@@ -24,7 +25,6 @@ from cectflow.simulation.distractors import (
     draw_distractors,
     render_distractors,
 )
-from cectflow.simulation.structure import ICE_POTENTIAL, VOLT_PER_FACTOR
 
 SHAPE = (40, 44, 48)
 VOXEL_SIZE = 10.0
